@@ -1,0 +1,63 @@
+# Every target sets up what it needs: on a fresh Debian or Ubuntu with python3, python3-venv, make
+# and git, `make demo` and `make test` are all there is to type.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+OUT    ?= out
+# How many episodes per task and method `make demo` runs; empty is the command's own default.
+EPISODES ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Two threads at most, and idle ones sleep: spinning costs a factor of seven when cores are shared.
+export OMP_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= PASSIVE
+export LP_NUM_THREADS  ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test lint format train clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12 setup"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "python3-venv is missing; run: apt-get install -y python3-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: resolved with the rest, pip may pick another build and fetch gigabytes.
+$(STAMP): pyproject.toml tools/rendering.sh | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[sim,report,dev]"
+	sh tools/rendering.sh $(BIN)/python
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/omega-qvla demo --out $(OUT)/demo $(if $(EPISODES),--episodes $(EPISODES))
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/forbidden_calls.py src
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+	$(BIN)/pyright -p pyright-strict.json
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(STAMP)
+	$(BIN)/omega-qvla train tiny-pi05 --out $(OUT)/tiny-pi05
+
+# Results in $(OUT) and the environment stay; remove $(VENV) by hand to start over.
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

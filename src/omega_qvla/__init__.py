@@ -1,0 +1,36 @@
+"""Omega-QVLA: vision-language-action policies in 4 bits, weights and activations.
+
+The whole public API; importing it starts no CUDA.
+
+    import omega_qvla as oq
+
+    policy = oq.load_policy("builtin:tiny-pi05")
+    observations = oq.Observations.load("builtin:tiny-pi05")
+    quantized = oq.quantize(policy, observations, recipe="omega-w4a4")
+    quantized.save_pretrained("out")
+    chunk = oq.load("out").sample_actions(observations[0])
+"""
+
+from __future__ import annotations
+
+from omega_qvla.api import quantize
+from omega_qvla.calibration.observations import Observations
+from omega_qvla.errors import OmegaError
+from omega_qvla.policies.base import FlowClock
+from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.torch_module import TorchPolicy
+from omega_qvla.recipe import Recipe
+from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, load
+
+__all__ = [
+    "FlowClock",
+    "Observations",
+    "OmegaError",
+    "QuantizedPolicy",
+    "Recipe",
+    "SimulatedPolicy",
+    "TorchPolicy",
+    "load",
+    "load_policy",
+    "quantize",
+]

@@ -1,0 +1,28 @@
+"""The disk format: packing of 4-bit integers, and directories that are complete or not there."""
+
+from omega_qvla.artifact.checkpoint import (
+    Artifact,
+    VerifyReport,
+    read_artifact,
+    verify_artifact,
+    write_artifact,
+)
+from omega_qvla.artifact.files import Failure, preflight_disk
+from omega_qvla.artifact.memory import ComponentMemory, MemorySummary, summarise
+from omega_qvla.artifact.packing import pack_int4, packed_width, unpack_int4
+
+__all__ = [
+    "Artifact",
+    "ComponentMemory",
+    "Failure",
+    "MemorySummary",
+    "VerifyReport",
+    "pack_int4",
+    "packed_width",
+    "preflight_disk",
+    "read_artifact",
+    "summarise",
+    "unpack_int4",
+    "verify_artifact",
+    "write_artifact",
+]

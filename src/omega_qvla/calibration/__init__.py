@@ -1,0 +1,1 @@
+"""Calibration: where observations come from, and what is measured on them."""

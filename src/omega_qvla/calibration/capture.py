@@ -1,0 +1,183 @@
+"""Streamed statistics of what a site reads, per denoising step.
+
+Quantization needs three things of a site's input x [rows, K]:
+
+* the second moment Σ xᵀx over all rows, which is GPTQ's Hessian and, on its diagonal, the
+  channels' mean squares that balancing uses;
+* a bounded, uniform sample of rows per denoising step, on which scales are searched and
+  magnitude quantiles read after the transform is known;
+* whether anything was not finite, and if so exactly where.
+
+Rows are folded in as they appear: the cost is K² plus ``SAMPLE_ROWS`` rows per step, whatever the
+number of observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from omega_qvla.errors import NonFiniteError, PolicyError
+from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage, State
+
+SAMPLE_ROWS = 1024
+"""Rows kept per (site, step)."""
+
+_FLOAT64_WIDTH = 4096
+"""Up to this width second moments are summed in float64; wider ones would take gigabytes."""
+
+
+@dataclass
+class RowSample:
+    """A uniform sample of a stream of rows (reservoir sampling in blocks).
+
+    Every row draws a random key; the rows with the ``SAMPLE_ROWS`` smallest keys are kept, so any
+    order and any block size gives a uniform sample.
+    """
+
+    generator: torch.Generator
+    rows: Tensor | None = None
+    keys: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Offer rows [R, K] float32."""
+        keys = torch.rand(rows.shape[0], generator=self.generator, dtype=torch.float64)
+        if self.rows is not None and self.keys is not None:
+            rows, keys = torch.cat((self.rows, rows)), torch.cat((self.keys, keys))
+        if rows.shape[0] > SAMPLE_ROWS:
+            keep = keys.argsort()[:SAMPLE_ROWS].sort().values
+            rows, keys = rows[keep], keys[keep]
+        self.rows, self.keys = rows.clone(), keys
+
+
+@dataclass
+class SiteStatistics:
+    """What was seen at the input of one site.
+
+    Attributes:
+        site: the site.
+        width: input channels K.
+        count: rows seen.
+        second_moment: Σ xᵀx, [K, K].
+        samples: row samples by denoising step; sites that run once use step 0.
+        times: flow time of each step seen.
+    """
+
+    site: QuantizationSite
+    width: int
+    generator: torch.Generator
+    count: int = 0
+    second_moment: Tensor = field(init=False)
+    samples: dict[int, RowSample] = field(default_factory=dict)
+    times: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        dtype = torch.float64 if self.width <= _FLOAT64_WIDTH else torch.float32
+        self.second_moment = torch.zeros((self.width, self.width), dtype=dtype)
+
+    def update(self, x: Tensor, clock: FlowClock, observation: int) -> None:
+        """Fold in one call's input [..., K].
+
+        Raises:
+            NonFiniteError: x has NaN or Inf.
+            PolicyError: a per-step site ran outside any denoising step.
+        """
+        rows = x.detach().reshape(-1, self.width).to(torch.float32)
+        step, time = self._step(clock)
+        if not bool(torch.isfinite(rows).all()):
+            where = "" if clock.index is None else f", denoising step {step}"
+            raise NonFiniteError(
+                f"activations entering {self.site.name!r} have NaN or Inf "
+                f"(observation {observation}{where}); check the observation and the checkpoint"
+            )
+        self.count += rows.shape[0]
+        product = rows.to(self.second_moment.dtype)
+        self.second_moment.addmm_(product.T, product)
+        self.times[step] = time
+        if step not in self.samples:
+            self.samples[step] = RowSample(self.generator)
+        self.samples[step].add(rows)
+
+    def _step(self, clock: FlowClock) -> tuple[int, float]:
+        if not self.site.per_step:
+            return 0, 1.0
+        if clock.index is None or clock.time is None:
+            raise PolicyError(
+                f"{self.site.name!r} belongs to the action head but ran outside any denoising "
+                "step; enter `with clock.step(i, t):` around each step, or give step_module"
+            )
+        return clock.index, clock.time
+
+    @property
+    def rms(self) -> Tensor:
+        """Root mean square of each input channel, [K] float32."""
+        return (self.second_moment.diagonal() / max(self.count, 1)).sqrt().to(torch.float32)
+
+    @property
+    def steps(self) -> list[int]:
+        """Denoising steps seen, ascending."""
+        return sorted(self.samples)
+
+    def rows(self, step: int) -> Tensor:
+        """The row sample of one step, [R, K] float32."""
+        rows = self.samples[step].rows
+        if rows is None:
+            raise PolicyError(f"{self.site.name!r} saw no rows at step {step}")
+        return rows
+
+
+def capture(
+    stage: Stage,
+    states: Sequence[State],
+    sites: Sequence[QuantizationSite],
+    module: nn.Module,
+    clock: FlowClock,
+    seed: Callable[[QuantizationSite], int],
+) -> dict[str, SiteStatistics]:
+    """Run a stage on every state and return what its sites read.
+
+    Args:
+        stage: the stage the sites belong to.
+        states: one state per observation, as the previous stage left it.
+        sites: the sites to watch.
+        module: the policy's module, in which the sites' linears are looked up.
+        clock: the policy's clock.
+        seed: seeds the row sample of each site, independently of which others are watched.
+
+    Raises:
+        NonFiniteError: an activation is NaN or Inf; names site, step and observation.
+        PolicyError: a site was never reached.
+    """
+    found: dict[str, SiteStatistics] = {}
+    current = {"observation": 0}
+    handles = []
+    for site in sites:
+        linear = module.get_submodule(site.linears[0])
+        generator = torch.Generator().manual_seed(seed(site))
+        statistics = SiteStatistics(site, int(linear.in_features), generator)
+        found[site.name] = statistics
+
+        def watch(
+            _module: nn.Module, inputs: tuple[Tensor, ...], watched: SiteStatistics = statistics
+        ) -> None:
+            watched.update(inputs[0], clock, current["observation"])
+
+        handles.append(linear.register_forward_pre_hook(watch))
+    try:
+        with torch.no_grad():
+            for index, state in enumerate(states):
+                current["observation"] = index
+                stage.run(state)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, statistics in found.items():
+        if statistics.count == 0:
+            raise PolicyError(
+                f"{name!r} was never called during calibration; if its weight is read directly "
+                "(as nn.MultiheadAttention does), leave it out of the pattern"
+            )
+    return found

@@ -1,0 +1,63 @@
+"""One tree of errors.  Each message says what is wrong, where, and how to fix it.
+
+``exit_status`` is what the command line returns: 1 a check failed, 2 bad input or usage,
+3 not enough memory, disk or device.
+"""
+
+from __future__ import annotations
+
+
+class OmegaError(Exception):
+    """Base of every error this library raises on purpose."""
+
+    exit_status = 2
+
+
+class RecipeError(OmegaError):
+    """A recipe does not exist, does not parse, or cannot do what was asked."""
+
+
+class NotRealizableError(RecipeError):
+    """A recipe that only exists as a simulation was asked for integers."""
+
+
+class PolicyError(OmegaError):
+    """A policy or checkpoint cannot be loaded or does not have what was asked of it."""
+
+
+class ObservationError(OmegaError):
+    """An observation or calibration set is empty, incomplete or misshaped."""
+
+
+class NonFiniteError(OmegaError):
+    """NaN or Inf in weights or activations; names site, step and observation."""
+
+    exit_status = 1
+
+
+class ArtifactError(OmegaError):
+    """A directory is not a valid artifact, or its contents are damaged."""
+
+    exit_status = 1
+
+
+class NotAnArtifactError(ArtifactError):
+    """The path does not look like an artifact at all."""
+
+    exit_status = 2
+
+
+class ResumeError(OmegaError):
+    """Interrupted work cannot be continued because its inputs changed."""
+
+
+class ResourceError(OmegaError):
+    """Not enough memory, disk or device."""
+
+    exit_status = 3
+
+
+class SimulatorUnavailable(OmegaError):  # noqa: N818 - a state of the machine, not a fault
+    """The simulator or its renderer is not installed; names the package that brings it."""
+
+    exit_status = 3

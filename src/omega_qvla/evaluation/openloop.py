@@ -1,0 +1,156 @@
+"""Open-loop action error: how far a quantized policy's chunks are from full precision.
+
+Let b_i be the chunk of the full-precision policy for held-out observation i and noise i, and a_i
+that of the policy under test for the same observation and the same noise.  The error is the
+relative mean squared error, pooled over everything,
+
+    error = Σ_i ‖a_i - b_i‖² / Σ_i ‖b_i‖².
+
+It is computed in the network's normalized action units when both policies offer them through
+``sample_normalized(observation, noise=...)``; otherwise in the robot's units.  Normalized units
+weigh every action dimension alike.
+
+The **noise floor** puts the number in proportion: the same formula for the full-precision policy
+against itself, with two independent noises.  An error far below the floor is smaller than the
+policy's own sampling spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from omega_qvla.errors import NonFiniteError, ObservationError, PolicyError
+
+Array = npt.NDArray[np.float64]
+
+
+class Sampler(Protocol):
+    """What evaluation needs of a policy.
+
+    ``sample_normalized(observation, noise=...)``, same signature and in the network's units, is
+    optional.
+    """
+
+    @property
+    def noise_shape(self) -> tuple[int, ...] | None:
+        """(horizon, action_dim) of the noise."""
+        ...
+
+    def sample_actions(self, observation: Any, noise: Any = None) -> Any:
+        """[horizon, action_dim] float32 in the robot's units."""
+        ...
+
+
+def draw_noises(policy: Sampler, count: int, seed: int) -> npt.NDArray[np.float32]:
+    """Standard-normal noises [count, horizon, action_dim] float32, a function of ``seed``.
+
+    Raises:
+        PolicyError: see :func:`shape_of_noise`.
+    """
+    generator = np.random.default_rng(seed)
+    return generator.standard_normal((count, *shape_of_noise(policy)), dtype=np.float32)
+
+
+def shape_of_noise(policy: Sampler) -> tuple[int, int]:
+    """(horizon, action_dim) of a policy's noise.
+
+    Raises:
+        PolicyError: the policy does not say; a ``TorchPolicy`` must be given ``noise_shape``.
+    """
+    shape = tuple(policy.noise_shape or ())
+    if len(shape) != 2:
+        raise PolicyError(
+            f"evaluation needs a policy with noise_shape=(horizon, action_dim), got {shape or None}"
+        )
+    return shape
+
+
+def offers_normalized(policy: Sampler) -> bool:
+    """Whether a policy can be sampled in the network's normalized action units."""
+    return callable(getattr(policy, "sample_normalized", None))
+
+
+def sample_chunks(
+    policy: Sampler,
+    observations: Sequence[Any],
+    noises: npt.ArrayLike,
+    *,
+    normalized: bool,
+) -> Array:
+    """One chunk per pair of observation and noise, [n, horizon, action_dim].
+
+    Args:
+        noises: [n, horizon, action_dim], one per observation.
+        normalized: the network's units instead of the robot's.
+
+    Raises:
+        ObservationError: no observations, or another number of noises.
+        NonFiniteError: a chunk contains NaN or Inf; names the observation.
+    """
+    given = np.asarray(noises, dtype=np.float32)
+    if not observations:
+        raise ObservationError("action error needs at least one held-out observation")
+    if len(given) != len(observations):
+        raise ObservationError(f"{len(observations)} observations but {len(given)} noises")
+    name = "sample_normalized" if normalized else "sample_actions"
+    sample = cast(Callable[..., Any], getattr(policy, name))
+    chunks: list[Array] = []
+    for index, (observation, noise) in enumerate(zip(observations, given, strict=True)):
+        chunk = np.asarray(sample(observation, noise=noise), dtype=np.float64)
+        if not np.isfinite(chunk).all():
+            raise NonFiniteError(f"the chunk for held-out observation {index} is not finite")
+        chunks.append(chunk)
+    return np.stack(chunks)
+
+
+def relative_error(chunks: npt.ArrayLike, reference: npt.ArrayLike) -> float:
+    """Σ (chunks - reference)² / Σ reference², in float64.
+
+    Raises:
+        ValueError: different shapes, or a reference that is zero everywhere.
+    """
+    ours, theirs = np.asarray(chunks, np.float64), np.asarray(reference, np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"chunks have shape {ours.shape}, the reference {theirs.shape}")
+    energy = float(np.sum(theirs**2))
+    if energy == 0.0:
+        raise ValueError("the reference chunks are zero everywhere: no relative error exists")
+    return float(np.sum((ours - theirs) ** 2)) / energy
+
+
+def action_error(
+    policy: Sampler,
+    reference_policy: Sampler,
+    observations: Sequence[Any],
+    noises: npt.ArrayLike,
+) -> float:
+    """Relative mean squared error of ``policy``'s chunks against full precision's.
+
+    Args:
+        observations: held-out observations.
+        noises: [n, horizon, action_dim], the same for both policies.
+
+    Raises:
+        ObservationError, NonFiniteError: see :func:`sample_chunks`.
+    """
+    normalized = offers_normalized(policy) and offers_normalized(reference_policy)
+    reference = sample_chunks(reference_policy, observations, noises, normalized=normalized)
+    chunks = sample_chunks(policy, observations, noises, normalized=normalized)
+    return relative_error(chunks, reference)
+
+
+def noise_floor(
+    reference_policy: Sampler,
+    observations: Sequence[Any],
+    noises: npt.ArrayLike,
+    other_noises: npt.ArrayLike,
+) -> float:
+    """The full-precision policy against itself: chunks from ``other_noises`` against ``noises``."""
+    normalized = offers_normalized(reference_policy)
+    reference = sample_chunks(reference_policy, observations, noises, normalized=normalized)
+    others = sample_chunks(reference_policy, observations, other_noises, normalized=normalized)
+    return relative_error(others, reference)

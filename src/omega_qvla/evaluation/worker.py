@@ -1,0 +1,142 @@
+"""One simulator process: builds environments, steps physics, renders; it never sees the policy.
+
+The parent starts ``python -c`` with :data:`BOOTSTRAP` and one end of a socket pair.  A plain
+subprocess, rather than ``multiprocessing``, because the latter pickles its arguments and runs the
+parent's main module again in the child, which here would load the whole library into every
+simulator.  The process ends when the parent closes its end or dies.
+
+Requests and replies (see ``channel.py``):
+
+* ``{"start": {"environment", "options", "task", "seed"}}`` → ``{"observation", "max_steps"}``;
+* ``{"actions": float32 [n, action_dim]}`` → ``{"success", "steps", "observation"}``, where
+  ``steps`` counts the actions executed (fewer than n when the task was solved or time ran out) and
+  ``observation`` is None when the episode is over;
+* anything that raises → ``{"error": {"kind", "message"}}``.
+
+The environment is kept while the task stays the same; there is never more than one per process,
+because software renderers do not survive a second one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
+
+from omega_qvla.errors import OmegaError, SimulatorUnavailable
+from omega_qvla.evaluation.channel import Channel, ChannelError
+
+BOOTSTRAP = (
+    "import sys; descriptor, *sys.path[:] = sys.argv[1:]; "
+    "from omega_qvla.evaluation.worker import main; main(int(descriptor))"
+)
+"""Program of the subprocess; its arguments are the socket's descriptor and the import path."""
+
+
+class Environment(Protocol):
+    """What a simulator environment offers."""
+
+    @property
+    def max_steps(self) -> int: ...
+
+    def reset(self, seed: int) -> Mapping[str, Any]: ...
+
+    def step(self, action: Any) -> bool: ...
+
+    def observe(self) -> Mapping[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+def main(descriptor: int) -> None:
+    """Serve one parent until it closes the channel."""
+    channel = Channel(socket.socket(fileno=descriptor))
+    server = _Server()
+    try:
+        while True:
+            request = channel.receive()
+            try:
+                reply = server.answer(request)
+            except Exception as error:
+                reply = {"error": _describe(error)}
+            channel.send(reply)
+    except ChannelError:
+        server.close()
+
+
+class _Server:
+    """The environment of one process and the episode that runs in it."""
+
+    def __init__(self) -> None:
+        self._built: tuple[Any, ...] | None = None
+        self._environment: Environment | None = None
+        self._steps_left = 0
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to one request."""
+        if "start" in request:
+            return self._start(**request["start"])
+        return self._act(request["actions"])
+
+    def close(self) -> None:
+        """Free the environment, if there is one."""
+        self._built = None
+        if self._environment is not None:
+            environment, self._environment = self._environment, None
+            environment.close()
+
+    def _start(
+        self, environment: str, options: dict[str, Any], task: str, seed: int
+    ) -> dict[str, Any]:
+        wanted = (environment, options, task)
+        if self._environment is None or self._built != wanted:
+            self.close()
+            self._environment = import_factory(environment)(task, **options)
+            self._built = wanted
+        observation = self._environment.reset(seed)
+        self._steps_left = int(self._environment.max_steps)
+        return {"observation": observation, "max_steps": self._steps_left}
+
+    def _act(self, actions: Any) -> dict[str, Any]:
+        if self._environment is None:
+            raise RuntimeError("actions arrived before an episode was started")
+        steps, success = 0, False
+        for action in actions[: self._steps_left]:
+            success = bool(self._environment.step(action))
+            steps += 1
+            if success:
+                break
+        self._steps_left -= steps
+        over = success or self._steps_left == 0
+        observation = None if over else self._environment.observe()
+        return {"success": success, "steps": steps, "observation": observation}
+
+
+def import_factory(path: str) -> Callable[..., Environment]:
+    """The environment factory that ``module:callable`` names.
+
+    Raises:
+        SimulatorUnavailable: it cannot be imported or is not callable.
+    """
+    module, _, name = path.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SimulatorUnavailable(
+            f"environment {path!r} cannot be imported: {error}; give it as 'module:callable'"
+        ) from error
+    if not callable(factory):
+        raise SimulatorUnavailable(f"environment {path!r} is not callable")
+    return cast(Callable[..., Environment], factory)
+
+
+def _describe(error: Exception) -> dict[str, str]:
+    if isinstance(error, SimulatorUnavailable):
+        return {"kind": "unavailable", "message": str(error)}
+    if isinstance(error, OmegaError):
+        return {"kind": "failed", "message": str(error)}
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" (at {frames[-1].name}, line {frames[-1].lineno})" if frames else ""
+    return {"kind": "failed", "message": f"{type(error).__name__}: {error}{where}"}

@@ -1,0 +1,161 @@
+"""What a policy is to the rest of the house.
+
+A vision-language-action policy maps an observation (camera images, a sentence, the robot's own
+state) to an *action chunk*: the next ``horizon`` actions, produced by integrating a learned
+velocity field from noise (t = 1) to actions (t = 0).  Everything that quantizes, runs or evaluates
+a policy sees it through three ideas defined here:
+
+* a **site** is the unit of quantization: one linear, or several that read the same input and can
+  therefore share one transform and one quantized activation (q/k/v, gate/up);
+* a **stage** is the unit of calibration: a piece of the forward pass (typically one transformer
+  layer) that maps a small per-observation state to the next one.  Running stages one after the
+  other lets calibration see every site's input with all earlier sites already quantized, while
+  only one layer's activations exist at a time;
+* the **flow clock** says which denoising step is being computed.  It belongs to the policy, so
+  that per-step activation scales need no globals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+Observation = Mapping[str, Any]
+"""One observation as the robot (or the user's own module) provides it."""
+
+State = dict[str, Any]
+"""What flows between stages for one observation: named tensors, or lists of them."""
+
+Component = Literal["vision", "projector", "backbone", "action_head"]
+"""Parts of a policy that a recipe can treat differently."""
+
+PAPER_SCOPE: tuple[Component, ...] = ("backbone", "action_head")
+"""What the paper quantizes, and counts its memory over (arXiv 2605.28803, section 4)."""
+
+
+@dataclass(frozen=True)
+class QuantizationSite:
+    """Linears that share one input and are quantized together.
+
+    Attributes:
+        name: stable, unique name; the prefix of the site's tensors in an artifact.
+        linears: dotted module paths of the linears, in the order their outputs are concatenated.
+        component: the part of the policy the site belongs to.
+        per_step: whether the site runs once per denoising step (and may have per-step scales).
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    component: Component
+    per_step: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One calibratable piece of the forward pass.
+
+    Attributes:
+        name: for progress lines and error messages.
+        run: maps the state of one observation to the state after this stage.
+        sites: the sites executed inside, in execution order.
+    """
+
+    name: str
+    run: Callable[[State], State]
+    sites: tuple[QuantizationSite, ...] = ()
+
+
+@dataclass
+class FlowClock:
+    """The denoising step now being computed, or none outside the sampling loop.
+
+    ``with clock.step(i, t):`` is entered once per denoising step; ``i`` counts from 0 and ``t`` is
+    the flow time in [0, 1] at which the velocity is evaluated.
+    """
+
+    index: int | None = field(default=None, init=False)
+    time: float | None = field(default=None, init=False)
+
+    @contextmanager
+    def step(self, index: int, time: float) -> Iterator[None]:
+        """Mark everything computed inside the block as denoising step ``index`` at ``time``."""
+        outer = (self.index, self.time)
+        self.index, self.time = index, float(time)
+        try:
+            yield
+        finally:
+            self.index, self.time = outer
+
+
+class Policy(Protocol):
+    """What quantization needs of a policy; native families and ``TorchPolicy`` provide it."""
+
+    family: str
+    module: nn.Module
+    clock: FlowClock
+    dropped_parameters: int
+
+    def clone(self) -> Policy:
+        """A structural copy that shares every tensor: modules may be replaced in it freely."""
+        ...
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Configuration and processor files that rebuild everything but the tensors."""
+        ...
+
+    def component_of(self, parameter: str) -> str:
+        """The part of the policy a parameter belongs to, for memory tables."""
+        ...
+
+    def stages(self) -> Sequence[Stage]:
+        """The forward pass as stages, in execution order."""
+        ...
+
+    def initial_state(self, observation: Observation, generator: torch.Generator) -> State:
+        """The state the first stage starts from; ``generator`` draws the sampling noise."""
+        ...
+
+    def sample_actions(
+        self,
+        observation: Observation,
+        noise: np.ndarray | torch.Tensor | None = None,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """One action chunk, [horizon, action_dim] float32 in the robot's units."""
+        ...
+
+
+def sites_of(policy: Policy) -> list[QuantizationSite]:
+    """All sites of a policy in execution order."""
+    return [site for stage in policy.stages() for site in stage.sites]
+
+
+def shared_input(x: torch.Tensor, *linears: nn.Module | None) -> tuple[torch.Tensor, ...]:
+    """Apply linears that read the same input.
+
+    In full precision each slot holds an ``nn.Linear``.  In a quantized policy the first slot holds
+    one fused module whose output concatenates all of them (``splits`` gives the widths) and the
+    other slots are empty, so the input is transformed and quantized once.
+    """
+    first, *rest = linears
+    if first is None:
+        raise ValueError("the first slot of a site is empty")
+    y = first(x)
+    if rest and all(linear is None for linear in rest):
+        return tuple(y.split(first.splits, dim=-1))
+    return (y, *(linear(x) for linear in rest if linear is not None))
+
+
+def euler_times(steps: int) -> list[float]:
+    """Flow times at which an Euler sampler of ``steps`` steps evaluates the velocity: 1 → 1/steps."""
+    if steps < 1:
+        raise ValueError(f"number of denoising steps must be at least 1, got {steps}")
+    return [1.0 - i / steps for i in range(steps)]

@@ -1,0 +1,234 @@
+"""Layers shared by the policies: norms, rotary attention with a KV cache, SigLIP.
+
+Semantics follow the public openpi and transformers implementations (checked against them at a
+shrunken size in ``tests/parity``); parameter names are the official state-dict keys.  Shapes:
+``B`` batch (any leading dimensions), ``T`` tokens, ``D`` width, ``h`` heads, ``d`` head width.
+
+* Gemma RMSNorm stores its gain as an offset: y = x / rms(x) · (1 + w).
+* Adaptive RMSNorm (adaRMS) has no gain of its own; a dense layer turns the denoising-time
+  embedding into (scale, shift, gate): y = x / rms(x) · (1 + scale) + shift, and the branch that
+  follows is added to the residual stream multiplied by ``gate``.  Since (scale, shift, gate)
+  depend on flow time alone they are computed outside the layer and passed in.
+* Rotary embedding rotates the pairs (x_i, x_{i+d/2}) by position · θ^(-2i/d), θ = 10 000.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from omega_qvla.policies.base import shared_input
+
+KeyValue = tuple[Tensor, Tensor]
+"""Rotated keys and values of one layer, each [B, kv_heads, T, d]."""
+
+RMS_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """Gemma's RMSNorm, gain stored as an offset from one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS) * (1.0 + self.weight)
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """RMSNorm whose scale, shift and gate come from the denoising time (adaRMS)."""
+
+    def __init__(self, width: int, condition_width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(condition_width, 3 * width)
+        nn.init.zeros_(self.dense.weight)
+        nn.init.zeros_(self.dense.bias)
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """Condition [B, C] → stacked (scale, shift, gate), [B, 3, D]."""
+        return self.dense(condition).unflatten(-1, (3, -1))
+
+
+def adaptive_rms_norm(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalize x [B, T, D] with modulation [B, 3, D]; return (normed, gate [B, 1, D])."""
+    scale, shift, gate = modulation.unsqueeze(-3).unbind(-2)
+    normed = F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
+    return normed * (1.0 + scale) + shift, gate
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for positions [B, T], each [B, 1, T, head_dim/2] (the 1 is for heads)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = theta ** (-exponent / head_dim)
+    angle = positions.to(torch.float32).unsqueeze(-1) * frequency
+    return angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of x [B, h, T, d]."""
+    cos, sin = table
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, T, h·d] → [B, h, T, d]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of [B, h, T, d] over [B, kv_heads, S, d] → [B, T, h·d]; mask: True may be seen."""
+    groups = query.shape[-3] // key.shape[-3]
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=-3)
+        value = value.repeat_interleave(groups, dim=-3)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return out.transpose(-3, -2).flatten(-2)
+
+
+class GatedMLP(nn.Module):
+    """GeGLU: down(gelu_tanh(gate(x)) · up(x))."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = shared_input(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+
+
+class RotaryAttention(nn.Module):
+    """Grouped-query attention with rotary positions and an optional cached prefix."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        past: KeyValue | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """x [B, T, D] → ([B, T, D], this call's own keys and values)."""
+        q, k, v = (
+            split_heads(y, self.head_dim)
+            for y in shared_input(x, self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        own = (k, v)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=-2), torch.cat((past[1], v), dim=-2)
+        return self.o_proj(attend(q, k, v, mask)), own
+
+
+class KeyValueProjection(nn.Module):
+    """Only the keys and values of an attention layer whose output nobody reads."""
+
+    def __init__(self, width: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> KeyValue:
+        k, v = (
+            split_heads(y, self.head_dim) for y in shared_input(x, self.k_proj, self.v_proj)
+        )
+        return rotate(k, rotary), v
+
+
+class SiglipAttention(nn.Module):
+    """Plain multi-head attention with biases; the official name of its output is ``out_proj``."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.head_dim = width // heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            split_heads(y, self.head_dim)
+            for y in shared_input(x, self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attend(q, k, v))
+
+
+class SiglipMLP(nn.Module):
+    """fc2(gelu_tanh(fc1(x)))."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiglipLayer(nn.Module):
+    """Pre-norm transformer layer of the vision tower."""
+
+    def __init__(self, width: int, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.self_attn = SiglipAttention(width, heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = SiglipMLP(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SiglipEmbeddings(nn.Module):
+    """Non-overlapping patches, linearly embedded, plus learned positions."""
+
+    def __init__(self, width: int, image_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.position_embedding = nn.Embedding((image_size // patch_size) ** 2, width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] in [-1, 1] → tokens [B, patches, D]."""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        return patches + self.position_embedding.weight
+
+
+class SiglipEncoder(nn.Module):
+    """Holder of the layers, for the official key names."""
+
+    def __init__(self, width: int, hidden: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipLayer(width, hidden, heads) for _ in range(depth))
+
+
+class SiglipVisionModel(nn.Module):
+    """SigLIP image tower: patches → transformer → layer norm; no pooling head."""
+
+    def __init__(
+        self, *, width: int, hidden: int, heads: int, depth: int, image_size: int, patch_size: int
+    ) -> None:
+        super().__init__()
+        self.embeddings = SiglipEmbeddings(width, image_size, patch_size)
+        self.encoder = SiglipEncoder(width, hidden, heads, depth)
+        self.post_layernorm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.embeddings(pixels)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.post_layernorm(x)

@@ -1,0 +1,122 @@
+"""``load_policy``: a full-precision policy from a name or a directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omega_qvla.errors import PolicyError, ResourceError
+from omega_qvla.policies.checkpoints.openpi import CONFIG, read_openpi
+from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_parameters
+from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.processing import (
+    ByteTokenizer,
+    NormalizationStatistics,
+    Quantiles,
+)
+
+BUILTIN = {"tiny-pi05": "tiny_pi05"}
+"""Embedded policies and their folder under ``assets``."""
+
+RANDOM = ("pi05", "tiny-pi05")
+"""Shapes that ``random:`` offers."""
+
+
+def load_policy(source: str | Path) -> Pi05Policy:
+    """Load a full-precision policy.
+
+    Args:
+        source: ``builtin:tiny-pi05``; ``random:pi05`` or ``random:tiny-pi05`` (true shapes,
+            seeded random weights); or a directory in openpi's layout with a ``config.json``.
+
+    Raises:
+        PolicyError: unknown name, not a policy directory, or weights that do not fit.
+        ResourceError: not enough memory for a random policy of that size.
+    """
+    text = str(source)
+    scheme, _, name = text.partition(":")
+    if scheme == "builtin":
+        return read_openpi(builtin_directory(name))
+    if scheme == "random":
+        return random_policy(name)
+    directory = Path(source)
+    if not directory.is_dir():
+        raise PolicyError(
+            f"no policy at {text!r}: give a directory, builtin:{'|'.join(BUILTIN)} or "
+            f"random:{'|'.join(RANDOM)}"
+        )
+    if (directory / "omega_config.json").exists():
+        raise PolicyError(
+            f"{text!r} is a quantized artifact; load it with omega_qvla.load, or give the "
+            "full-precision checkpoint it was made from"
+        )
+    if not (directory / CONFIG).exists():
+        raise PolicyError(
+            f"{text!r} has no {CONFIG}: it is not a policy directory this version reads "
+            "(openpi layout with config.json, tokenizer.json and assets/*/norm_stats.json)"
+        )
+    return read_openpi(directory)
+
+
+def policy_skeleton(
+    family: str, config: Mapping[str, Any], files: Mapping[str, bytes]
+) -> Pi05Policy:
+    """The structure of a policy, without tensors, from what its ``describe`` returned.
+
+    Raises:
+        PolicyError: the family is unknown to this version, or its description is invalid.
+    """
+    if family != Pi05Policy.family:
+        raise PolicyError(f"this version cannot rebuild policies of family {family!r}")
+    return Pi05Policy.skeleton(config, files)
+
+
+def builtin_directory(name: str) -> Path:
+    """Folder of an embedded policy.
+
+    Raises:
+        PolicyError: unknown name.
+    """
+    if name not in BUILTIN:
+        raise PolicyError(f"unknown builtin policy {name!r}; known: {', '.join(BUILTIN)}")
+    return Path(str(files("omega_qvla") / "assets" / BUILTIN[name]))
+
+
+def random_policy(name: str, *, seed: int = 0) -> Pi05Policy:
+    """A policy of true shapes with seeded random weights; it measures, it does not act."""
+    if name not in RANDOM:
+        raise PolicyError(f"unknown random policy {name!r}; known: {', '.join(RANDOM)}")
+    config = Pi05Config.full() if name == "pi05" else Pi05Config.tiny(vocabulary=259)
+    config = config.model_copy(update={"prompt_length": 256})
+    with torch.device("meta"):
+        module = Pi05Module(config)
+    _require_memory(4 * sum(p.numel() for p in module.parameters()), name)
+    module = module.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.02
+            parameter.normal_(0.0, spread, generator=generator)
+    unit = lambda n: Quantiles(q01=(-1.0,) * n, q99=(1.0,) * n)  # noqa: E731
+    statistics = NormalizationStatistics(
+        state=unit(config.state_dim), actions=unit(config.robot_action_dim)
+    )
+    return Pi05Policy(
+        module,
+        Pi05Processor(config, statistics, ByteTokenizer()),
+        dropped_parameters=dropped_parameters(config),
+    )
+
+
+def _require_memory(needed: int, name: str) -> None:
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise ResourceError(
+            f"random:{name} needs {needed / 1e9:.1f} GB of memory in float32, "
+            f"{available / 1e9:.1f} GB is free"
+        )

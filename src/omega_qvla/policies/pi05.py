@@ -1,0 +1,574 @@
+"""pi0.5 as a compact native module with openpi's state-dict keys.
+
+The graph (Physical Intelligence's pi0.5; semantics after openpi's PyTorch port):
+
+1. **Prefix.** Every camera image goes through SigLIP and a linear projector; the prompt goes
+   through the token embedding times √width.  Images first, then text, all attending to each other,
+   through a Gemma transformer.  Only each layer's rotated keys and values are needed afterwards,
+   so they are computed once per observation, and the last layer consists of nothing else.
+2. **Action expert.** A narrower Gemma, layer by layer beside the first one, reads ``horizon``
+   action tokens that attend to each other and to the prefix's keys and values.  Its norms are
+   adaptive: scale, shift and gate come from the flow time t through a sine-cosine embedding and a
+   small MLP.  They depend on t alone, so a table of them is computed once per schedule.
+3. **Flow matching.** Starting from noise x at t = 1, Euler steps x ← x - v(x, t)/steps lead to the
+   normalized action chunk at t = 0.
+
+What a checkpoint holds but inference never reads is not allocated here: both language-model heads,
+and everything behind the keys and values of the backbone's last layer (``dropped_keys``).
+Masked cameras and prompt padding are dropped rather than masked: positions are a cumulative sum
+over the padding mask, so the result is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor, nn
+
+from omega_qvla.policies.base import (
+    Component,
+    FlowClock,
+    QuantizationSite,
+    Stage,
+    State,
+    euler_times,
+)
+from omega_qvla.policies.layers import (
+    AdaptiveRMSNorm,
+    GatedMLP,
+    KeyValue,
+    KeyValueProjection,
+    RMSNorm,
+    RotaryAttention,
+    SiglipVisionModel,
+    adaptive_rms_norm,
+    rotary_table,
+)
+
+TIME_MIN_PERIOD, TIME_MAX_PERIOD = 4e-3, 4.0
+
+
+class VisionConfig(BaseModel):
+    """SigLIP tower sizes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    width: int
+    hidden: int
+    heads: int
+    depth: int
+    image_size: int
+    patch_size: int = 14
+
+
+class GemmaConfig(BaseModel):
+    """Sizes of one Gemma transformer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int = 1
+    head_dim: int
+
+
+class Pi05Config(BaseModel):
+    """Everything that fixes the shape and the conventions of a pi0.5 policy.
+
+    Attributes:
+        depth: layers of the backbone and of the action expert (they are paired, so equal).
+        action_dim: width of the action vector the network sees (padded for the full model).
+        robot_action_dim: how many of those belong to the robot.
+        state_dim: width of the robot's state.
+        cameras: image names in the order their tokens enter the prefix.
+        prompt_length: maximum number of prompt tokens; longer prompts are refused.
+        state_in_prompt: whether the state is written into the prompt as 256-bin integers
+            (openpi's ``discrete_state_input``).
+        steps: default number of denoising steps.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    family: Literal["pi05"] = "pi05"
+    vision: VisionConfig
+    backbone: GemmaConfig
+    expert: GemmaConfig
+    depth: int
+    vocabulary: int
+    horizon: int
+    action_dim: int
+    robot_action_dim: int
+    state_dim: int
+    cameras: tuple[str, ...]
+    prompt_length: int
+    state_in_prompt: bool
+    steps: int = 10
+
+    @model_validator(mode="after")
+    def _attention_must_match(self) -> Pi05Config:
+        ours, theirs = self.backbone, self.expert
+        if (ours.heads, ours.kv_heads, ours.head_dim) != (
+            theirs.heads,
+            theirs.kv_heads,
+            theirs.head_dim,
+        ):
+            raise ValueError("the expert attends to the backbone's keys: heads must be the same")
+        return self
+
+    @classmethod
+    def full(cls, horizon: int = 50, cameras: int = 3) -> Pi05Config:
+        """The published 3.6 B-parameter policy."""
+        names = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+        return cls(
+            vision=VisionConfig(width=1152, hidden=4304, heads=16, depth=27, image_size=224),
+            backbone=GemmaConfig(width=2048, hidden=16384, heads=8, head_dim=256),
+            expert=GemmaConfig(width=1024, hidden=4096, heads=8, head_dim=256),
+            depth=18,
+            vocabulary=257152,
+            horizon=horizon,
+            action_dim=32,
+            robot_action_dim=32,
+            state_dim=32,
+            cameras=names[:cameras],
+            prompt_length=200,
+            state_in_prompt=True,
+        )
+
+    @classmethod
+    def tiny(cls, vocabulary: int, *, horizon: int = 10, action_dim: int = 4) -> Pi05Config:
+        """The embedded policy: same graph, about 5 M parameters, two 84-pixel cameras."""
+        return cls(
+            vision=VisionConfig(width=192, hidden=384, heads=3, depth=4, image_size=84),
+            backbone=GemmaConfig(width=192, hidden=512, heads=4, head_dim=64),
+            expert=GemmaConfig(width=128, hidden=384, heads=4, head_dim=64),
+            depth=5,
+            vocabulary=vocabulary,
+            horizon=horizon,
+            action_dim=action_dim,
+            robot_action_dim=action_dim,
+            state_dim=4,
+            cameras=("base", "wrist"),
+            prompt_length=32,
+            state_in_prompt=True,
+        )
+
+    @property
+    def tokens_per_image(self) -> int:
+        return (self.vision.image_size // self.vision.patch_size) ** 2
+
+    @property
+    def norms(self) -> int:
+        """Adaptive norms of the expert: two per layer and the final one."""
+        return 2 * self.depth + 1
+
+
+class BackboneLayer(nn.Module):
+    """Pre-norm Gemma layer."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width)
+        self.self_attn = RotaryAttention(
+            config.width, config.heads, config.kv_heads, config.head_dim
+        )
+        self.post_attention_layernorm = RMSNorm(config.width)
+        self.mlp = GatedMLP(config.width, config.hidden)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        attended, kv = self.self_attn(self.input_layernorm(x), rotary, mask=mask)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class LastBackboneLayer(nn.Module):
+    """The backbone's last layer: only its keys and values are read by the expert."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width)
+        self.self_attn = KeyValueProjection(config.width, config.kv_heads, config.head_dim)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        return x, self.self_attn(self.input_layernorm(x), rotary)
+
+
+class ExpertLayer(nn.Module):
+    """Gemma layer with adaptive norms and gated residuals, attending to the prefix."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = AdaptiveRMSNorm(config.width, config.width)
+        self.self_attn = RotaryAttention(
+            config.width, config.heads, config.kv_heads, config.head_dim
+        )
+        self.post_attention_layernorm = AdaptiveRMSNorm(config.width, config.width)
+        self.mlp = GatedMLP(config.width, config.hidden)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        past: KeyValue,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, H, D], modulation [B, 2, 3, D] → [B, H, D]."""
+        attention_modulation, mlp_modulation = modulation.unbind(-3)
+        normed, gate = adaptive_rms_norm(x, attention_modulation)
+        x = x + gate * self.self_attn(normed, rotary, past, mask)[0]
+        normed, gate = adaptive_rms_norm(x, mlp_modulation)
+        return x + gate * self.mlp(normed)
+
+
+class _Node(nn.Module):
+    """A bare node of the official key tree."""
+
+
+class Pi05Module(nn.Module):
+    """The network: openpi's keys, no dead weights.  All methods accept leading batch dimensions."""
+
+    def __init__(self, config: Pi05Config) -> None:
+        super().__init__()
+        self.config = config
+        vision, expert = config.vision, config.expert
+        root, paligemma, model, language = _Node(), _Node(), _Node(), _Node()
+        model.vision_tower = _Node()
+        model.vision_tower.vision_model = SiglipVisionModel(**vision.model_dump())
+        model.multi_modal_projector = _Node()
+        model.multi_modal_projector.linear = nn.Linear(vision.width, config.backbone.width)
+        language.embed_tokens = nn.Embedding(config.vocabulary, config.backbone.width)
+        language.layers = nn.ModuleList(
+            [BackboneLayer(config.backbone) for _ in range(config.depth - 1)]
+            + [LastBackboneLayer(config.backbone)]
+        )
+        model.language_model = language
+        paligemma.model = model
+        root.paligemma = paligemma
+        root.gemma_expert = _Node()
+        root.gemma_expert.model = _Node()
+        root.gemma_expert.model.layers = nn.ModuleList(
+            ExpertLayer(expert) for _ in range(config.depth)
+        )
+        root.gemma_expert.model.norm = AdaptiveRMSNorm(expert.width, expert.width)
+        self.paligemma_with_expert = root
+        self.action_in_proj = nn.Linear(config.action_dim, expert.width)
+        self.action_out_proj = nn.Linear(expert.width, config.action_dim)
+        self.time_mlp_in = nn.Linear(expert.width, expert.width)
+        self.time_mlp_out = nn.Linear(expert.width, expert.width)
+
+    @property
+    def vision_model(self) -> SiglipVisionModel:
+        return self.paligemma_with_expert.paligemma.model.vision_tower.vision_model
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.paligemma_with_expert.paligemma.model.multi_modal_projector.linear
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        return self.paligemma_with_expert.paligemma.model.language_model.embed_tokens
+
+    @property
+    def backbone_layers(self) -> nn.ModuleList:
+        return self.paligemma_with_expert.paligemma.model.language_model.layers
+
+    @property
+    def expert_layers(self) -> nn.ModuleList:
+        return self.paligemma_with_expert.gemma_expert.model.layers
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, V, 3, S, S] in [-1, 1] → tokens [B, V·patches, D]."""
+        batch, views = pixels.shape[:2]
+        tokens = self.projector(self.vision_model(pixels.flatten(0, 1)))
+        return tokens.unflatten(0, (batch, views)).flatten(1, 2)
+
+    def embed_text(self, token_ids: Tensor) -> Tensor:
+        """Token ids [B, T] → [B, T, D], scaled by √D as Gemma does."""
+        return self.embed_tokens(token_ids) * math.sqrt(self.config.backbone.width)
+
+    def embed_prefix(self, pixels: Tensor, token_ids: Tensor) -> Tensor:
+        """Images then text, [B, V·patches + T, D]."""
+        return torch.cat((self.embed_images(pixels), self.embed_text(token_ids)), dim=1)
+
+    def prefix_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary table of positions [B, T]."""
+        return rotary_table(positions, self.config.backbone.head_dim)
+
+    def prefill(
+        self, prefix: Tensor, positions: Tensor, mask: Tensor | None = None
+    ) -> tuple[list[KeyValue], Tensor]:
+        """Run the backbone over the prefix.
+
+        Args:
+            prefix: [B, P, D] embedded tokens.
+            positions: [B, P] (or [1, P]) positions, the cumulative sum of the padding mask.
+            mask: [B, 1, 1 or P, P] bool, True where a key may be seen; None without padding.
+
+        Returns:
+            Keys and values per layer, and the residual stream [B, P, D] before the last layer.
+        """
+        rotary = self.prefix_rotary(positions)
+        cache: list[KeyValue] = []
+        for layer in self.backbone_layers:
+            prefix, kv = layer(prefix, rotary, mask)
+            cache.append(kv)
+        return cache, prefix
+
+    def step_modulation(self, times: Tensor) -> Tensor:
+        """Adaptive-norm modulation at flow times [B] → [B, norms, 3, D].
+
+        Norm 2·i is layer i's attention norm, 2·i + 1 its MLP norm, the last one the final norm.
+        """
+        width = self.config.expert.width
+        fraction = torch.linspace(
+            0.0, 1.0, width // 2, dtype=torch.float64, device=times.device
+        )
+        period = TIME_MIN_PERIOD * (TIME_MAX_PERIOD / TIME_MIN_PERIOD) ** fraction
+        angle = 2.0 * math.pi / period * times.to(torch.float64).unsqueeze(-1)
+        embedding = torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.time_mlp_in.weight.dtype)
+        hidden = nn.functional.silu(self.time_mlp_in(embedding))
+        condition = nn.functional.silu(self.time_mlp_out(hidden))
+        norms: list[AdaptiveRMSNorm] = []
+        for layer in self.expert_layers:
+            norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        norms.append(self.paligemma_with_expert.gemma_expert.model.norm)
+        return torch.stack([norm.modulation(condition) for norm in norms], dim=-3)
+
+    def suffix_rotary(self, offset: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Rotary table of the action tokens; ``offset`` [B, 1] or int is the prefix length."""
+        positions = torch.arange(self.config.horizon, device=self.action_in_proj.weight.device)
+        positions = positions.unsqueeze(0) + offset
+        return rotary_table(positions, self.config.expert.head_dim)
+
+    def velocity(
+        self,
+        x_t: Tensor,
+        modulation: Tensor,
+        cache: Sequence[KeyValue],
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The learned velocity at one flow time.
+
+        Args:
+            x_t: [B, horizon, action_dim] noisy normalized actions.
+            modulation: [B, norms, 3, D] from ``step_modulation``.
+            cache: the prefix's keys and values per layer.
+            rotary: from ``suffix_rotary``.
+            mask: [B, 1, 1 or H, P + H] bool, True where a key may be seen.
+
+        Returns:
+            [B, horizon, action_dim] velocity (noise - actions).
+        """
+        x = self.action_in_proj(x_t)
+        for i, (layer, kv) in enumerate(zip(self.expert_layers, cache, strict=True)):
+            x = layer(x, modulation[..., 2 * i : 2 * i + 2, :, :], rotary, kv, mask)
+        return self.read_out(x, modulation)
+
+    def read_out(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Final norm and projection, [B, horizon, D] → [B, horizon, action_dim]."""
+        normed, _ = adaptive_rms_norm(x, modulation[..., -1, :, :])
+        return self.action_out_proj(normed)
+
+
+def sample_chunk(
+    module: Pi05Module,
+    cache: Sequence[KeyValue],
+    prefix_length: int,
+    noise: Tensor,
+    modulation: Tensor,
+    clock: FlowClock,
+) -> Tensor:
+    """Integrate the flow from noise to a normalized action chunk.
+
+    Args:
+        cache: keys and values of the prefix, batch B.
+        noise: [B, horizon, action_dim] at t = 1.
+        modulation: [steps, norms, 3, D], one row per Euler step.
+        clock: entered once per step.
+    """
+    steps = modulation.shape[0]
+    rotary = module.suffix_rotary(prefix_length)
+    x = noise
+    for i, t in enumerate(euler_times(steps)):
+        with clock.step(i, t):
+            x = x - module.velocity(x, modulation[i : i + 1], cache, rotary) / steps
+    return x
+
+
+def dropped_keys(config: Pi05Config) -> set[str]:
+    """Official checkpoint keys that inference never reads and this module does not allocate."""
+    language = "paligemma_with_expert.paligemma.model.language_model"
+    last = f"{language}.layers.{config.depth - 1}"
+    dead = {
+        "paligemma_with_expert.paligemma.lm_head.weight",
+        "paligemma_with_expert.gemma_expert.lm_head.weight",
+        f"{language}.norm.weight",
+        f"{last}.post_attention_layernorm.weight",
+    }
+    dead |= {f"{last}.self_attn.{name}_proj.weight" for name in ("q", "o")}
+    return dead | {f"{last}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+
+
+def dropped_parameters(config: Pi05Config) -> int:
+    """Number of parameters behind ``dropped_keys`` in a complete official checkpoint."""
+    backbone, expert = config.backbone, config.expert
+    heads = config.vocabulary * (backbone.width + expert.width)
+    tied = config.vocabulary * backbone.width  # lm_head shares the embedding's storage
+    last = 2 * backbone.width * backbone.heads * backbone.head_dim
+    last += 3 * backbone.width * backbone.hidden + 2 * backbone.width
+    return heads - tied + last
+
+
+def remove_modulation(module: Pi05Module) -> None:
+    """Take out the adaptive norms' dense layers and the time MLP, which a step table replaces."""
+    for layer in module.expert_layers:
+        layer.input_layernorm.dense = None
+        layer.post_attention_layernorm.dense = None
+    module.paligemma_with_expert.gemma_expert.model.norm.dense = None
+    module.time_mlp_in = None
+    module.time_mlp_out = None
+
+
+def component_of(parameter: str) -> str:
+    """The part of the policy a parameter (or a site's tensor) belongs to, for memory tables."""
+    for marker, component in (
+        ("vision_tower.", "vision"),
+        ("multi_modal_projector.", "projector"),
+        ("embed_tokens.", "token embedding"),
+        ("language_model.", "backbone"),
+        (".dense.", "adaptive norms"),
+        ("time_mlp", "adaptive norms"),
+        ("gemma_expert.", "action_head"),
+    ):
+        if marker in parameter:
+            return component
+    return "action projections"
+
+
+def _layer_sites(
+    prefix: str,
+    component: Component,
+    groups: Sequence[tuple[str, tuple[str, ...]]],
+    *,
+    per_step: bool = False,
+) -> tuple[QuantizationSite, ...]:
+    return tuple(
+        QuantizationSite(
+            f"{prefix}.{name}", tuple(f"{prefix}.{m}" for m in members), component, per_step
+        )
+        for name, members in groups
+    )
+
+
+_SIGLIP_GROUPS = (
+    ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("self_attn.out_proj", ("self_attn.out_proj",)),
+    ("mlp.fc1", ("mlp.fc1",)),
+    ("mlp.fc2", ("mlp.fc2",)),
+)
+_GEMMA_GROUPS = (
+    ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("self_attn.o_proj", ("self_attn.o_proj",)),
+    ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mlp.down_proj", ("mlp.down_proj",)),
+)
+_LAST_LAYER_GROUPS = (("self_attn.kv_proj", ("self_attn.k_proj", "self_attn.v_proj")),)
+
+
+def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]:
+    """The forward pass as calibration stages.
+
+    The state of one observation starts with ``pixels`` [1, V, 3, S, S], ``token_ids`` [1, T] and
+    ``noise`` [1, H, A]; stages add what later ones read and drop what none does.
+    """
+    config = module.config
+    root = "paligemma_with_expert"
+    vision = f"{root}.paligemma.model.vision_tower.vision_model.encoder.layers"
+    backbone = f"{root}.paligemma.model.language_model.layers"
+    expert = f"{root}.gemma_expert.model.layers"
+
+    def patches(state: State) -> State:
+        pixels = state["pixels"].flatten(0, 1)
+        return {
+            "image_tokens": module.vision_model.embeddings(pixels),
+            "token_ids": state["token_ids"],
+            "noise": state["noise"],
+        }
+
+    def vision_layer(i: int) -> Stage:
+        def run(state: State) -> State:
+            tokens = module.vision_model.encoder.layers[i](state["image_tokens"])
+            return {**state, "image_tokens": tokens}
+
+        return Stage(
+            f"vision layer {i}", run, _layer_sites(f"{vision}.{i}", "vision", _SIGLIP_GROUPS)
+        )
+
+    def project(state: State) -> State:
+        normed = module.vision_model.post_layernorm(state["image_tokens"])
+        images = module.projector(normed).flatten(0, 1).unsqueeze(0)
+        prefix = torch.cat((images, module.embed_text(state["token_ids"])), dim=1)
+        return {"prefix": prefix, "cache": (), "noise": state["noise"]}
+
+    def backbone_layer(i: int) -> Stage:
+        def run(state: State) -> State:
+            prefix = state["prefix"]
+            positions = torch.arange(prefix.shape[1], device=prefix.device).unsqueeze(0)
+            out, kv = module.backbone_layers[i](prefix, module.prefix_rotary(positions))
+            return {**state, "prefix": out, "cache": (*state["cache"], kv)}
+
+        groups = _LAST_LAYER_GROUPS if i == config.depth - 1 else _GEMMA_GROUPS
+        return Stage(
+            f"backbone layer {i}", run, _layer_sites(f"{backbone}.{i}", "backbone", groups)
+        )
+
+    def trajectory(state: State) -> State:
+        """The full-precision expert over the quantized prefix fixes what each step will see."""
+        times = euler_times(steps)
+        modulation = module.step_modulation(torch.tensor(times, device=state["noise"].device))
+        rotary = module.suffix_rotary(state["prefix"].shape[1])
+        x, hidden = state["noise"], []
+        for i in range(steps):
+            hidden.append(module.action_in_proj(x))
+            x = x - module.velocity(x, modulation[i : i + 1], state["cache"], rotary) / steps
+        return {
+            "cache": state["cache"],
+            "rotary": rotary,
+            "hidden": tuple(hidden),
+            "modulation": modulation,
+        }
+
+    def expert_layer(i: int) -> Stage:
+        def run(state: State) -> State:
+            hidden = []
+            for step, t in enumerate(euler_times(steps)):
+                with clock.step(step, t):
+                    modulation = state["modulation"][step : step + 1, 2 * i : 2 * i + 2]
+                    kv = state["cache"][i]
+                    hidden.append(
+                        module.expert_layers[i](
+                            state["hidden"][step], modulation, state["rotary"], kv
+                        )
+                    )
+            return {**state, "hidden": tuple(hidden)}
+
+        sites = _layer_sites(f"{expert}.{i}", "action_head", _GEMMA_GROUPS, per_step=True)
+        return Stage(f"action expert layer {i}", run, sites)
+
+    projector_path = f"{root}.paligemma.model.multi_modal_projector.linear"
+    projector_site = QuantizationSite(projector_path, (projector_path,), "projector")
+    return [
+        Stage("patches", patches),
+        *(vision_layer(i) for i in range(config.vision.depth)),
+        Stage("projector", project, (projector_site,)),
+        *(backbone_layer(i) for i in range(config.depth)),
+        Stage("denoising trajectory", trajectory),
+        *(expert_layer(i) for i in range(config.depth)),
+    ]

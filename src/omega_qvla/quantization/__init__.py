@@ -1,0 +1,9 @@
+"""Pure quantization maths on tensors: no files, no models, no devices of its own.
+
+* ``transforms``  – balancing, composite rotation and permutation of a site's input space;
+* ``weights``     – integer weights: scales, round to nearest, GPTQ;
+* ``activations`` – integer activations: per-token, per-step and per-channel scales;
+* ``outliers``    – the function-preserving outlier stress twin.
+
+Everything here is deterministic: the same inputs give the same bytes.
+"""

@@ -1,0 +1,183 @@
+"""A journal of quantized sites, so that interrupted work resumes and gives the same bytes.
+
+A directory holds ``header.json`` (what the work depends on) and one safetensors file per finished
+site.  Every file is written beside its place, flushed to disk and renamed, so a kill leaves either
+the whole site or nothing: at most the site in progress is computed again.  A header that differs
+from the present inputs is refused with the list of differences, because mixing sites of two
+recipes or two checkpoints would give an artifact nobody asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from omega_qvla.quantization.transforms import BlockTransform, OutputRotation
+from omega_qvla.quantization.weights import QuantizedWeight
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from omega_qvla.errors import ResourceError, ResumeError
+from omega_qvla.policies.base import QuantizationSite
+from omega_qvla.quantization.site import QuantizedSite
+from omega_qvla.recipe import ActivationScheme
+
+HEADER = "header.json"
+
+
+class Journal:
+    """Finished sites of one quantization, on disk.
+
+    Args:
+        directory: where to keep them; created if needed.
+        header: everything the result depends on (recipe, weights, calibration, version).
+        resume: continue what is there; without it an existing journal is discarded.
+
+    Raises:
+        ResumeError: ``resume`` and the directory's header differs from ``header``.
+        ResourceError: the disk is full.
+    """
+
+    def __init__(self, directory: Path, header: Mapping[str, str], *, resume: bool) -> None:
+        self.directory = directory
+        if directory.exists() and not resume:
+            shutil.rmtree(directory)
+        path = directory / HEADER
+        if path.exists():
+            _require_same(path, header)
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"cannot create {directory}: {error}") from error
+        _write(path, json.dumps(dict(header), indent=1, sort_keys=True).encode())
+
+    def load(self, index: int, site: QuantizationSite) -> QuantizedSite | None:
+        """The finished site with this index, or None if it has to be computed."""
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = json.loads((file.metadata() or {})["site"])
+            return _decode(site, tensors, metadata)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ResumeError(
+                f"{path} is damaged ({error}); delete {self.directory} and start again"
+            ) from error
+
+    def store(self, index: int, quantized: QuantizedSite) -> None:
+        """Record a finished site.
+
+        Raises:
+            ResourceError: the disk is full; nothing is left half-written.
+        """
+        tensors, metadata = _encode(quantized)
+        _write(self._path(index), save(tensors, metadata={"site": json.dumps(metadata)}))
+
+    def discard(self) -> None:
+        """Remove the journal after the result has been saved."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self.directory / f"site-{index:05d}.safetensors"
+
+
+def _require_same(path: Path, header: Mapping[str, str]) -> None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{path} is unreadable ({error}); start again without resume") from error
+    if not isinstance(found, dict):
+        raise ResumeError(f"{path} is not a journal header; start again without resume")
+    different = [
+        f"{key}: was {found.get(key)!r}, now {header.get(key)!r}"
+        for key in sorted({*found, *header})
+        if found.get(key) != header.get(key)
+    ]
+    if different:
+        raise ResumeError(
+            f"cannot resume {path.parent}: its inputs changed ({'; '.join(different)}); "
+            "restore them, or start again without resume"
+        )
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ResourceError(
+            f"cannot write {path}: {error}; free some space and run again with resume"
+        ) from error
+
+
+def _encode(quantized: QuantizedSite) -> tuple[dict[str, Tensor], dict[str, object]]:
+    optional = {
+        "bias": quantized.bias,
+        "activation_scale": quantized.activation_scale,
+        "activation_times": quantized.activation_times,
+    }
+    tensors = {"integers": quantized.weight.integers, "scale": quantized.weight.scale}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    metadata: dict[str, object] = {
+        "weight_bits": quantized.weight_bits,
+        "in_features": quantized.in_features,
+        "splits": list(quantized.splits),
+        "group": quantized.weight.group,
+        "note": quantized.note,
+        "proxy_loss": quantized.proxy_loss,
+        "activations": quantized.activations.model_dump(mode="json"),
+    }
+    if quantized.transform is not None:
+        tensors["transform"] = quantized.transform.matrix
+        if quantized.transform.permutation is not None:
+            tensors["permutation"] = quantized.transform.permutation
+    if quantized.output_rotation is not None:
+        tensors["output_rotation"] = quantized.output_rotation.matrix
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
+
+
+def _decode(
+    site: QuantizationSite, tensors: dict[str, Tensor], metadata: dict
+) -> QuantizedSite:
+    transform = None
+    if "transform" in tensors:
+        matrix = tensors["transform"]
+        transform = BlockTransform(
+            matrix, tensors.get("permutation"), matrix.shape[-1], int(metadata["in_features"])
+        )
+    rotation = None
+    if "output_rotation" in tensors:
+        rotation = OutputRotation(tensors["output_rotation"], sum(metadata["splits"]))
+    return QuantizedSite(
+        site=site,
+        in_features=int(metadata["in_features"]),
+        splits=tuple(int(width) for width in metadata["splits"]),
+        weight=QuantizedWeight(
+            tensors["integers"].to(torch.int8),
+            tensors["scale"],
+            metadata["group"],
+            str(metadata["note"]) or None,
+        ),
+        weight_bits=int(metadata["weight_bits"]),
+        transform=transform,
+        bias=tensors.get("bias"),
+        activations=ActivationScheme.model_validate(metadata["activations"]),
+        activation_scale=tensors.get("activation_scale"),
+        activation_times=tensors.get("activation_times"),
+        output_rotation=rotation,
+        proxy_loss=metadata["proxy_loss"],
+        note=str(metadata["note"]),
+    )

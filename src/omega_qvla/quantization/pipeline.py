@@ -1,0 +1,239 @@
+"""Quantize a whole policy: the loop over stages and sites.
+
+Calibration walks the policy's stages in execution order and keeps, per observation, only the state
+between two stages.  With ``cascade`` each site is measured after everything before it has been
+quantized and replaced by its simulation, so that a later site's scales and GPTQ's Hessian are those
+it will really see, and its rounding can compensate the errors that already happened.  Without it
+(the baselines as published) all statistics come from the full-precision policy.
+
+Every finished site goes into the journal before the next one starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from omega_qvla.calibration.capture import SiteStatistics, capture
+from omega_qvla.calibration.observations import as_observations
+from omega_qvla.errors import PolicyError
+from omega_qvla.policies.base import (
+    Observation,
+    Policy,
+    QuantizationSite,
+    Stage,
+    State,
+    sites_of,
+)
+from omega_qvla.policies.step_table import StepTable
+from omega_qvla.quantization.embedding import QuantizedRows, quantize_rows
+from omega_qvla.quantization.journal import Journal
+from omega_qvla.quantization.simulation import SimulatedLinear, install
+from omega_qvla.quantization.site import QuantizedSite, needs_statistics, quantize_site
+from omega_qvla.recipe import Recipe
+
+Progress = Callable[[int, int, str], None]
+"""(sites done, sites in all, what is being done now)."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The outcome of quantizing a policy.
+
+    Attributes:
+        recipe: what was done.
+        sites: quantized sites in execution order.
+        embedding: int8 token embedding, or None where it stays as it is.
+        step_table: adaptive-norm modulation over flow time, or None where the dense layers stay.
+        simulated: a policy that computes with the dequantized values.
+        calibration: fingerprint of the observations that were used.
+        observations: how many there were.
+    """
+
+    recipe: Recipe
+    sites: tuple[QuantizedSite, ...]
+    embedding: QuantizedRows | None
+    step_table: StepTable | None
+    simulated: Policy
+    calibration: str
+    observations: int
+
+
+def quantize_policy(
+    policy: Policy,
+    observations: Iterable[Observation],
+    recipe: Recipe,
+    *,
+    journal: Callable[[dict[str, str]], Journal] | None = None,
+    progress: Progress = lambda _done, _total, _what: None,
+) -> Quantization:
+    """Quantize every site that the recipe covers.
+
+    Args:
+        policy: full precision; it is not modified.
+        observations: calibration data; at most ``recipe.observations`` of them, evenly spread.
+        recipe: the method.
+        journal: opens the journal for a header (see ``journal_header``); None keeps none.
+        progress: called before each site.
+
+    Raises:
+        ObservationError: there are no observations, or one does not fit the policy.
+        NonFiniteError: NaN or Inf in a weight or an activation.
+        PolicyError: the recipe covers no site of this policy, or a site was never reached.
+        ResumeError: the journal belongs to other inputs.
+    """
+    used = as_observations(observations).spread(recipe.observations)
+    covered = [site for site in sites_of(policy) if recipe.scheme(site.component) is not None]
+    if not covered:
+        raise PolicyError(
+            f"recipe {recipe.name!r} covers no part of this {policy.family} policy; its sites are "
+            f"in {sorted({site.component for site in sites_of(policy)})}"
+        )
+    calibration = used.fingerprint
+    opened = None if journal is None else journal(journal_header(policy, calibration, recipe))
+    working = policy.clone()
+    embedding = _quantize_embedding(working, recipe)
+    work = _Work(working, recipe, covered, opened, progress)
+    states = [
+        working.initial_state(item, torch.Generator().manual_seed(recipe.seed + i))
+        for i, item in enumerate(used)
+    ]
+    stages = list(working.stages())
+    for number, stage in enumerate(stages):
+        work.quantize_stage(stage, states)
+        if number + 1 < len(stages):
+            with torch.no_grad():
+                states = [stage.run(state) for state in states]
+    if not recipe.cascade:
+        work.install_all()
+    return Quantization(
+        recipe=recipe,
+        sites=tuple(work.finished),
+        embedding=embedding,
+        step_table=_tabulate(policy, recipe),
+        simulated=working,
+        calibration=calibration,
+        observations=len(used),
+    )
+
+
+def journal_header(policy: Policy, calibration: str, recipe: Recipe) -> dict[str, str]:
+    """Everything that the bytes of the result depend on."""
+    return {
+        "recipe": recipe.content_hash,
+        "weights": weights_fingerprint(policy.module),
+        "calibration": calibration,
+        "library": version("omega-qvla"),
+        "torch": torch.__version__,
+    }
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name}{list(parameter.shape)}{parameter.dtype}".encode())
+        flat = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(memoryview(flat.numpy()))
+    return digest.hexdigest()
+
+
+class _Work:
+    """The sites done so far, and the steps that do one more."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        recipe: Recipe,
+        covered: Sequence[QuantizationSite],
+        journal: Journal | None,
+        progress: Progress,
+    ) -> None:
+        self.policy, self.recipe, self.journal, self.progress = policy, recipe, journal, progress
+        self.index = {site.name: i for i, site in enumerate(covered)}
+        self.finished: list[QuantizedSite] = []
+
+    def quantize_stage(self, stage: Stage, states: Sequence[State]) -> None:
+        """Quantize the covered sites of one stage."""
+        sites = [site for site in stage.sites if site.name in self.index]
+        if self.recipe.cascade:
+            for site in sites:
+                quantized = self._one(site, lambda s: self._measure(stage, states, [s])[s.name])
+                self._install(quantized)
+            return
+        missing = [site for site in sites if self._stored(site) is None]
+        measured = self._measure(stage, states, missing) if missing else {}
+        for site in sites:
+            self._one(site, lambda s: measured[s.name])
+
+    def install_all(self) -> None:
+        """Replace all quantized sites by their simulation."""
+        for quantized in self.finished:
+            self._install(quantized)
+
+    def _one(
+        self,
+        site: QuantizationSite,
+        measure: Callable[[QuantizationSite], SiteStatistics | None],
+    ) -> QuantizedSite:
+        self.progress(len(self.finished), len(self.index), site.name)
+        quantized = self._stored(site)
+        if quantized is None:
+            scheme = self.recipe.scheme(site.component)
+            assert scheme is not None
+            linears = [self.policy.module.get_submodule(name) for name in site.linears]
+            quantized = quantize_site(site, linears, scheme, measure(site))
+            if self.journal is not None:
+                self.journal.store(self.index[site.name], quantized)
+        self.finished.append(quantized)
+        return quantized
+
+    def _stored(self, site: QuantizationSite) -> QuantizedSite | None:
+        return None if self.journal is None else self.journal.load(self.index[site.name], site)
+
+    def _measure(
+        self, stage: Stage, states: Sequence[State], sites: Sequence[QuantizationSite]
+    ) -> dict[str, SiteStatistics | None]:
+        wanted = []
+        for site in sites:
+            scheme = self.recipe.scheme(site.component)
+            if scheme is not None and needs_statistics(scheme):
+                wanted.append(site)
+        nothing: dict[str, SiteStatistics | None] = {site.name: None for site in sites}
+        if not wanted:
+            return nothing
+        return nothing | capture(
+            stage,
+            states,
+            wanted,
+            self.policy.module,
+            self.policy.clock,
+            lambda site: self.recipe.seed + self.index[site.name],
+        )
+
+    def _install(self, quantized: QuantizedSite) -> None:
+        simulated = SimulatedLinear(quantized, self.policy.clock)
+        install(self.policy.module, quantized.site.linears, simulated)
+
+
+def _quantize_embedding(policy: Policy, recipe: Recipe) -> QuantizedRows | None:
+    path = getattr(policy, "embedding_path", None)
+    if recipe.embedding_bits != 8 or path is None:
+        return None
+    module = policy.module.get_submodule(path)
+    rows = quantize_rows(path, module.weight.detach())
+    simulated = nn.Embedding.from_pretrained(rows.dequantize(), freeze=True)
+    install(policy.module, [path], simulated)
+    return rows
+
+
+def _tabulate(policy: Policy, recipe: Recipe) -> StepTable | None:
+    tabulate = getattr(policy, "tabulate_modulation", None)
+    if recipe.adaptive_norm != "table" or tabulate is None:
+        return None
+    return tabulate(recipe.table_step_counts)

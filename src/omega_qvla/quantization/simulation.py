@@ -1,0 +1,90 @@
+"""Quantized linears in floating point: what calibration runs, and all a simulation-only recipe has.
+
+``SimulatedLinear`` rounds activations and weights to the same integers as the runtime does and
+multiplies their dequantized values.  Calibration uses it to let later sites see the errors of
+earlier ones; a recipe whose scales cannot exist in an integer product (one per input channel) can
+be run in no other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F  # noqa: N812
+from omega_qvla.quantization.activations import (
+    dequantize_activation,
+    per_token_scale,
+    quantize_activation,
+)
+from torch import Tensor, nn
+
+from omega_qvla.policies.base import FlowClock
+from omega_qvla.quantization.site import QuantizedSite, transform_rows
+
+
+class SimulatedLinear(nn.Module):
+    """Drop-in for the linears of one site, computing in floating point."""
+
+    def __init__(self, quantized: QuantizedSite, clock: FlowClock) -> None:
+        super().__init__()
+        self.splits = quantized.splits
+        self.in_features = quantized.in_features
+        self.out_features = sum(quantized.splits)
+        self._quantized = quantized
+        self._clock = clock
+        self._weight = quantized.weight.dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantized = self._quantized
+        rows = transform_rows(x, quantized.transform)
+        scale = self._scale(rows)
+        integers = quantize_activation(rows, scale, quantized.activations.bits)
+        rounded = dequantize_activation(integers, scale)
+        if quantized.output_rotation is None:
+            return F.linear(rounded, self._weight, quantized.bias)
+        y = quantized.output_rotation.undo(F.linear(rounded, self._weight))
+        return y if quantized.bias is None else y + quantized.bias
+
+    def held_bytes(self) -> int:
+        """Bytes of the dequantized weight and what goes with it."""
+        transform = self._quantized.transform
+        return self._weight.nbytes + (0 if transform is None else transform.matrix.nbytes)
+
+    def _scale(self, rows: Tensor) -> Tensor:
+        quantized = self._quantized
+        if quantized.activation_scale is None or quantized.activation_times is None:
+            return per_token_scale(rows, quantized.activations.bits)
+        times, scales = quantized.activation_times, quantized.activation_scale
+        return scale_at(times, scales, self._clock.time)
+
+
+def scale_at(times: Tensor, scales: Tensor, time: float | None) -> Tensor:
+    """Static scales [steps, ...] at a flow time: linear between steps, constant beyond the ends.
+
+    Args:
+        times: [steps] strictly descending flow times.
+        scales: [steps] or [steps, K].
+        time: flow time; None is allowed for a single step.
+    """
+    if len(times) == 1 or time is None:
+        return scales[0]
+    after = int((times > time + 1e-6).sum())
+    if after == 0:
+        return scales[0]
+    if after == len(times):
+        return scales[-1]
+    weight = (times[after - 1] - time) / (times[after - 1] - times[after])
+    return torch.lerp(scales[after - 1], scales[after], weight)
+
+
+def install(module: nn.Module, linears: Sequence[str], replacement: nn.Module) -> None:
+    """Put ``replacement`` in the place of a site's first linear and empty the other places."""
+    first, *others = linears
+    _set(module, first, replacement)
+    for name in others:
+        _set(module, name, None)
+
+
+def _set(module: nn.Module, path: str, value: nn.Module | None) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, value)

@@ -1,0 +1,215 @@
+"""Recipes: which maths is applied where, as one typed, hashable value.
+
+A recipe names, for each component of a policy, a *scheme*: the transform of the input space, how
+weights are rounded, how activations are scaled.  Every method in the library, the baselines
+included, is a recipe made of the same parts.
+
+A scheme is **realizable** when its integers can be multiplied as they are stored: an activation
+scale may be constant over the whole contraction (one number per token, per step or per tensor),
+never differ along it.  ``omega-paper`` puts one scale on every input channel and is therefore a
+simulation; ``realizable`` says so and saving it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from omega_qvla.errors import RecipeError
+
+Scope = Literal["all", "paper"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TransformScheme(_Frozen):
+    """The block transform T of a site's input space: x' = x T, W' = W T⁻ᵀ.
+
+    Attributes:
+        rotation: none, Hadamard, right singular vectors (svd), or their product (svd_hadamard).
+        balance: exponent α of c_j = rms(x_j)^α / rms(W_:j)^(1-α) applied before rotating (METHOD:
+            x/c, W·c); None leaves channels as they are.
+        permutation: ``snake`` deals channels over blocks by energy before rotating.
+        block: block size; sites whose width is not a multiple are padded with zeros.
+        output_rotation: rotate the output in blocks and undo it after the product (simulation of
+            the paper's action head).
+    """
+
+    rotation: Literal["none", "hadamard", "svd", "svd_hadamard"] = "svd_hadamard"
+    balance: float | None = Field(default=None, ge=0.0, le=1.0)
+    permutation: Literal["none", "snake"] = "none"
+    block: int = Field(default=64, ge=2)
+    output_rotation: bool = False
+
+    @property
+    def identity(self) -> bool:
+        """Whether inputs are used as they are."""
+        return self.rotation == "none" and self.balance is None and self.permutation == "none"
+
+
+class WeightScheme(_Frozen):
+    """How weights become integers.
+
+    Attributes:
+        bits: integer width, symmetric, [-2^(bits-1), 2^(bits-1) - 1].
+        rounding: round to nearest, or GPTQ with error propagation.
+        scale: absolute maximum, or mean-squared-error search over clip ratios.
+        group: input channels per scale; None is one scale per output channel.
+        damping: GPTQ's Hessian damping as a fraction of the mean diagonal.
+    """
+
+    bits: Literal[4, 8] = 4
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    scale: Literal["max", "mse"] = "mse"
+    group: int | None = Field(default=None, ge=2)
+    damping: float = Field(default=0.01, gt=0.0)
+
+
+class ActivationScheme(_Frozen):
+    """How activations become integers.
+
+    Attributes:
+        bits: integer width, symmetric.
+        scale: ``per_token`` dynamic; ``per_step`` one static number per denoising step (sites
+            outside the action head have a single step); ``per_channel_per_step`` the paper's
+            static scale on every input channel (simulation only).
+        quantile: for ``per_channel_per_step``, the quantile of abs(x') that maps to the largest
+            integer.
+    """
+
+    bits: Literal[4, 8] = 4
+    scale: Literal["per_token", "per_step", "per_channel_per_step"] = "per_token"
+    quantile: float = Field(default=0.999, gt=0.0, le=1.0)
+
+    @property
+    def realizable(self) -> bool:
+        return self.scale != "per_channel_per_step"
+
+
+class Scheme(_Frozen):
+    """Transform, weights and activations of one component."""
+
+    transform: TransformScheme = TransformScheme()
+    weights: WeightScheme = WeightScheme()
+    activations: ActivationScheme = ActivationScheme()
+
+    @property
+    def realizable(self) -> bool:
+        return self.activations.realizable and not self.transform.output_rotation
+
+
+class Recipe(_Frozen):
+    """A named quantization method.
+
+    Attributes:
+        name: what the user types.
+        description: one line for tables and model cards, with the source.
+        vision, projector, backbone, action_head: the scheme of each component; None leaves it in
+            the checkpoint's own precision.
+        adaptive_norm: ``table`` replaces the adaptive-norm linears by their exact values at the
+            denoising times of ``table_step_counts`` (interpolated elsewhere); ``keep`` leaves them.
+        table_step_counts: step counts that are exact, besides the policy's own.
+        embedding_bits: 8 stores token embeddings as integers with one scale per row.
+        cascade: calibrate later sites with the earlier ones already quantized.
+        observations: at most this many calibration observations are used.
+        seed: seeds sampling noise and row sampling of calibration.
+    """
+
+    name: str
+    description: str
+    vision: Scheme | None = None
+    projector: Scheme | None = None
+    backbone: Scheme | None = None
+    action_head: Scheme | None = None
+    adaptive_norm: Literal["table", "keep"] = "keep"
+    table_step_counts: tuple[int, ...] = (4, 5, 8, 10, 16)
+    embedding_bits: Literal[8, 16] = 16
+    cascade: bool = True
+    observations: int = Field(default=64, ge=1)
+    seed: int = 0
+
+    def scheme(self, component: str) -> Scheme | None:
+        """The scheme of a component by name."""
+        return getattr(self, component)
+
+    @property
+    def realizable(self) -> bool:
+        """Whether every quantized component can be stored and multiplied as integers."""
+        schemes = (self.vision, self.projector, self.backbone, self.action_head)
+        return all(scheme.realizable for scheme in schemes if scheme is not None)
+
+    def scoped(self, scope: Scope) -> Recipe:
+        """``paper`` keeps only backbone and action head; ``all`` is the recipe as written."""
+        if scope == "all":
+            return self
+        return self.model_copy(
+            update={
+                "vision": None,
+                "projector": None,
+                "adaptive_norm": "keep",
+                "embedding_bits": 16,
+            }
+        )
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the canonical JSON of everything that changes the result."""
+        content = self.model_dump(mode="json", exclude={"description"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, source: str | Path | Recipe) -> Recipe:
+        """A recipe from its name, a YAML file, or itself.
+
+        Raises:
+            RecipeError: unknown name (lists the known ones), unreadable file, or invalid content.
+        """
+        if isinstance(source, Recipe):
+            return source
+        known = recipe_names()
+        if str(source) in known:
+            text = (files("omega_qvla") / "recipes" / f"{source}.yaml").read_text("utf-8")
+            return cls._parse(text, f"recipe {source!r}")
+        path = Path(source)
+        if path.suffix not in (".yaml", ".yml"):
+            raise RecipeError(
+                f"unknown recipe {str(source)!r}; known recipes: {', '.join(known)}; "
+                "or give the path of a .yaml file"
+            )
+        try:
+            return cls._parse(path.read_text("utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read recipe file {path}: {error}") from error
+
+    @classmethod
+    def _parse(cls, text: str, where: str) -> Recipe:
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{where} is not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise RecipeError(f"{where} must be a mapping of recipe fields")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in item['loc']) or 'recipe'}: {item['msg']}"
+                for item in error.errors()
+            )
+            raise RecipeError(f"{where} is not a valid recipe: {problems}") from error
+
+
+def recipe_names() -> list[str]:
+    """Names of the built-in recipes."""
+    folder = files("omega_qvla") / "recipes"
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )

@@ -1,0 +1,1 @@
+"""Tables and figures from saved JSON; imports nothing of the library but its errors."""

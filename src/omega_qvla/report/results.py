@@ -1,0 +1,120 @@
+"""Reading saved comparisons: the ``rows`` JSON that ``demo`` and ``compare`` write.
+
+Reports never evaluate anything.  What they show comes from a file, so a figure can be drawn again
+years later; a value the evaluation did not measure is null there and a dash here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from omega_qvla.errors import OmegaError
+
+SCHEMA = 1
+
+
+class ReportError(OmegaError):
+    """A saved result cannot be read, or a report cannot be made from it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of a saved comparison; None where nothing was measured.
+
+    ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``.
+    """
+
+    policy: str
+    recipe: str
+    condition: str
+    realizable: bool
+    success: dict[str, tuple[int, int]]
+    success_mean: float | None
+    ci95: tuple[float, float] | None
+    action_error: float | None
+    noise_floor: float | None
+    smoothness: float | None
+    checkpoint_bytes: int | None
+    resident_bytes: int | None
+    ms_per_chunk: float | None
+    smoke: bool = False
+    scope: str | None = None
+    paired: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def episodes(self) -> int:
+        """Episodes over all tasks."""
+        return sum(episodes for _, episodes in self.success.values())
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether this row is the reference of the others."""
+        return self.recipe in ("fp32", "bf16")
+
+
+def load_results(path: str | Path) -> list[Result]:
+    """The rows of a saved comparison, in the file's order.
+
+    Raises:
+        ReportError: the file is missing, no JSON, of another schema, empty, or a row lacks a key
+            or has a value of the wrong kind.
+    """
+    source = Path(path)
+    try:
+        document = json.loads(source.read_text("utf-8"))
+    except OSError as error:
+        raise ReportError(f"cannot read {source}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{source} is not JSON: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+        raise ReportError(f"{source} is no saved comparison: it has no list of 'rows'")
+    if document.get("schema") != SCHEMA:
+        raise ReportError(
+            f"{source} has schema {document.get('schema')!r}; this version reads {SCHEMA}"
+        )
+    rows = cast(list[Any], document["rows"])
+    if not rows:
+        raise ReportError(f"{source} holds no rows")
+    return [_result(row, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _result(row: Any, where: str) -> Result:
+    if not isinstance(row, dict):
+        raise ReportError(f"{where}: expected a mapping, got {type(row).__name__}")
+    given = cast(dict[str, Any], row)
+    try:
+        interval = given["success_ci95"]
+        return Result(
+            policy=str(given["policy"]),
+            recipe=str(given["recipe"]),
+            condition=str(given["condition"]),
+            realizable=bool(given["realizable"]),
+            success={task: (int(s), int(n)) for task, (s, n) in given["success"].items()},
+            success_mean=_number(given["success_mean"]),
+            ci95=None if interval is None else (float(interval[0]), float(interval[1])),
+            action_error=_number(given["action_error"]),
+            noise_floor=_number(given["noise_floor"]),
+            smoothness=_number(given["smoothness"]),
+            checkpoint_bytes=_integer(given["checkpoint_bytes"]),
+            resident_bytes=_integer(given["resident_bytes"]),
+            ms_per_chunk=_number(given["ms_per_chunk"]),
+            smoke=bool(given.get("smoke", False)),
+            scope=given.get("scope"),
+            paired=given.get("paired_vs_reference") or {},
+        )
+    except KeyError as error:
+        raise ReportError(f"{where}: key {error} is missing") from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ReportError(f"{where}: a value has the wrong kind: {error}") from error
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _integer(value: Any) -> int | None:
+    return None if value is None else int(value)

@@ -1,0 +1,151 @@
+"""A saved comparison as plain text: rows of strings, and Markdown.
+
+The caller decides how to print; nothing here knows a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omega_qvla.report.results import Result, load_results
+
+MISSING = "–"
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, rows of equal length, and notes that belong below."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def comparison_table(path: str | Path) -> Table:
+    """One line per recipe and condition: success, error, smoothness, bytes, time.
+
+    Raises:
+        ReportError: the file cannot be read as a comparison.
+    """
+    results = load_results(path)
+    names = _names(results)
+    header = ("recipe", "condition", "success (95 %)", "vs full precision", "action error")
+    header += ("noise floor", "jerk ratio", "checkpoint", "resident", "ms/chunk")
+    rows = tuple(
+        (name, result.condition, *_measured(result))
+        for name, result in zip(names, results, strict=True)
+    )
+    return Table(header, rows, _notes(results))
+
+
+def task_table(path: str | Path) -> Table:
+    """Successes and episodes of every task, one line per recipe and condition.
+
+    Raises:
+        ReportError: the file cannot be read as a comparison.
+    """
+    results = load_results(path)
+    tasks = list(dict.fromkeys(task for result in results for task in result.success))
+    rows = tuple(
+        (name, result.condition, *(_count(result.success.get(task)) for task in tasks))
+        for name, result in zip(_names(results), results, strict=True)
+    )
+    return Table(("recipe", "condition", *tasks), rows)
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table, padded so that it also reads well as plain text, and its notes."""
+    lines = [_cells(row) for row in (table.header, *table.rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
+    text = [_join(line, widths) for line in lines]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    notes = [f"- {note}" for note in table.notes]
+    return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
+
+
+def human_bytes(count: int | None) -> str:
+    """Decimal units with three significant digits: 4200000 → ``4.20 MB``."""
+    if count is None:
+        return MISSING
+    for size, unit in _UNITS:
+        if count >= size:
+            value = count / size
+            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+            return f"{value:.{digits}f} {unit}"
+    return f"{count} B"
+
+
+def _names(results: Sequence[Result]) -> list[str]:
+    """Recipe names, marked when simulated and prefixed with the policy when there are several."""
+    several = len({result.policy for result in results}) > 1
+    return [
+        (f"{result.policy}: " if several else "")
+        + result.recipe
+        + ("" if result.scope in (None, "all") else f" ({result.scope})")
+        + ("" if result.realizable else " *")
+        for result in results
+    ]
+
+
+def _measured(result: Result) -> tuple[str, ...]:
+    return (
+        _success(result),
+        _difference(result),
+        _error(result.action_error),
+        _error(result.noise_floor),
+        MISSING if result.smoothness is None else f"{result.smoothness:.2f}",
+        human_bytes(result.checkpoint_bytes),
+        human_bytes(result.resident_bytes),
+        MISSING if result.ms_per_chunk is None else f"{result.ms_per_chunk:.1f}",
+    )
+
+
+def _success(result: Result) -> str:
+    if result.success_mean is None or result.ci95 is None:
+        return MISSING
+    low, high = result.ci95
+    total = sum(successes for successes, _ in result.success.values())
+    interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * result.success_mean:.1f} % {interval} {total}/{result.episodes}"
+
+
+def _difference(result: Result) -> str:
+    if not result.paired:
+        return MISSING
+    low, high = result.paired["ci95"]
+    difference, p_value = result.paired["difference"], result.paired["mcnemar_p"]
+    interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * difference:+.1f} {interval} p={p_value:.2g}"
+
+
+def _error(value: float | None) -> str:
+    return MISSING if value is None else "0" if value == 0 else f"{value:.3g}"
+
+
+def _count(counts: tuple[int, int] | None) -> str:
+    return MISSING if counts is None else f"{counts[0]}/{counts[1]}"
+
+
+def _notes(results: Sequence[Result]) -> tuple[str, ...]:
+    notes: list[str] = []
+    if any(not result.realizable for result in results):
+        notes.append("recipes marked *: simulated, their integers cannot be multiplied as stored")
+    if any(result.paired for result in results):
+        notes.append("vs full precision: points on the same seeds, 95 % interval, McNemar's exact p")
+    if any(result.condition.startswith("stress") for result in results):
+        notes.append("stress: the same function with planted outliers, not a real checkpoint")
+    if any(result.smoke and result.episodes for result in results):
+        notes.append("smoke test: fewer than 100 episodes per task, too few for a claim")
+    return tuple(notes)
+
+
+def _cells(row: Sequence[str]) -> list[str]:
+    return [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
+
+
+def _join(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return "| " + " | ".join(padded) + " |"

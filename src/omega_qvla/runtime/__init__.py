@@ -1,0 +1,1 @@
+"""Run quantized policies: integer linears, kernels, the engine, loading and saving."""

@@ -1,0 +1,174 @@
+"""``QuantizedLinear``: integers in memory, integers multiplied.
+
+The module holds the packed integers, the scales, the block transform and the bias, and nothing
+else: there is no dequantized weight to fall back to.  It may stand for several fused linears, whose
+outputs it concatenates (``splits``).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import torch
+from omega_qvla.artifact.packing import pack_int4
+from torch import Tensor, nn
+
+from omega_qvla.errors import ObservationError
+from omega_qvla.policies.base import FlowClock
+from omega_qvla.quantization.site import QuantizedSite
+from omega_qvla.runtime.kernels import reference
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer (or several fused ones) that multiplies integers.
+
+    Args:
+        weight_packed: int32 [N, K'/8] for 4-bit weights, or int8 [N, K'] for 8-bit ones.
+        weight_scale: float32 [N] or [N, K'/group].
+        in_features: input width before padding.
+        splits: output widths of the fused linears.
+        activation_bits: width of the activation integers.
+        transform: [K'/B, B, B] block transform, or None.
+        activation_scale: [steps] static scales, or None for per-token dynamic scales.
+        activation_step_times: [steps] flow times of the static scales.
+        bias: [N], or None.
+        group: input channels per weight scale, or None.
+        clock: tells the flow time when scales are per step.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        in_features: int,
+        splits: tuple[int, ...],
+        activation_bits: int,
+        transform: Tensor | None,
+        activation_scale: Tensor | None,
+        activation_step_times: Tensor | None,
+        bias: Tensor | None,
+        group: int | None,
+        clock: FlowClock,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, sum(splits)
+        self.splits, self.group, self.activation_bits = splits, group, activation_bits
+        self.weight_packed: Tensor
+        self.weight_scale: Tensor
+        self.transform: Tensor | None
+        self.activation_scale: Tensor | None
+        self.activation_step_times: Tensor | None
+        self.bias: Tensor | None
+        self.register_buffer("weight_packed", weight_packed)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("transform", transform)
+        self.register_buffer("activation_scale", activation_scale)
+        self.register_buffer("activation_step_times", activation_step_times)
+        self.register_buffer("bias", bias)
+        self._clock = clock
+        self._schedule = _Schedule(activation_step_times, activation_scale)
+
+    @classmethod
+    def from_site(cls, quantized: QuantizedSite, clock: FlowClock) -> QuantizedLinear:
+        """Pack a freshly quantized, realizable site."""
+        integers = quantized.weight.integers
+        return cls(
+            weight_packed=pack_int4(integers) if quantized.weight_bits == 4 else integers,
+            weight_scale=quantized.weight.scale.contiguous(),
+            in_features=quantized.in_features,
+            splits=quantized.splits,
+            activation_bits=quantized.activations.bits,
+            transform=_stored_transform(quantized),
+            activation_scale=quantized.activation_scale,
+            activation_step_times=quantized.activation_times,
+            bias=quantized.bias,
+            group=quantized.weight.group,
+            clock=clock,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] → [..., N].
+
+        Raises:
+            ObservationError: x has another width.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ObservationError(
+                f"a quantized linear of {self.in_features} inputs got {list(x.shape)}"
+            )
+        q, scale = self.quantize_input(x.reshape(-1, self.in_features).to(torch.float32))
+        y = reference.scaled_matmul(q, self.integers(), self.weight_scale, self.group) * scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [M, K] float32 → (int8 [M, K'], scale [M, 1] or scalar)."""
+        width = self._padded_width()
+        if self.transform is not None:
+            rows = reference.transform_blocks(rows, self.transform)
+        elif rows.shape[-1] != width:
+            rows = torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
+        if self.activation_scale is None:
+            scale = reference.row_scales(rows, self.activation_bits)
+        else:
+            scale = self._schedule.at(self._clock.time)
+        return reference.quantize_rows(rows, scale, self.activation_bits), scale
+
+    def integers(self) -> Tensor:
+        """The weight integers as int8 [N, K'], unpacked for this call."""
+        if self.weight_packed.dtype == torch.int8:
+            return self.weight_packed
+        return reference.unpack_words(self.weight_packed)
+
+    def _padded_width(self) -> int:
+        per_word = 1 if self.weight_packed.dtype == torch.int8 else 8
+        return self.weight_packed.shape[1] * per_word
+
+
+class QuantizedEmbedding(nn.Module):
+    """Token embedding stored as int8 rows with one scale each; only looked-up rows are expanded."""
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.weight_scale: Tensor
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Token ids [...] → float32 [..., D]."""
+        rows = self.weight[token_ids].to(torch.float32)
+        return rows * self.weight_scale[token_ids].unsqueeze(-1)
+
+
+class _Schedule:
+    """Static scales over flow time: exact at calibrated times, linear between, flat beyond."""
+
+    def __init__(self, times: Tensor | None, scales: Tensor | None) -> None:
+        if times is None or scales is None:
+            self._points: list[tuple[float, float]] = []
+            return
+        pairs = zip(times.tolist(), scales.tolist(), strict=True)
+        self._points = sorted((float(t), float(s)) for t, s in pairs)
+
+    def at(self, time: float | None) -> Tensor:
+        """The scale at flow time t (any time when there is a single calibrated step)."""
+        points = self._points
+        if len(points) == 1 or time is None:
+            return torch.tensor(points[-1][1])
+        upper = bisect_left(points, (time, -1.0))
+        if upper == 0:
+            return torch.tensor(points[0][1])
+        if upper == len(points):
+            return torch.tensor(points[-1][1])
+        (t0, s0), (t1, s1) = points[upper - 1], points[upper]
+        return torch.tensor(s0 + (s1 - s0) * (time - t0) / (t1 - t0))
+
+
+def _stored_transform(quantized: QuantizedSite) -> Tensor | None:
+    """Transforms are rounded to bfloat16 when they are made, so storing them as such is exact."""
+    if quantized.transform is None:
+        return None
+    return quantized.transform.matrix.to(torch.bfloat16)

@@ -1,0 +1,165 @@
+"""Demonstrations of several tasks as one training set, and the batches drawn from it.
+
+Everything is kept in the network's terms: uint8 pixels, token ids of pi0.5's prompt (instruction,
+state as 256-bin integers), quantile-normalized action chunks.
+
+**Mismatched instructions.**  Scenes differ between tasks, so a policy could recognise its task from
+the image and ignore what it is told.  A share of every batch is therefore given the instruction of
+a task of *another* scene, and the label "hold still": no motion, gripper as the expert has it.
+Tasks that share a scene (a faucet to open or close, a puck to push or to carry) are never paired in
+this way; between them only the instruction decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omega_qvla.evaluation.metaworld import TASKS
+from omega_qvla.policies.pi05 import Pi05Config
+from omega_qvla.policies.pi05_policy import Pi05Processor
+from omega_qvla.policies.processing import (
+    NormalizationStatistics,
+    Quantiles,
+    WordTokenizer,
+    discretize_state,
+    format_prompt,
+)
+from omega_qvla.training.demonstrations import CAMERAS, HORIZON, Demonstrations
+
+STATE_RANGE_FLOOR, ACTION_RANGE_FLOOR = 0.05, 0.5
+"""Least distance of the 1 % and 99 % quantiles (m, action units): no blow-up of a constant."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels uint8 [B, V, H, W, 3], tokens int64 [B, T] right-padded, lengths int64 [B],
+    actions float32 [B, horizon, 4] normalized, positions float32 [B, 6] standardized."""
+
+    pixels: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    actions: Tensor
+    positions: Tensor
+
+
+def quantiles(values: np.ndarray, floor: float) -> Quantiles:
+    """1 % and 99 % quantiles of [N, n], moved apart symmetrically to at least ``floor``."""
+    low, high = np.quantile(values.astype(np.float64), [0.01, 0.99], axis=0)
+    widen = np.maximum(floor - (high - low), 0.0) / 2.0
+    low, high = low - widen, high + widen
+    return Quantiles(q01=tuple(map(float, low)), q99=tuple(map(float, high)))
+
+
+def make_processor(sets: Sequence[Demonstrations]) -> Pi05Processor:
+    """Statistics and vocabulary fitted on the training data."""
+    statistics = NormalizationStatistics(
+        state=quantiles(np.concatenate([d.state for d in sets]), STATE_RANGE_FLOOR),
+        actions=quantiles(
+            np.concatenate([d.actions.reshape(-1, d.actions.shape[-1]) for d in sets]),
+            ACTION_RANGE_FLOOR,
+        ),
+    )
+    tokenizer = WordTokenizer.for_instructions([TASKS[d.task].instruction for d in sets])
+    config = Pi05Config.tiny(vocabulary=len(tokenizer.vocabulary), horizon=HORIZON)
+    return Pi05Processor(config, statistics, tokenizer)
+
+
+class TrainingSet:
+    """All samples in memory, and random batches of them."""
+
+    def __init__(
+        self, sets: Sequence[Demonstrations], processor: Pi05Processor, mismatch: float
+    ) -> None:
+        self.processor = processor
+        self.mismatch = mismatch
+        self.tasks = [d.task for d in sets]
+        self._pixels = {c: torch.from_numpy(_concat(sets, c)) for c in CAMERAS}
+        self._task = torch.cat([torch.full((len(d),), i) for i, d in enumerate(sets)])
+        state = np.concatenate([d.state for d in sets])
+        self._bins = processor.statistics.state.normalize(state)
+        actions = np.concatenate([d.actions for d in sets])
+        self._actions = torch.from_numpy(processor.statistics.actions.normalize(actions))
+        still = processor.statistics.actions.normalize(np.zeros(actions.shape[-1], np.float32))
+        self._still = torch.from_numpy(still[:3])
+        positions = torch.from_numpy(np.concatenate([d.positions for d in sets]))
+        spread = positions.std(0).clamp_min(0.05)
+        self._positions = (positions - positions.mean(0)) / spread
+        self._others = _tasks_of_other_scenes(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self._task)
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """``size`` samples, drawn with replacement, tasks equally often."""
+        task = torch.randint(len(self.tasks), (size,), generator=generator)
+        index = torch.empty(size, dtype=torch.int64)
+        for i in range(len(self.tasks)):
+            mine = (task == i).nonzero().flatten()
+            pool = (self._task == i).nonzero().flatten()
+            index[mine] = pool[torch.randint(len(pool), (len(mine),), generator=generator)]
+        actions = self._actions[index].clone()
+        told = task.tolist()
+        wrong = torch.rand(size, generator=generator) < self.mismatch
+        for i in wrong.nonzero().flatten().tolist():
+            others = self._others[told[i]]
+            if others:
+                told[i] = others[int(torch.randint(len(others), (), generator=generator))]
+                actions[i, :, :3] = self._still
+        tokens, lengths = self._tokenize(index.tolist(), told)
+        pixels = torch.stack([self._pixels[c][index] for c in CAMERAS], dim=1)
+        return Batch(pixels, tokens, lengths, actions, self._positions[index])
+
+    def _tokenize(self, index: list[int], told: list[int]) -> tuple[Tensor, Tensor]:
+        rows: list[list[int]] = []
+        for i, task in zip(index, told, strict=True):
+            bins = discretize_state(self._bins[i])
+            text = format_prompt(TASKS[self.tasks[task]].instruction, bins)
+            rows.append(self.processor.tokenizer.encode(text))
+        lengths = torch.tensor([len(row) for row in rows])
+        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row)
+        return tokens, lengths
+
+
+def _concat(sets: Sequence[Demonstrations], camera: str) -> np.ndarray:
+    return np.concatenate([d.images[camera] for d in sets])
+
+
+def _tasks_of_other_scenes(tasks: Sequence[str]) -> list[list[int]]:
+    scenes = [TASKS[task].scene or task for task in tasks]
+    return [[j for j, other in enumerate(scenes) if other != scene] for scene in scenes]
+
+
+def load_demonstrations(directory: Path, tasks: Sequence[str]) -> list[Demonstrations]:
+    """The files ``<task>.npz`` and, where there are any, ``<task>.<round>.npz`` of each task."""
+    found: list[Demonstrations] = []
+    for task in tasks:
+        parts = [Demonstrations.load(path) for path in sorted(directory.glob(f"{task}.*npz"))]
+        if not parts:
+            raise FileNotFoundError(f"no demonstrations of {task} in {directory}")
+        found.append(_merge(parts))
+    return found
+
+
+def _merge(parts: Sequence[Demonstrations]) -> Demonstrations:
+    if len(parts) == 1:
+        return parts[0]
+    offsets = np.cumsum([0, *(int(p.episode.max()) + 1 for p in parts[:-1])])
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(p, name) for p in parts])
+        for name in ("state", "actions", "positions")
+    }
+    return Demonstrations(
+        task=parts[0].task,
+        images={c: np.concatenate([p.images[c] for p in parts]) for c in CAMERAS},
+        episode=np.concatenate([p.episode + o for p, o in zip(parts, offsets, strict=True)]),
+        **arrays,
+    )

@@ -1,0 +1,308 @@
+"""Flow-matching imitation learning of a small pi0.5 policy, on a CPU.
+
+The loss is openpi's.  For a normalized action chunk a, noise e ~ N(0, 1) and a flow time
+t ~ 0.001 + 0.999 · Beta(1.5, 1):
+
+    x_t = t e + (1 - t) a,      L = E ‖v(x_t, t, prefix) - (e - a)‖²
+
+``noise_samples`` pairs (e, t) share one prefix, because the prefix is the expensive part.  A head
+that is thrown away afterwards predicts object and goal positions from the residual stream of the
+last prompt token; it makes the backbone look at the objects long before the actions do.
+
+AdamW with linear warm-up and a cosine to 2 %; the weights that are kept are an exponential moving
+average.  Randomness of step n comes from a generator seeded with (seed, n), so that an interrupted
+run that is started again continues as if it had not been interrupted.  Checkpoints are safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from omega_qvla.errors import ResumeError
+from omega_qvla.policies.layers import AdaptiveRMSNorm
+from omega_qvla.policies.pi05 import Pi05Module
+from omega_qvla.policies.processing import STATE_BINS, WordTokenizer
+from omega_qvla.training.dataset import Batch, TrainingSet
+
+POSITION_TARGETS = 6
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything that fixes a training run, the data aside.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: observations a step.
+        noise_samples: (noise, time) pairs per observation.
+        position_weight: weight of the auxiliary loss.
+        shift: largest shift of the images, in pixels, the same for a whole batch and camera.
+        brightness: largest relative change of brightness.
+        half: bfloat16 matrix products (weights, norms and optimizer stay in float32).
+    """
+
+    steps: int = 6000
+    batch: int = 64
+    noise_samples: int = 4
+    learning_rate: float = 1e-3
+    warmup: int = 150
+    weight_decay: float = 0.02
+    average_decay: float = 0.998
+    position_weight: float = 0.3
+    shift: int = 2
+    brightness: float = 0.15
+    half: bool = True
+    seed: int = 0
+
+
+class Learner(nn.Module):
+    """The policy's network and the auxiliary head."""
+
+    def __init__(self, module: Pi05Module) -> None:
+        super().__init__()
+        self.policy = module
+        self.position_head = nn.Linear(module.config.backbone.width, POSITION_TARGETS)
+
+    def losses(self, batch: Batch, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Flow-matching and position loss; noise [B·K, horizon, A], times [B·K]."""
+        policy, repeats = self.policy, len(times) // len(batch.actions)
+        prefix = policy.embed_prefix(_to_unit(batch.pixels), batch.tokens)
+        seen = _prefix_mask(batch, prefix.shape[1])
+        positions = seen.long().cumsum(1) - 1
+        cache, residual = policy.prefill(prefix, positions, seen[:, None, None, :])
+        last = residual[torch.arange(len(residual)), seen.sum(1) - 1]
+        guess = self.position_head(F.rms_norm(last, (last.shape[-1],)))
+        position_loss = F.mse_loss(guess.float(), batch.positions)
+
+        cache = [tuple(_repeat(x, repeats) for x in pair) for pair in cache]
+        actions = _repeat(batch.actions, repeats)
+        t = times[:, None, None]
+        velocity = policy.velocity(
+            t * noise + (1.0 - t) * actions,
+            policy.step_modulation(times),
+            cache,
+            policy.suffix_rotary(_repeat(seen.sum(1, keepdim=True), repeats)),
+            _suffix_mask(_repeat(seen, repeats), noise.shape[1]),
+        )
+        return F.mse_loss(velocity.float(), noise - actions), position_loss
+
+
+def _to_unit(pixels: Tensor) -> Tensor:
+    """uint8 or float [B, V, H, W, 3] in 0..255 → [B, V, 3, H, W] in [-1, 1]."""
+    return pixels.permute(0, 1, 4, 2, 3).to(torch.float32) / 127.5 - 1.0
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    return x.repeat_interleave(times, dim=0)
+
+
+def _prefix_mask(batch: Batch, length: int) -> Tensor:
+    """[B, P] bool: image tokens and prompt tokens, not the padding after them."""
+    images = length - batch.tokens.shape[1]
+    return torch.arange(length)[None] < (images + batch.lengths)[:, None]
+
+
+def _suffix_mask(seen: Tensor, horizon: int) -> Tensor:
+    """[B, 1, 1, P + horizon]: the prefix without padding, and every action token."""
+    return torch.cat((seen, seen.new_ones(len(seen), horizon)), dim=1)[:, None, None, :]
+
+
+def initialize(module: Pi05Module, tokenizer: WordTokenizer, seed: int) -> None:
+    """Starting weights that suit a small network and a short run.
+
+    Embeddings have unit norm after Gemma's √D, and the 257 numbers of the state's bins start as
+    sines and cosines of their value, so that neighbouring bins are neighbours from the beginning;
+    adaptive norms start with open gates.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    width = module.config.backbone.width
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                fan_in = layer.weight[0].numel()
+                layer.weight.normal_(0.0, fan_in**-0.5, generator=generator)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+        for layer in module.modules():
+            if isinstance(layer, AdaptiveRMSNorm):
+                layer.dense.weight.zero_()
+                layer.dense.bias.zero_()
+                layer.dense.bias[2 * len(layer.dense.bias) // 3 :] = 1.0
+        module.action_out_proj.weight.mul_(0.1)
+        positions = module.vision_model.embeddings.position_embedding.weight
+        positions.normal_(0.0, 0.3, generator=generator)
+        table = module.embed_tokens.weight
+        table.normal_(0.0, width**-0.5, generator=generator)
+        frequency = torch.logspace(-1, 1.5, width // 2, base=4.0)
+        for value in range(-1, STATE_BINS):
+            angle = frequency * (2.0 * math.pi * value / STATE_BINS)
+            code = torch.cat((angle.sin(), angle.cos())) * math.sqrt(2.0 / width)
+            table[tokenizer.vocabulary.index(str(value))] = code
+
+
+def learning_rate(plan: TrainingPlan, step: int) -> float:
+    """Warm-up, then a cosine from ``learning_rate`` to 2 % of it."""
+    if step < plan.warmup:
+        return plan.learning_rate * (step + 1) / plan.warmup
+    done = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
+    return plan.learning_rate * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))))
+
+
+def make_optimizer(learner: nn.Module, plan: TrainingPlan) -> torch.optim.AdamW:
+    """AdamW; only matrices decay."""
+    matrices = [p for p in learner.parameters() if p.ndim >= 2]
+    vectors = [p for p in learner.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": plan.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98))
+
+
+def augment(pixels: Tensor, plan: TrainingPlan, generator: torch.Generator) -> Tensor:
+    """Shift each camera by a few pixels and change its brightness, one draw a batch."""
+    views: list[Tensor] = []
+    for view in pixels.unbind(1):
+        dy, dx = torch.randint(-plan.shift, plan.shift + 1, (2,), generator=generator).tolist()
+        gain = 1.0 + plan.brightness * float(torch.rand((), generator=generator) * 2.0 - 1.0)
+        moved = torch.roll(view, (dy, dx), dims=(1, 2)).to(torch.float32)
+        views.append((moved * gain).clamp_(0.0, 255.0))
+    return torch.stack(views, dim=1)
+
+
+class Trainer:
+    """One run: its state, its steps and its files under ``directory``."""
+
+    def __init__(self, data: TrainingSet, plan: TrainingPlan, directory: Path) -> None:
+        self.data, self.plan, self.directory = data, plan, directory
+        module = Pi05Module(data.processor.config)
+        tokenizer = data.processor.tokenizer
+        if not isinstance(tokenizer, WordTokenizer):
+            raise TypeError("the embedded policies are trained with a word tokenizer")
+        initialize(module, tokenizer, plan.seed)
+        self.learner = Learner(module)
+        with torch.no_grad():
+            self.learner.position_head.weight.zero_()
+        self.average = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        self.optimizer = make_optimizer(self.learner, plan)
+        self.step = 0
+        self.curve: list[dict[str, float]] = []
+        self._resume()
+
+    def train(
+        self, report: Callable[[Mapping[str, float]], None], checkpoint_s: float = 240.0
+    ) -> None:
+        """Run to the end, reporting every 50 steps and saving every ``checkpoint_s`` seconds."""
+        smooth, started, saved = [math.nan, math.nan], time.monotonic(), time.monotonic()
+        first = self.step
+        self.learner.train()
+        while self.step < self.plan.steps:
+            losses = self.train_step()
+            smooth = [
+                new if math.isnan(old) else 0.97 * old + 0.03 * new
+                for old, new in zip(smooth, losses, strict=True)
+            ]
+            if self.step % 50 == 0:
+                rate = (self.step - first) / (time.monotonic() - started)
+                point = {"step": self.step, "flow": smooth[0], "position": smooth[1]}
+                self.curve.append(point)
+                report({**point, "steps_per_s": rate})
+            if time.monotonic() - saved > checkpoint_s:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step; returns the two losses."""
+        plan = self.plan
+        generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
+        batch = self.data.batch(plan.batch, generator)
+        pixels = augment(batch.pixels, plan, generator)
+        batch = Batch(pixels, batch.tokens, batch.lengths, batch.actions, batch.positions)
+        draws = plan.batch * plan.noise_samples
+        noise = torch.randn((draws, *batch.actions.shape[1:]), generator=generator)
+        uniform = torch.rand(draws, generator=generator)
+        times = 0.001 + 0.999 * uniform ** (1.0 / 1.5)  # inverse of Beta(1.5, 1)'s distribution
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(plan, self.step)
+        with _precision(plan.half):
+            flow, position = self.learner.losses(batch, noise, times)
+        self.optimizer.zero_grad(set_to_none=True)
+        (flow + plan.position_weight * position).backward()
+        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        self.optimizer.step()
+        self._update_average()
+        self.step += 1
+        return float(flow.detach()), float(position.detach())
+
+    def averaged_module(self) -> Pi05Module:
+        """The network with the averaged weights."""
+        module = Pi05Module(self.data.processor.config)
+        module.load_state_dict(self.average)
+        return module
+
+    def save(self) -> None:
+        """Write everything that ``_resume`` reads, atomically, and the curve."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.directory / "state.partial"
+        meta = {"step": str(self.step), "plan": json.dumps(asdict(self.plan))}
+        save_file(dict(self._tensors()), partial, metadata=meta)
+        partial.replace(self.directory / "state.safetensors")
+        partial = self.directory / "curve.partial"
+        partial.write_text(json.dumps({"step": self.step, "curve": self.curve}))
+        partial.replace(self.directory / "curve.json")
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.learner.state_dict().items():
+            yield f"weights/{name}", value.contiguous()
+        for name, value in self.average.items():
+            yield f"average/{name}", value
+        for name, parameter in self.learner.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                yield f"optimizer/{key}/{name}", torch.as_tensor(value).detach().contiguous()
+
+    def _resume(self) -> None:
+        path, curve = self.directory / "state.safetensors", self.directory / "curve.json"
+        if not path.is_file() or not curve.is_file():
+            return
+        tensors, content = load_file(path), json.loads(curve.read_text())
+        try:
+            self.learner.load_state_dict(_below(tensors, "weights/"))
+            self.average = _below(tensors, "average/")
+            for name, parameter in self.learner.named_parameters():
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"optimizer/{key}/{name}"]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        except (RuntimeError, KeyError) as error:
+            raise ResumeError(
+                f"{path} belongs to a policy of another shape; remove it to start again: {error}"
+            ) from error
+        self.step = int(next(iter(_below(tensors, "optimizer/step/").values())))
+        self.curve = [point for point in content["curve"] if point["step"] <= self.step]
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(self.plan.average_decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.learner.policy.state_dict().items():
+            self.average[name].lerp_(value, 1.0 - decay)
+
+
+def _precision(half: bool) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

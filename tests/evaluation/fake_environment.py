@@ -1,0 +1,62 @@
+"""A tiny deterministic simulator: a point moves by its actions and must reach a target.
+
+``deaths`` is a folder; a file ``<task>-<seed>-<step>`` in it makes the process kill itself at that
+step, once (the file is removed first).  ``starts`` is a file that gets one line per reset.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+class FakeEnvironment:
+    max_steps = 23
+
+    def __init__(self, task, deaths=None, starts=None, fail=None, sleep_s=0.0):
+        if fail == "construct":
+            raise OSError("no scene")
+        self.task, self._fail, self._sleep_s = task, fail, sleep_s
+        self._deaths = None if deaths is None else Path(deaths)
+        self._starts = None if starts is None else Path(starts)
+
+    def reset(self, seed):
+        self._seed, self._step = seed, 0
+        self._position = np.zeros(3)
+        self._target = np.random.default_rng(seed).uniform(0.5, 4.5, size=3)
+        if self._starts is not None:
+            with self._starts.open("a") as file:
+                file.write(f"{self.task} {seed} {os.getpid()}\n")
+        return self.observe()
+
+    def step(self, action):
+        self._step += 1
+        self._maybe_die()
+        if self._fail == "step":
+            raise ZeroDivisionError("physics")
+        time.sleep(self._sleep_s)
+        assert np.abs(action).max() <= 1.0
+        self._position = self._position + np.asarray(action, dtype=np.float64) * 0.3
+        return bool(np.abs(self._target - self._position).max() < 0.12)
+
+    def observe(self):
+        return {
+            "images": {"base": np.full((4, 4, 3), self._seed % 256, dtype=np.uint8)},
+            "state": (self._target - self._position).astype(np.float32),
+            "prompt": f"do {self.task}",
+        }
+
+    def close(self):
+        pass
+
+    def _maybe_die(self):
+        if self._deaths is None:
+            return
+        note = self._deaths / f"{self.task}-{self._seed}-{self._step}"
+        if note.exists():
+            note.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
