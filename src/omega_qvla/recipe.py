@@ -211,5 +211,7 @@ def recipe_names() -> list[str]:
     """Names of the built-in recipes."""
     folder = files("omega_qvla") / "recipes"
     return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
     )

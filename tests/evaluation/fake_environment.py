@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 
 
 class FakeEnvironment:
-    max_steps = 23
+    max_steps = 13
 
     def __init__(self, task, deaths=None, starts=None, fail=None, sleep_s=0.0):
         if fail == "construct":
@@ -60,3 +61,15 @@ class FakeEnvironment:
         if note.exists():
             note.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def without_torch(task):
+    assert "torch" not in sys.modules
+    return FakeEnvironment(task)
+
+
+def with_public_api(task):
+    import omega_qvla
+
+    assert issubclass(omega_qvla.OmegaError, Exception)
+    return FakeEnvironment(task)

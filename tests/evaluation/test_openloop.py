@@ -44,7 +44,9 @@ def observations():
 def test_error_of_a_scaled_policy_is_the_squared_relative_change(observations):
     noises = draw_noises(Affine(), 5, seed=0)
     # float32 chunks: relative rounding 6e-8 of the chunk is 1e-6 of a 10 % change
-    assert action_error(Affine(1.1), Affine(), observations, noises) == pytest.approx(0.01, rel=1e-5)
+    assert action_error(Affine(1.1), Affine(), observations, noises) == pytest.approx(
+        0.01, rel=1e-5
+    )
     assert action_error(Affine(), Affine(), observations, noises) == 0.0
 
 

@@ -70,7 +70,7 @@ def test_mcnemar_known_values():
     assert mcnemar_exact(1, 7) == 18 / 256
     assert mcnemar_exact(0, 0) == 1.0
     assert mcnemar_exact(4, 4) == 1.0
-    assert mcnemar_exact(0, 2000) == 0.0 or mcnemar_exact(0, 2000) < 1e-300
+    assert mcnemar_exact(0, 2000) < 1e-300
     with pytest.raises(ValueError, match="negative"):
         mcnemar_exact(-1, 3)
 
@@ -90,7 +90,7 @@ def test_paired_interval_keeps_a_width_without_disagreement_and_stays_in_range()
 
 
 def test_paired_interval_covers_the_truth_about_95_percent_of_the_time():
-    """4000 draws: three standard errors of a 95 % coverage are 0.0103."""
+    """4000 draws: three standard errors are 0.0103; 0.01 more as the method is approximate."""
     generator = np.random.default_rng(7)
     draws = generator.multinomial(200, (0.06, 0.12, 0.82), size=4000)
     covered = [low <= -0.06 <= high for low, high in (_interval(draw) for draw in draws)]

@@ -147,7 +147,10 @@ def write_artifact(
         NonFiniteError: a tensor holds NaN or Inf; names it.
         ResourceError: not enough disk, or it cannot be written.
     """
-    target = Path(os.path.realpath(directory))
+    try:
+        target = Path(os.path.realpath(directory))
+    except ValueError as error:
+        raise NotAnArtifactError(f"{os.fspath(directory)!r} is not a path: {error}") from error
     _check_replaceable(target)
     small = _small_files(config, processor, card)
     specs = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
@@ -161,7 +164,7 @@ def write_artifact(
 
 def _check_replaceable(target: Path) -> None:
     """Only nothing, an empty directory or an artifact may be replaced (and so deleted)."""
-    if not target.exists():
+    if not os.path.lexists(target):
         return
     with ContainedDirectory(target) as root:
         try:
@@ -217,12 +220,20 @@ def _disk_bytes(
     shards: Mapping[str, list[str]],
     specs: Mapping[str, TensorSpec],
 ) -> int:
-    sizes = [len(data) for data in small.values()]
-    for names in shards.values():
-        header = len(header_bytes(names, specs))
-        sizes += [header, header + sum(specs[name].nbytes for name in names)]
-        # The first one stands for the manifest's share, which has about as many characters.
-    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes) + 4 * _BLOCK
+    """What the directory will take; the manifest's size does not depend on the hashes in it."""
+    sizes = {name: len(data) for name, data in small.items()}
+    for shard, names in shards.items():
+        data = sum(specs[name].nbytes for name in names)
+        sizes[shard] = len(header_bytes(names, specs)) + data
+    unhashed = "0" * 64
+    files = {name: FileEntry(size, unhashed) for name, size in sizes.items()}
+    entries = {
+        name: TensorEntry(shard, specs[name], unhashed)
+        for shard, names in shards.items()
+        for name in names
+    }
+    sizes[MANIFEST] = len(_manifest_bytes(Manifest(files, entries)))
+    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes.values()) + 2 * _BLOCK
 
 
 class _HashedFile(NewFile):
@@ -402,7 +413,7 @@ def _read_config(folder: ContainedDirectory) -> dict[str, Any]:
     kinds = folder.kinds()
     if not {MANIFEST, CONFIG} & set(kinds):
         raise NotAnArtifactError(
-            f"the directory has neither {CONFIG} nor {MANIFEST}: it is not an artifact; give the "
+            f"{folder.path!r} is not an artifact: it has neither {CONFIG} nor {MANIFEST}; give the "
             "directory that 'quantize --out' wrote"
         )
     try:
@@ -415,8 +426,8 @@ def _read_config(folder: ContainedDirectory) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise DamageError(
             CONFIG,
-            f"format_version {str(version)[:20]} is newer than this library reads ({FORMAT_VERSION}): "
-            "update omega-qvla",
+            f"format_version {str(version)[:20]} is newer than this library reads "
+            f"({FORMAT_VERSION}): update omega-qvla",
         )
     return config
 

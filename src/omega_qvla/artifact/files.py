@@ -119,13 +119,14 @@ class ContainedDirectory:
         Raises:
             NotAnArtifactError: not a directory that can be opened.
         """
+        self.path = os.fspath(path)
         self._stack = ExitStack()
         try:
             descriptor = os.open(path, _READ_DIRECTORY)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise NotAnArtifactError(
-                f"{os.fspath(path)!r} is not an artifact: {reason}; give the directory that "
+                f"{self.path!r} is not an artifact: {reason}; give the directory that "
                 "'quantize --out' wrote"
             ) from error
         self._stack.callback(os.close, descriptor)
@@ -245,7 +246,7 @@ def preflight_disk(directory: str | os.PathLike[str], needed: int) -> None:
         ResourceError: fewer than ``needed`` bytes are available; names both.
     """
     place = Path(os.path.realpath(directory))
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     available = shutil.disk_usage(place).free
     if available < needed:

@@ -49,8 +49,9 @@ def pack_int4(integers: Tensor) -> Tensor:
     )
     nibbles[:, :columns] = (integers + _OFFSET).to(torch.uint8)
     low, high = nibbles[:, 0::2], nibbles[:, 1::2]
-    octets = low | (high << 4)  # byte b of a word holds its nibbles 2b and 2b + 1
-    return octets.contiguous().view(torch.int32).reshape(rows, words)
+    octets = torch.empty((rows, words * 4), dtype=torch.uint8, device=integers.device)
+    torch.bitwise_or(low, high << 4, out=octets)  # byte b of a word: its nibbles 2b and 2b + 1
+    return octets.reshape(-1).view(torch.int32).reshape(rows, words)
 
 
 def unpack_int4(packed: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
@@ -66,6 +67,8 @@ def unpack_int4(packed: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
             f"packed 4-bit weights of shape [{rows}, {columns}]: expected torch.int32 "
             f"{list(expected)}, found {packed.dtype} {list(packed.shape)}"
         )
-    octets = packed.contiguous().view(torch.uint8).reshape(rows, expected[1] * 4)
-    nibbles = torch.stack((octets & _NIBBLE, octets >> 4), dim=-1).reshape(rows, -1)
+    # A copy, because a view of another item size needs plain strides even for a single item.
+    octets = packed.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    nibbles = torch.stack((octets & _NIBBLE, octets >> 4), dim=-1)
+    nibbles = nibbles.reshape(rows, expected[1] * VALUES_PER_WORD)
     return nibbles[:, :columns].to(torch.int8) - _OFFSET

@@ -34,7 +34,8 @@ from omega_qvla.errors import ArtifactError, NonFiniteError
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 8 << 20
 MAX_RANK = 8
-MAX_EXTENT = 1 << 40
+MAX_ITEMS = 1 << 40
+"""Bound of the product of all extents, zeros counted as ones: what strides are made of."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -89,13 +90,17 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
     """
     if not _NAME.match(name) or name == "__metadata__":
         raise ArtifactError(f"tensor name {name!r} cannot be stored: use printable ASCII")
-    if tensor.layout != torch.strided or tensor.dtype not in _CODES:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _CODES:
         raise ArtifactError(
-            f"tensor {name!r} is {tensor.dtype} ({tensor.layout}); expected a dense tensor of "
+            f"tensor {name!r} is {tensor.dtype} ({tensor.layout}, {tensor.device}); expected a "
+            "dense tensor with data, of "
             f"{', '.join(str(dtype) for dtype in _CODES)}"
         )
-    if tensor.ndim > MAX_RANK:
-        raise ArtifactError(f"tensor {name!r} has {tensor.ndim} dimensions, at most {MAX_RANK}")
+    if not _fits(tensor.shape):
+        raise ArtifactError(
+            f"tensor {name!r} has shape {list(tensor.shape)}; at most {MAX_RANK} extents and "
+            f"{MAX_ITEMS} items can be stored"
+        )
     return TensorSpec(_CODES[tensor.dtype], tuple(tensor.shape))
 
 
@@ -109,9 +114,16 @@ def parse_spec(entry: Mapping[str, Any]) -> TensorSpec:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise JsonError(f"dtype: expected one of {', '.join(DTYPES)}, found {_short(dtype)}")
     extents = _integers(shape)
-    if extents is None or len(extents) > MAX_RANK or any(n > MAX_EXTENT for n in extents):
-        raise JsonError(f"shape: expected at most {MAX_RANK} extents, found {_short(shape)}")
+    if extents is None or not _fits(extents):
+        raise JsonError(
+            f"shape: expected at most {MAX_RANK} extents and {MAX_ITEMS} items, "
+            f"found {_short(shape)}"
+        )
     return TensorSpec(dtype, extents)
+
+
+def _fits(shape: Sequence[int]) -> bool:
+    return len(shape) <= MAX_RANK and math.prod(max(n, 1) for n in shape) <= MAX_ITEMS
 
 
 def _integers(value: Any) -> tuple[int, ...] | None:
@@ -185,7 +197,9 @@ def write_shard(
     digests: dict[str, str] = {}
     write(memoryview(header_bytes(names, specs)))
     for name in names:
-        flat = tensors[name].detach().contiguous().cpu().reshape(-1)
+        tensor = tensors[name].detach().contiguous().cpu()
+        # Not reshape: a single item may keep a stride that a view as bytes refuses.
+        flat = tensor.as_strided((tensor.numel(),), (1,))
         check_finite(name, flat)
         data = _bytes_of(flat)
         digests[name] = hashlib.sha256(data).hexdigest()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import NonFiniteError, PolicyError
-from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage, State
+from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage, State, linears_of
 
 SAMPLE_ROWS = 1024
 """Rows kept per (site, step)."""
@@ -155,9 +155,9 @@ def capture(
     current = {"observation": 0}
     handles = []
     for site in sites:
-        linear = module.get_submodule(site.linears[0])
+        linear = linears_of(module, site)[0]
         generator = torch.Generator().manual_seed(seed(site))
-        statistics = SiteStatistics(site, int(linear.in_features), generator)
+        statistics = SiteStatistics(site, linear.in_features, generator)
         found[site.name] = statistics
 
         def watch(

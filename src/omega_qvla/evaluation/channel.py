@@ -1,4 +1,4 @@
-"""Messages between the evaluation and its simulator processes: JSON and raw arrays, no pickle.
+"""Messages between the evaluation and its simulator processes: JSON and raw arrays.
 
 A message is a mapping of JSON values in which numpy arrays may stand anywhere.  On the wire:
 

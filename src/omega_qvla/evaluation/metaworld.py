@@ -57,6 +57,7 @@ class Task:
 
     ``low`` and ``high`` replace the simulator's own range of the random vector (metres; object
     position, then goal position where the task draws one); None keeps Meta-World's range.
+    ``start_jitter`` scales the random offset of the hand's start.
     Tasks of the same ``scene`` look alike: only the instruction tells them apart.
     """
 
@@ -67,18 +68,31 @@ class Task:
     grasp: bool = False
     show_goal: bool = False
     scene: str = ""
+    start_jitter: float = 1.0
 
 
 TASKS: dict[str, Task] = {
-    "drawer-open-v3": Task("open the drawer", 200, (-0.2, 0.9, 0.0), (0.2, 0.9, 0.0), scene="drawer"),
-    "drawer-close-v3": Task("close the drawer", 150, (-0.2, 0.9, 0.0), (0.2, 0.9, 0.0), scene="drawer"),
-    "door-open-v3": Task("open the door", 200),
-    "faucet-open-v3": Task("turn the faucet open", 200, (-0.15, 0.72, 0.0), (0.15, 0.85, 0.0), scene="faucet"),
-    "faucet-close-v3": Task("turn the faucet closed", 200, (-0.15, 0.72, 0.0), (0.15, 0.85, 0.0), scene="faucet"),
+    "drawer-open-v3": Task(
+        "open the drawer", 200, (-0.2, 0.9, 0.0), (0.2, 0.9, 0.0), scene="drawer"
+    ),
+    "drawer-close-v3": Task(
+        "close the drawer", 150, (-0.2, 0.9, 0.0), (0.2, 0.9, 0.0), scene="drawer"
+    ),
+    "door-open-v3": Task(
+        "open the door", 200, (0.06, 0.83, 0.15), (0.18, 0.95, 0.15), start_jitter=0.6
+    ),
+    "faucet-open-v3": Task(
+        "turn the faucet open", 200, (-0.15, 0.72, 0.0), (0.15, 0.85, 0.0), scene="faucet"
+    ),
+    "faucet-close-v3": Task(
+        "turn the faucet closed", 200, (-0.15, 0.72, 0.0), (0.15, 0.85, 0.0), scene="faucet"
+    ),
     "window-open-v3": Task("slide the window open", 200, scene="window"),
     "window-close-v3": Task("slide the window closed", 200, scene="window"),
     "push-v3": Task("push the puck to the goal", 200, show_goal=True, scene="puck"),
-    "pick-place-v3": Task("pick up the puck and place it", 200, grasp=True, show_goal=True, scene="puck"),
+    "pick-place-v3": Task(
+        "lift the puck to the goal", 200, grasp=True, show_goal=True, scene="puck"
+    ),
     "bin-picking-v3": Task("move the cube to the other bin", 220, grasp=True),
     "peg-unplug-side-v3": Task("pull the peg out", 200, grasp=True),
     "hammer-v3": Task("hammer the nail", 200, grasp=True),
@@ -150,6 +164,7 @@ class MetaWorldEnv:
         """Start the episode that belongs to ``seed``; the same seed gives the same episode."""
         generator = np.random.default_rng(seed)
         jitter = generator.uniform(-1.0, 1.0, size=3) * np.array(START_JITTER_M)
+        jitter *= TASKS[self.task].start_jitter
         self._env.hand_init_pos = self._hand_start + jitter
         self._mujoco.mj_resetData(self._env.model, self._env.data)
         self._env.np_random = np.random.default_rng(seed + 1)

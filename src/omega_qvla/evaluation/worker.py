@@ -28,11 +28,30 @@ from typing import Any, Protocol, cast
 from omega_qvla.errors import OmegaError, SimulatorUnavailable
 from omega_qvla.evaluation.channel import Channel, ChannelError
 
-BOOTSTRAP = (
-    "import sys; descriptor, *sys.path[:] = sys.argv[1:]; "
-    "from omega_qvla.evaluation.worker import main; main(int(descriptor))"
-)
-"""Program of the subprocess; its arguments are the socket's descriptor and the import path."""
+BOOTSTRAP = """
+import importlib.util, sys
+
+descriptor, *sys.path[:] = sys.argv[1:]
+spec = importlib.util.find_spec("omega_qvla")
+package = sys.modules["omega_qvla"] = importlib.util.module_from_spec(spec)
+
+def load_on_demand(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    del package.__getattr__
+    spec.loader.exec_module(package)
+    return getattr(package, name)
+
+package.__getattr__ = load_on_demand
+
+from omega_qvla.evaluation.worker import main
+main(int(descriptor))
+"""
+"""Program of the subprocess; its arguments are the socket's descriptor and the import path.
+
+The package's public API imports torch, seconds and hundreds of megabytes that physics does not
+need; here it is loaded only if an environment asks for it.
+"""
 
 
 class Environment(Protocol):

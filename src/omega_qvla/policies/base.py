@@ -20,11 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import nn
+
+from omega_qvla.errors import PolicyError
 
 Observation = Mapping[str, Any]
 """One observation as the robot (or the user's own module) provides it."""
@@ -97,9 +99,13 @@ class Policy(Protocol):
     """What quantization needs of a policy; native families and ``TorchPolicy`` provide it."""
 
     family: str
-    module: nn.Module
     clock: FlowClock
     dropped_parameters: int
+
+    @property
+    def module(self) -> nn.Module:
+        """The network whose linears are quantized."""
+        ...
 
     def clone(self) -> Policy:
         """A structural copy that shares every tensor: modules may be replaced in it freely."""
@@ -133,6 +139,31 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class HasEmbedding(Protocol):
+    """A policy with a token embedding that may be stored as int8 rows."""
+
+    @property
+    def embedding_path(self) -> str:
+        """Where the token embedding sits in the module."""
+        ...
+
+
+def linears_of(module: nn.Module, site: QuantizationSite) -> list[nn.Linear]:
+    """The full-precision linears of a site.
+
+    Raises:
+        PolicyError: a path does not lead to an ``nn.Linear``.
+    """
+    found: list[nn.Linear] = []
+    for name in site.linears:
+        linear = module.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise PolicyError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear")
+        found.append(linear)
+    return found
+
+
 def sites_of(policy: Policy) -> list[QuantizationSite]:
     """All sites of a policy in execution order."""
     return [site for stage in policy.stages() for site in stage.sites]
@@ -155,7 +186,7 @@ def shared_input(x: torch.Tensor, *linears: nn.Module | None) -> tuple[torch.Ten
 
 
 def euler_times(steps: int) -> list[float]:
-    """Flow times at which an Euler sampler of ``steps`` steps evaluates the velocity: 1 → 1/steps."""
+    """Flow times at which an Euler sampler of ``steps`` steps evaluates the velocity, 1 first."""
     if steps < 1:
         raise ValueError(f"number of denoising steps must be at least 1, got {steps}")
     return [1.0 - i / steps for i in range(steps)]

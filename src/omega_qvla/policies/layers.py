@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import shared_input
 
 KeyValue = tuple[Tensor, Tensor]
@@ -42,12 +43,14 @@ class AdaptiveRMSNorm(nn.Module):
 
     def __init__(self, width: int, condition_width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(condition_width, 3 * width)
+        self.dense: nn.Linear | None = nn.Linear(condition_width, 3 * width)
         nn.init.zeros_(self.dense.weight)
         nn.init.zeros_(self.dense.bias)
 
     def modulation(self, condition: Tensor) -> Tensor:
         """Condition [B, C] → stacked (scale, shift, gate), [B, 3, D]."""
+        if self.dense is None:
+            raise PolicyError("this adaptive norm was replaced by a step table")
         return self.dense(condition).unflatten(-1, (3, -1))
 
 
@@ -58,7 +61,9 @@ def adaptive_rms_norm(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
     return normed * (1.0 + scale) + shift, gate
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines for positions [B, T], each [B, 1, T, head_dim/2] (the 1 is for heads)."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = theta ** (-exponent / head_dim)
@@ -142,9 +147,7 @@ class KeyValueProjection(nn.Module):
         self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> KeyValue:
-        k, v = (
-            split_heads(y, self.head_dim) for y in shared_input(x, self.k_proj, self.v_proj)
-        )
+        k, v = (split_heads(y, self.head_dim) for y in shared_input(x, self.k_proj, self.v_proj))
         return rotate(k, rotary), v
 
 

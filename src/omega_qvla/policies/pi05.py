@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
+from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import (
     Component,
     FlowClock,
@@ -229,6 +230,10 @@ class ExpertLayer(nn.Module):
 class _Node(nn.Module):
     """A bare node of the official key tree."""
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
 
 class Pi05Module(nn.Module):
     """The network: openpi's keys, no dead weights.  All methods accept leading batch dimensions."""
@@ -259,8 +264,8 @@ class Pi05Module(nn.Module):
         self.paligemma_with_expert = root
         self.action_in_proj = nn.Linear(config.action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, config.action_dim)
-        self.time_mlp_in = nn.Linear(expert.width, expert.width)
-        self.time_mlp_out = nn.Linear(expert.width, expert.width)
+        self.time_mlp_in: nn.Linear | None = nn.Linear(expert.width, expert.width)
+        self.time_mlp_out: nn.Linear | None = nn.Linear(expert.width, expert.width)
 
     @property
     def vision_model(self) -> SiglipVisionModel:
@@ -281,6 +286,11 @@ class Pi05Module(nn.Module):
     @property
     def expert_layers(self) -> nn.ModuleList:
         return self.paligemma_with_expert.gemma_expert.model.layers
+
+    def adaptive_norms(self) -> list[AdaptiveRMSNorm]:
+        """All adaptive norms, two per expert layer and the final one."""
+        expert = self.paligemma_with_expert.gemma_expert.model
+        return [norm for norm in expert.modules() if isinstance(norm, AdaptiveRMSNorm)]
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Pixels [B, V, 3, S, S] in [-1, 1] → tokens [B, V·patches, D]."""
@@ -324,20 +334,20 @@ class Pi05Module(nn.Module):
         """Adaptive-norm modulation at flow times [B] → [B, norms, 3, D].
 
         Norm 2·i is layer i's attention norm, 2·i + 1 its MLP norm, the last one the final norm.
+
+        Raises:
+            PolicyError: the layers that compute it were removed (``remove_modulation``).
         """
+        if self.time_mlp_in is None or self.time_mlp_out is None:
+            raise PolicyError("this network's adaptive norms were replaced by a step table")
         width = self.config.expert.width
-        fraction = torch.linspace(
-            0.0, 1.0, width // 2, dtype=torch.float64, device=times.device
-        )
+        fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=times.device)
         period = TIME_MIN_PERIOD * (TIME_MAX_PERIOD / TIME_MIN_PERIOD) ** fraction
         angle = 2.0 * math.pi / period * times.to(torch.float64).unsqueeze(-1)
         embedding = torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.time_mlp_in.weight.dtype)
         hidden = nn.functional.silu(self.time_mlp_in(embedding))
         condition = nn.functional.silu(self.time_mlp_out(hidden))
-        norms: list[AdaptiveRMSNorm] = []
-        for layer in self.expert_layers:
-            norms += [layer.input_layernorm, layer.post_attention_layernorm]
-        norms.append(self.paligemma_with_expert.gemma_expert.model.norm)
+        norms = self.adaptive_norms()
         return torch.stack([norm.modulation(condition) for norm in norms], dim=-3)
 
     def suffix_rotary(self, offset: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -428,10 +438,8 @@ def dropped_parameters(config: Pi05Config) -> int:
 
 def remove_modulation(module: Pi05Module) -> None:
     """Take out the adaptive norms' dense layers and the time MLP, which a step table replaces."""
-    for layer in module.expert_layers:
-        layer.input_layernorm.dense = None
-        layer.post_attention_layernorm.dense = None
-    module.paligemma_with_expert.gemma_expert.model.norm.dense = None
+    for norm in module.adaptive_norms():
+        norm.dense = None
     module.time_mlp_in = None
     module.time_mlp_out = None
 

@@ -71,9 +71,7 @@ class Pi05Processor:
         if not self.config.state_in_prompt:
             return format_prompt(instruction, None)
         state = require_state(observation, self.config.state_dim)
-        return format_prompt(
-            instruction, discretize_state(self.statistics.state.normalize(state))
-        )
+        return format_prompt(instruction, discretize_state(self.statistics.state.normalize(state)))
 
     def decode(self, chunk: Tensor) -> np.ndarray:
         """Normalized chunk [H, A] → robot actions [H, robot_action_dim], float32."""
@@ -206,9 +204,7 @@ class Pi05Policy:
         prefix = self.module.embed_prefix(pixels, token_ids)
         positions = torch.arange(prefix.shape[1]).unsqueeze(0)
         cache, _ = self.module.prefill(prefix, positions)
-        return sample_chunk(
-            self.module, cache, prefix.shape[1], start, schedule, self.clock
-        )[0]
+        return sample_chunk(self.module, cache, prefix.shape[1], start, schedule, self.clock)[0]
 
     def sample_actions(
         self,

@@ -10,11 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from omega_qvla.policies.base import euler_times
+
+_SAME_TIME = 1e-6
+"""Flow times closer than this are one time."""
+
+
+@runtime_checkable
+class HasStepTable(Protocol):
+    """A policy whose adaptive norms can be replaced by a table."""
+
+    step_table: StepTable | None
+
+    def tabulate_modulation(self, step_counts: Iterable[int]) -> StepTable:
+        """The adaptive norms as a table, exact for these step counts."""
+        ...
+
+    def use_step_table(self, table: StepTable) -> None:
+        """Read modulation from a table from now on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,18 +60,14 @@ class StepTable:
 
     def at(self, times: Tensor) -> Tensor:
         """Modulation [T, norms, 3, D] at flow times [T]; ends are held constant."""
-        wanted = times.to(torch.float64)
-        ascending = self.times.flip(0).contiguous()
-        upper = torch.searchsorted(ascending, wanted.contiguous()).clamp(max=len(ascending) - 1)
+        ascending, rows = self.times.flip(0).contiguous(), self.values.flip(0)
+        wanted = times.to(torch.float64).contiguous()
+        upper = torch.searchsorted(ascending, wanted).clamp(max=len(ascending) - 1)
         lower = (upper - 1).clamp(min=0)
-        t0, t1 = ascending[lower], ascending[upper]
-        span = (t1 - t0).clamp(min=1e-12)
-        weight = ((wanted - t0) / span).clamp(0.0, 1.0)
-        nearest = torch.where(weight > 0.5, upper, lower)
-        exact = (ascending[nearest] - wanted).abs() < 1e-6
-        weight = torch.where(exact, (nearest == upper).to(weight.dtype), weight)
-        rows = self.values.flip(0)
-        weight = weight.to(rows.dtype).view(-1, 1, 1, 1)
-        return torch.where(
-            weight == 0, rows[lower], torch.where(weight == 1, rows[upper], torch.lerp(rows[lower], rows[upper], weight))
-        )
+        span = (ascending[upper] - ascending[lower]).clamp(min=_SAME_TIME)
+        weight = ((wanted - ascending[lower]) / span).clamp(0.0, 1.0)
+        # A time that went through float32 still means the tabulated one: snap to it.
+        weight = torch.where((weight * span) < _SAME_TIME, 0.0, weight)
+        weight = torch.where(((1.0 - weight) * span) < _SAME_TIME, 1.0, weight)
+        mix = weight.to(rows.dtype).view(-1, 1, 1, 1)
+        return torch.lerp(rows[lower], rows[upper], mix)

@@ -123,7 +123,9 @@ class TorchPolicy:
     ) -> Any:
         """Whatever ``sample`` returns for this observation and noise."""
         if steps is not None and steps != self.steps:
-            raise PolicyError("the number of steps of a TorchPolicy is fixed by its sample function")
+            raise PolicyError(
+                "the number of steps of a TorchPolicy is fixed by its sample function"
+            )
         if noise is None and generator is not None and self.noise_shape is not None:
             noise = torch.randn(self.noise_shape, generator=generator)
         if self._counter is not None:

@@ -14,10 +14,9 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from omega_qvla.quantization.transforms import BlockTransform, OutputRotation
-from omega_qvla.quantization.weights import QuantizedWeight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,6 +24,8 @@ from torch import Tensor
 from omega_qvla.errors import ResourceError, ResumeError
 from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.quantization.site import QuantizedSite
+from omega_qvla.quantization.transforms import BlockTransform, OutputRotation
+from omega_qvla.quantization.weights import QuantizedWeight
 from omega_qvla.recipe import ActivationScheme
 
 HEADER = "header.json"
@@ -150,7 +151,7 @@ def _encode(quantized: QuantizedSite) -> tuple[dict[str, Tensor], dict[str, obje
 
 
 def _decode(
-    site: QuantizationSite, tensors: dict[str, Tensor], metadata: dict
+    site: QuantizationSite, tensors: dict[str, Tensor], metadata: dict[str, Any]
 ) -> QuantizedSite:
     transform = None
     if "transform" in tensors:

@@ -23,14 +23,16 @@ from omega_qvla.calibration.capture import SiteStatistics, capture
 from omega_qvla.calibration.observations import as_observations
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import (
+    HasEmbedding,
     Observation,
     Policy,
     QuantizationSite,
     Stage,
     State,
+    linears_of,
     sites_of,
 )
-from omega_qvla.policies.step_table import StepTable
+from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.quantization.embedding import QuantizedRows, quantize_rows
 from omega_qvla.quantization.journal import Journal
 from omega_qvla.quantization.simulation import SimulatedLinear, install
@@ -139,7 +141,7 @@ def weights_fingerprint(module: nn.Module) -> str:
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name}{list(parameter.shape)}{parameter.dtype}".encode())
         flat = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(memoryview(flat.numpy()))
+        digest.update(flat.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -186,7 +188,7 @@ class _Work:
         if quantized is None:
             scheme = self.recipe.scheme(site.component)
             assert scheme is not None
-            linears = [self.policy.module.get_submodule(name) for name in site.linears]
+            linears = linears_of(self.policy.module, site)
             quantized = quantize_site(site, linears, scheme, measure(site))
             if self.journal is not None:
                 self.journal.store(self.index[site.name], quantized)
@@ -222,18 +224,16 @@ class _Work:
 
 
 def _quantize_embedding(policy: Policy, recipe: Recipe) -> QuantizedRows | None:
-    path = getattr(policy, "embedding_path", None)
-    if recipe.embedding_bits != 8 or path is None:
+    if recipe.embedding_bits != 8 or not isinstance(policy, HasEmbedding):
         return None
-    module = policy.module.get_submodule(path)
-    rows = quantize_rows(path, module.weight.detach())
+    path = policy.embedding_path
+    rows = quantize_rows(path, policy.module.get_parameter(f"{path}.weight").detach())
     simulated = nn.Embedding.from_pretrained(rows.dequantize(), freeze=True)
     install(policy.module, [path], simulated)
     return rows
 
 
 def _tabulate(policy: Policy, recipe: Recipe) -> StepTable | None:
-    tabulate = getattr(policy, "tabulate_modulation", None)
-    if recipe.adaptive_norm != "table" or tabulate is None:
+    if recipe.adaptive_norm != "table" or not isinstance(policy, HasStepTable):
         return None
-    return tabulate(recipe.table_step_counts)
+    return policy.tabulate_modulation(recipe.table_step_counts)

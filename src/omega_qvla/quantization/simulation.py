@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F  # noqa: N812
-from omega_qvla.quantization.activations import (
-    dequantize_activation,
-    per_token_scale,
-    quantize_activation,
-)
 from torch import Tensor, nn
 
 from omega_qvla.policies.base import FlowClock
+from omega_qvla.quantization.activations import (
+    dequantize_activation,
+    interpolate_scales,
+    per_token_scale,
+    quantize_activation,
+)
 from omega_qvla.quantization.site import QuantizedSite, transform_rows
 
 
@@ -55,26 +56,7 @@ class SimulatedLinear(nn.Module):
         if quantized.activation_scale is None or quantized.activation_times is None:
             return per_token_scale(rows, quantized.activations.bits)
         times, scales = quantized.activation_times, quantized.activation_scale
-        return scale_at(times, scales, self._clock.time)
-
-
-def scale_at(times: Tensor, scales: Tensor, time: float | None) -> Tensor:
-    """Static scales [steps, ...] at a flow time: linear between steps, constant beyond the ends.
-
-    Args:
-        times: [steps] strictly descending flow times.
-        scales: [steps] or [steps, K].
-        time: flow time; None is allowed for a single step.
-    """
-    if len(times) == 1 or time is None:
-        return scales[0]
-    after = int((times > time + 1e-6).sum())
-    if after == 0:
-        return scales[0]
-    if after == len(times):
-        return scales[-1]
-    weight = (times[after - 1] - time) / (times[after - 1] - times[after])
-    return torch.lerp(scales[after - 1], scales[after], weight)
+        return interpolate_scales(times, scales, self._clock.time)
 
 
 def install(module: nn.Module, linears: Sequence[str], replacement: nn.Module) -> None:

@@ -15,6 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
+from omega_qvla.calibration.capture import SiteStatistics
+from omega_qvla.errors import NonFiniteError
+from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.quantization.activations import channel_quantile_scale, static_scale_mse
 from omega_qvla.quantization.transforms import (
     BlockTransform,
@@ -28,11 +33,6 @@ from omega_qvla.quantization.weights import (
     proxy_loss,
     round_to_nearest,
 )
-from torch import Tensor, nn
-
-from omega_qvla.calibration.capture import SiteStatistics
-from omega_qvla.errors import NonFiniteError
-from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.recipe import ActivationScheme, Scheme
 
 
@@ -139,9 +139,7 @@ def transform_rows(rows: Tensor, transform: BlockTransform | None) -> Tensor:
     return rows if transform is None else transform.apply(rows)
 
 
-def _stack(
-    site: QuantizationSite, linears: Sequence[nn.Linear]
-) -> tuple[Tensor, Tensor | None]:
+def _stack(site: QuantizationSite, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     for name, linear in zip(site.linears, linears, strict=True):
         for kind, tensor in linear.named_parameters():
             if not bool(torch.isfinite(tensor).all()):

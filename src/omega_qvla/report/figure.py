@@ -97,9 +97,7 @@ def _matplotlib() -> tuple[Any, Any]:
 
 def _arrange(results: Sequence[Result]) -> _Layout:
     several = len({result.policy for result in results}) > 1
-    named = {
-        (_line(result, several), result.condition): result for result in results
-    }
+    named = {(_line(result, several), result.condition): result for result in results}
     lines = list(dict.fromkeys(line for line, _ in named))
     return _Layout(lines, list(dict.fromkeys(condition for _, condition in named)), named)
 
@@ -148,7 +146,9 @@ def _draw_error(panel: Any, layout: _Layout) -> None:
             continue
         values.append(result.action_error)
         y = layout.place(line, condition)
-        panel.plot(result.action_error, y, markersize=6, linestyle="none", **layout.style(condition))
+        panel.plot(
+            result.action_error, y, markersize=6, linestyle="none", **layout.style(condition)
+        )
         _label(panel, f"{result.action_error:.2g}", result.action_error, y)
     panel.set_title("Action error, log scale")
     if not values:
@@ -158,20 +158,31 @@ def _draw_error(panel: Any, layout: _Layout) -> None:
     panel.set_xlim(min(values + floors) / 2.5, max(values + floors) * 4)
     panel.set_xlabel("relative MSE against full precision")
     _mark_references(panel, layout)
-    if floors:
-        floor = sum(floors) / len(floors)
-        panel.axvline(floor, color=_GREY, linestyle="--", linewidth=1, zorder=0)
-        panel.annotate(
-            f"noise floor {floor:.2g}",
-            (floor, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, -3),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=_GREY,
-            fontsize=8,
-        )
+    _mark_floors(panel, layout)
+
+
+def _mark_floors(panel: Any, layout: _Layout) -> None:
+    """The noise floor of each line; policies differ, so a new value is labelled where it starts."""
+    previous = None
+    for index, line in enumerate(layout.lines):
+        rows = [result for (name, _), result in layout.results.items() if name == line]
+        floor = max((row.noise_floor for row in rows if row.noise_floor), default=None)
+        if floor is not None:
+            panel.vlines(
+                floor, index - 0.5, index + 0.5, color=_GREY, linestyle="--", linewidth=1, zorder=0
+            )
+        if floor is not None and floor != previous:
+            panel.annotate(
+                f"noise floor {floor:.2g}",
+                (floor, index - 0.5),
+                xytext=(-4, -2),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                color=_GREY,
+                fontsize=8,
+            )
+        previous = floor
 
 
 def _mark_references(panel: Any, layout: _Layout) -> None:
@@ -216,9 +227,7 @@ def _draw_bytes(panel: Any, layout: _Layout) -> None:
 
 
 def _label(panel: Any, text: str, x: float, y: float) -> None:
-    panel.annotate(
-        text, (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8
-    )
+    panel.annotate(text, (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8)
 
 
 def _say_nothing(panel: Any, text: str) -> None:
@@ -253,8 +262,10 @@ def _save(figure: Any, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, target)
+        try:
+            figure.savefig(temporary, format="png")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ReportError(f"cannot write {target}: {error}") from error

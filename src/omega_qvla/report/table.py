@@ -134,7 +134,9 @@ def _notes(results: Sequence[Result]) -> tuple[str, ...]:
     if any(not result.realizable for result in results):
         notes.append("recipes marked *: simulated, their integers cannot be multiplied as stored")
     if any(result.paired for result in results):
-        notes.append("vs full precision: points on the same seeds, 95 % interval, McNemar's exact p")
+        notes.append(
+            "vs full precision: points on the same seeds, 95 % interval, McNemar's exact p"
+        )
     if any(result.condition.startswith("stress") for result in results):
         notes.append("stress: the same function with planted outliers, not a real checkpoint")
     if any(result.smoke and result.episodes for result in results):

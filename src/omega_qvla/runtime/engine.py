@@ -21,9 +21,9 @@ from omega_qvla.artifact.checkpoint import Artifact, read_artifact, write_artifa
 from omega_qvla.errors import ArtifactError, NotRealizableError, PolicyError, ResourceError
 from omega_qvla.policies.base import Observation, Policy, QuantizationSite
 from omega_qvla.policies.loading import policy_skeleton
-from omega_qvla.policies.step_table import StepTable
+from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.quantization.pipeline import Quantization
-from omega_qvla.quantization.simulation import install
+from omega_qvla.quantization.simulation import SimulatedLinear, install
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.linear import QuantizedEmbedding, QuantizedLinear
@@ -151,7 +151,7 @@ class QuantizedPolicy:
         for name, tensor in self.policy.module.state_dict().items():
             if name.rpartition(".")[0] not in names:
                 stored[name] = _narrowed(tensor)
-        table = getattr(self.policy, "step_table", None)
+        table = self.policy.step_table if isinstance(self.policy, HasStepTable) else None
         if table is not None:
             stored[f"{_STEP_TABLE}.times"] = table.times
             stored[f"{_STEP_TABLE}.values"] = table.values
@@ -197,7 +197,7 @@ class SimulatedPolicy:
         module: nn.Module = self.policy.module
         held = sum(tensor.nbytes for tensor in module.state_dict().values())
         return held + sum(
-            child.held_bytes() for child in module.modules() if hasattr(child, "held_bytes")
+            child.held_bytes() for child in module.modules() if isinstance(child, SimulatedLinear)
         )
 
 
@@ -217,7 +217,7 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
         rows = quantization.embedding
         install(target.module, [rows.path], QuantizedEmbedding(rows.integers, rows.scale))
     if quantization.step_table is not None:
-        target.use_step_table(quantization.step_table)  # type: ignore[attr-defined]
+        _require_table(target).use_step_table(quantization.step_table)
     return QuantizedPolicy(target, config)
 
 
@@ -264,7 +264,7 @@ def _rebuild(artifact: Artifact, policy: Policy | None) -> QuantizedPolicy:
     if config["adaptive_norm"] == "table":
         times = remaining.pop(f"{_STEP_TABLE}.times")
         values = remaining.pop(f"{_STEP_TABLE}.values")
-        target.use_step_table(StepTable(times, values))  # type: ignore[attr-defined]
+        _require_table(target).use_step_table(StepTable(times, values))
     for item in config["sites"]:
         record = SiteRecord.parse(item)
         linear = _load_linear(record, remaining, target)
@@ -293,9 +293,13 @@ def _structure(
     return policy_skeleton(family, config["policy"]["config"], artifact.processor)
 
 
-def _load_linear(
-    record: SiteRecord, tensors: dict[str, Tensor], policy: Policy
-) -> QuantizedLinear:
+def _require_table(policy: Policy) -> HasStepTable:
+    if not isinstance(policy, HasStepTable):
+        raise PolicyError(f"a {policy.family} policy has no adaptive norms to tabulate")
+    return policy
+
+
+def _load_linear(record: SiteRecord, tensors: dict[str, Tensor], policy: Policy) -> QuantizedLinear:
     def take(kind: str) -> Tensor | None:
         return tensors.pop(f"{record.site.name}.{kind}", None)
 
@@ -372,9 +376,9 @@ def _config(policy: Policy, quantization: Quantization) -> dict[str, Any]:
             ).dump()
             for site in quantization.sites
         ],
-        "embedding": None if quantization.embedding is None else {
-            "path": quantization.embedding.path, "bits": 8
-        },
+        "embedding": None
+        if quantization.embedding is None
+        else {"path": quantization.embedding.path, "bits": 8},
         "adaptive_norm": "keep" if quantization.step_table is None else "table",
         "reference_parameters": reference_parameters(policy),
     }

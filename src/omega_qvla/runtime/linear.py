@@ -10,9 +10,9 @@ from __future__ import annotations
 from bisect import bisect_left
 
 import torch
-from omega_qvla.artifact.packing import pack_int4
 from torch import Tensor, nn
 
+from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.base import FlowClock
 from omega_qvla.quantization.site import QuantizedSite

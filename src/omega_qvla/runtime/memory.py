@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from omega_qvla.policies.base import PAPER_SCOPE, Policy, sites_of
+from omega_qvla.policies.base import PAPER_SCOPE, HasEmbedding, Policy, linears_of, sites_of
+from omega_qvla.policies.step_table import HasStepTable
 from omega_qvla.recipe import Recipe, Scheme
 
 DEAD = "never read at inference"
@@ -32,8 +33,7 @@ def reference_parameters(policy: Policy) -> dict[str, Any]:
     scope = 0
     for site in sites_of(policy):
         if site.component in PAPER_SCOPE:
-            linears = [policy.module.get_submodule(name) for name in site.linears]
-            scope += sum(linear.weight.numel() for linear in linears)
+            scope += sum(linear.weight.numel() for linear in linears_of(policy.module, site))
     return {"components": counts, "paper_scope": scope}
 
 
@@ -76,7 +76,7 @@ def predict(policy: Policy, recipe: Recipe) -> dict[str, Any]:
         scheme = recipe.scheme(site.component)
         if scheme is None:
             continue
-        linears = [policy.module.get_submodule(name) for name in site.linears]
+        linears = linears_of(policy.module, site)
         outputs = sum(linear.out_features for linear in linears)
         biased = any(linear.bias is not None for linear in linears)
         steps = getattr(policy, "steps", 1) if site.per_step else 1
@@ -84,28 +84,29 @@ def predict(policy: Policy, recipe: Recipe) -> dict[str, Any]:
         used[site.component] = used.get(site.component, 0) + size
         quantized.update(f"{name}." for name in site.linears)
         scope += size if site.component in PAPER_SCOPE else 0
-    table = recipe.adaptive_norm == "table" and hasattr(policy, "tabulate_modulation")
-    embedding = getattr(policy, "embedding_path", None) if recipe.embedding_bits == 8 else None
+    table = None
+    if recipe.adaptive_norm == "table" and isinstance(policy, HasStepTable):
+        table = policy.tabulate_modulation(recipe.table_step_counts)
+    embedding = None
+    if recipe.embedding_bits == 8 and isinstance(policy, HasEmbedding):
+        embedding = policy.embedding_path
     for name, parameter in policy.module.named_parameters():
         component = policy.component_of(name)
         if any(name.startswith(prefix) for prefix in quantized):
             continue
-        if table and component == _STEP_TABLE_COMPONENT:
+        if table is not None and component == _STEP_TABLE_COMPONENT:
             continue
         size = parameter.nbytes
         if embedding is not None and name.startswith(f"{embedding}."):
             size = parameter.numel() + 4 * parameter.shape[0]
         used[component] = used.get(component, 0) + size
-    if table:
-        values = policy.tabulate_modulation(recipe.table_step_counts)  # type: ignore[attr-defined]
-        used[_STEP_TABLE_COMPONENT] = values.times.nbytes + values.values.nbytes
+    if table is not None:
+        used[_STEP_TABLE_COMPONENT] = table.times.nbytes + table.values.nbytes
     config = {"reference_parameters": reference_parameters(policy)}
     return _table(config, used, scope, None)
 
 
-def _site_bytes(
-    scheme: Scheme, in_features: int, outputs: int, *, biased: bool, steps: int
-) -> int:
+def _site_bytes(scheme: Scheme, in_features: int, outputs: int, *, biased: bool, steps: int) -> int:
     block = scheme.transform.block
     transformed = not scheme.transform.identity
     width = -(-in_features // block) * block if transformed else -(-in_features // 8) * 8

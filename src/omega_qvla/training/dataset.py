@@ -12,7 +12,7 @@ this way; between them only the instruction decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,9 @@ STATE_RANGE_FLOOR, ACTION_RANGE_FLOOR = 0.05, 0.5
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels uint8 [B, V, H, W, 3], tokens int64 [B, T] right-padded, lengths int64 [B],
-    actions float32 [B, horizon, 4] normalized, positions float32 [B, 6] standardized."""
+    """pixels uint8 [B, V, H, W, 3], tokens int64 [B, T] right-padded to one T, lengths int64 [B],
+    actions float32 [B, horizon, 4] normalized, positions float32 [B, 6] standardized.
+    """
 
     pixels: Tensor
     tokens: Tensor
@@ -75,15 +76,21 @@ class TrainingSet:
     """All samples in memory, and random batches of them."""
 
     def __init__(
-        self, sets: Sequence[Demonstrations], processor: Pi05Processor, mismatch: float
+        self,
+        sets: Sequence[Demonstrations],
+        processor: Pi05Processor,
+        *,
+        mismatch: float,
+        shares: Mapping[str, float],
     ) -> None:
         self.processor = processor
         self.mismatch = mismatch
         self.tasks = [d.task for d in sets]
+        self._shares = torch.tensor([shares.get(task, 1.0) for task in self.tasks])
         self._pixels = {c: torch.from_numpy(_concat(sets, c)) for c in CAMERAS}
         self._task = torch.cat([torch.full((len(d),), i) for i, d in enumerate(sets)])
         state = np.concatenate([d.state for d in sets])
-        self._bins = processor.statistics.state.normalize(state)
+        self._state = processor.statistics.state.normalize(state)
         actions = np.concatenate([d.actions for d in sets])
         self._actions = torch.from_numpy(processor.statistics.actions.normalize(actions))
         still = processor.statistics.actions.normalize(np.zeros(actions.shape[-1], np.float32))
@@ -92,13 +99,14 @@ class TrainingSet:
         spread = positions.std(0).clamp_min(0.05)
         self._positions = (positions - positions.mean(0)) / spread
         self._others = _tasks_of_other_scenes(self.tasks)
+        self._longest = max(len(self._encode(task, self._state[0])) for task in self.tasks)
 
     def __len__(self) -> int:
         return len(self._task)
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """``size`` samples, drawn with replacement, tasks equally often."""
-        task = torch.randint(len(self.tasks), (size,), generator=generator)
+        """``size`` samples, drawn with replacement, tasks in proportion to their shares."""
+        task = torch.multinomial(self._shares, size, replacement=True, generator=generator)
         index = torch.empty(size, dtype=torch.int64)
         for i in range(len(self.tasks)):
             mine = (task == i).nonzero().flatten()
@@ -116,14 +124,17 @@ class TrainingSet:
         pixels = torch.stack([self._pixels[c][index] for c in CAMERAS], dim=1)
         return Batch(pixels, tokens, lengths, actions, self._positions[index])
 
+    def _encode(self, task: str, state: np.ndarray) -> list[int]:
+        """Token ids of a prompt; their number depends on the instruction alone."""
+        text = format_prompt(TASKS[task].instruction, discretize_state(state))
+        return self.processor.tokenizer.encode(text)
+
     def _tokenize(self, index: list[int], told: list[int]) -> tuple[Tensor, Tensor]:
         rows: list[list[int]] = []
         for i, task in zip(index, told, strict=True):
-            bins = discretize_state(self._bins[i])
-            text = format_prompt(TASKS[self.tasks[task]].instruction, bins)
-            rows.append(self.processor.tokenizer.encode(text))
+            rows.append(self._encode(self.tasks[task], self._state[i]))
         lengths = torch.tensor([len(row) for row in rows])
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        tokens = torch.zeros(len(rows), self._longest, dtype=torch.int64)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
         return tokens, lengths

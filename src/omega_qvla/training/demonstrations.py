@@ -99,7 +99,7 @@ class Demonstrations:
 
 
 @dataclass
-class _Samples:
+class Samples:
     """What one episode contributes."""
 
     images: dict[str, list[Array]] = field(default_factory=lambda: {c: [] for c in CAMERAS})
@@ -192,14 +192,15 @@ def record_episode(
     every: int,
     phase: int,
     *,
+    max_steps: int | None = None,
     needs_success: bool = True,
-) -> _Samples | None:
+) -> Samples | None:
     """One episode from the present state; None if it fails and only successes are wanted.
 
     ``phase`` shifts which steps are kept, so that all of them are seen over many episodes.
     """
-    samples, solved = _Samples(), 0
-    for step in range(env.max_steps):
+    samples, solved = Samples(), 0
+    for step in range(max_steps or env.max_steps):
         if step % every == phase % every:
             samples.add(env, expert_chunk(expert, env))
         solved += env.step(behaviour(env, expert_action(expert, env)))
@@ -213,7 +214,7 @@ def collect(
 ) -> Demonstrations:
     """All demonstrations of one task; a function of ``task`` and ``plan`` alone."""
     env, expert = MetaWorldEnv(task), expert_for(task)
-    kept: list[tuple[int, _Samples]] = []
+    kept: list[tuple[int, Samples]] = []
     for episode in range(plan.episodes):
         generator = np.random.default_rng((plan.seed, episode))
         env.reset(plan.seed + episode)
@@ -227,7 +228,7 @@ def collect(
     return stack(task, kept)
 
 
-def stack(task: str, kept: list[tuple[int, _Samples]]) -> Demonstrations:
+def stack(task: str, kept: list[tuple[int, Samples]]) -> Demonstrations:
     """Episodes → arrays."""
 
     def join(values: Iterator[list[Array]]) -> Array:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omega_qvla.errors import ResumeError
 from omega_qvla.policies.layers import AdaptiveRMSNorm
@@ -37,6 +39,7 @@ from omega_qvla.policies.processing import STATE_BINS, WordTokenizer
 from omega_qvla.training.dataset import Batch, TrainingSet
 
 POSITION_TARGETS = 6
+Losses = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class TrainingPlan:
     shift: int = 2
     brightness: float = 0.15
     half: bool = True
+    compiled: bool = True
     seed: int = 0
 
 
@@ -168,7 +172,7 @@ def make_optimizer(learner: nn.Module, plan: TrainingPlan) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": plan.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def augment(pixels: Tensor, plan: TrainingPlan, generator: torch.Generator) -> Tensor:
@@ -194,9 +198,11 @@ class Trainer:
         initialize(module, tokenizer, plan.seed)
         self.learner = Learner(module)
         with torch.no_grad():
-            self.learner.position_head.weight.zero_()
+            for parameter in self.learner.position_head.parameters():
+                parameter.zero_()
         self.average = {k: v.detach().clone() for k, v in module.state_dict().items()}
         self.optimizer = make_optimizer(self.learner, plan)
+        self._losses = _compiled(self.learner.losses) if plan.compiled else self.learner.losses
         self.step = 0
         self.curve: list[dict[str, float]] = []
         self._resume()
@@ -237,8 +243,8 @@ class Trainer:
         times = 0.001 + 0.999 * uniform ** (1.0 / 1.5)  # inverse of Beta(1.5, 1)'s distribution
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(plan, self.step)
-        with _precision(plan.half):
-            flow, position = self.learner.losses(batch, noise, times)
+        with _precision(plan.half), sdpa_kernel(SDPBackend.MATH):
+            flow, position = self._losses(batch, noise, times)
         self.optimizer.zero_grad(set_to_none=True)
         (flow + plan.position_weight * position).backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
@@ -296,8 +302,14 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.plan.average_decay, (1 + self.step) / (10 + self.step))
-        for name, value in self.learner.policy.state_dict().items():
-            self.average[name].lerp_(value, 1.0 - decay)
+        weights = self.learner.policy.state_dict()
+        torch._foreach_lerp_(
+            list(self.average.values()), [weights[k] for k in self.average], 1.0 - decay
+        )
+
+
+def _compiled(losses: Losses) -> Losses:
+    return torch.compile(losses, dynamic=False) if shutil.which("c++") else losses
 
 
 def _precision(half: bool) -> AbstractContextManager[Any]:

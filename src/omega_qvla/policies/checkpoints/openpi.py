@@ -46,9 +46,7 @@ def read_openpi(directory: Path) -> Pi05Policy:
         tensors[_EMBEDDING] = tensors.pop(_TIED_HEAD)  # tied: converters keep one of the names
     with torch.device("meta"):
         module = Pi05Module(config)
-    assign_strictly(
-        module, tensors, dropped=dropped_keys(config), where=str(directory / WEIGHTS)
-    )
+    assign_strictly(module, tensors, dropped=dropped_keys(config), where=str(directory / WEIGHTS))
     dropped = sum(tensors[name].numel() for name in dropped_keys(config) & set(tensors))
     return Pi05Policy(module, processor, dropped_parameters=dropped)
 

@@ -48,7 +48,9 @@ def assign_strictly(
         PolicyError: tensors are missing, unexpected, misshaped, not floating point or not finite.
     """
     expected = dict(module.named_parameters())
-    problems = [f"missing {name} {list(expected[name].shape)}" for name in expected if name not in tensors]
+    problems = [
+        f"missing {name} {list(expected[name].shape)}" for name in expected if name not in tensors
+    ]
     problems += [
         f"unexpected {name} {list(tensors[name].shape)}"
         for name in tensors

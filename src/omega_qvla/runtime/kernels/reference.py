@@ -54,7 +54,7 @@ def integer_matmul(q: Tensor, weight: Tensor) -> Tensor:
     """Exact integer product of int8 q [M, K] and int8 weight [N, K] → int32 [M, N]."""
     if q.shape[0] == 0:
         return torch.zeros((0, weight.shape[0]), dtype=torch.int32, device=q.device)
-    return torch._int_mm(q, weight.t())
+    return torch._int_mm(q, weight.t())  # pyright: ignore[reportPrivateImportUsage]
 
 
 def scaled_matmul(q: Tensor, weight: Tensor, weight_scale: Tensor, group: int | None) -> Tensor:

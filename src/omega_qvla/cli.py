@@ -1,0 +1,549 @@
+"""The command line: the only file that parses arguments or prints.
+
+Exit status: 0 done; 1 a check failed; 2 bad input or usage; 3 not enough memory, disk or device.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from omega_qvla.api import quantize
+from omega_qvla.artifact import read_artifact, verify_artifact
+from omega_qvla.calibration.observations import Observations
+from omega_qvla.errors import (
+    OmegaError,
+    PolicyError,
+    RecipeError,
+    ResourceError,
+    SimulatorUnavailable,
+)
+from omega_qvla.evaluation.benchmark import benchmark_tasks
+from omega_qvla.evaluation.comparison import (
+    FULL_PRECISION,
+    Comparison,
+    comparison_rows,
+    condition_name,
+    directory_bytes,
+    stress_twin,
+)
+from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.sweep import (
+    ClosedLoop,
+    Footprint,
+    OpenLoop,
+    SweepRow,
+    run_sweep,
+    write_json,
+)
+from omega_qvla.policies.loading import builtin_directory, load_policy
+from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.recipe import Recipe, Scope
+from omega_qvla.report.figure import comparison_figure
+from omega_qvla.report.table import Table as TextTable
+from omega_qvla.report.table import comparison_table, human_bytes, task_table
+from omega_qvla.runtime.engine import KERNEL, load
+from omega_qvla.runtime.memory import predict
+
+EVALUATION_SEED = 0
+"""First seed of evaluation episodes; demonstrations use seeds far above."""
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class _Common:
+    json: Annotated[Path | None, tyro.conf.arg(help="write the result here, machine-readable")] = (
+        None
+    )
+    debug: Annotated[bool, tyro.conf.arg(help="show a traceback on errors")] = False
+
+
+@dataclass(frozen=True)
+class _Simulation:
+    workers: Annotated[int, tyro.conf.arg(help="simulator processes")] = 2
+    threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
+    seed: Annotated[int, tyro.conf.arg(help="first episode seed")] = EVALUATION_SEED
+
+
+@dataclass(frozen=True)
+class Demo(_Simulation, _Common):
+    """The main job on the embedded policy: quantize, save, reload, run the robot, compare."""
+
+    episodes: Annotated[int, tyro.conf.arg(help="episodes per task, method and condition")] = 4
+    out: Annotated[Path, tyro.conf.arg(help="artifacts, table, picture and JSON go here")] = Path(
+        "out/demo"
+    )
+
+    def run(self, screen: Screen) -> int:
+        command = Compare(
+            policy="builtin:tiny-pi05",
+            recipes="rtn,omega-paper,omega-w4a4",
+            episodes=self.episodes,
+            stress=30.0,
+            out=self.out,
+            json=self.json,
+            debug=self.debug,
+            workers=self.workers,
+            threads=self.threads,
+            seed=self.seed,
+        )
+        status = command.run(screen)
+        screen.say(f"\nthe W4A4 policy is in {self.out / 'artifacts' / 'omega-w4a4-plain'}")
+        screen.say(
+            f"look into it: omega-qvla inspect {self.out / 'artifacts' / 'omega-w4a4-plain'}"
+        )
+        return status
+
+
+@dataclass(frozen=True)
+class Quantize(_Common):
+    """Quantize a policy and save the artifact."""
+
+    policy: Positional[str] = tyro.MISSING
+    out: Annotated[Path, tyro.conf.arg(help="directory of the artifact")] = tyro.MISSING
+    recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = "omega-w4a4"
+    scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
+    calibration: Annotated[
+        str | None, tyro.conf.arg(help="npz file or builtin:NAME; the policy's own by default")
+    ] = None
+    device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
+    resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
+    dry_run: Annotated[bool, tyro.conf.arg(help="only predict the memory table")] = False
+
+    def run(self, screen: Screen) -> int:
+        _require_cpu(self.device)
+        recipe = Recipe.load(self.recipe).scoped(self.scope)
+        policy = load_policy(self.policy)
+        if self.dry_run:
+            sites = [{"name": name} for name in _covered_sites(policy, recipe)]
+            report = _inspection(predict(policy, recipe), recipe.model_dump(mode="json"), sites)
+            screen.memory(report, f"{self.policy} with {recipe.name}, predicted")
+            _write(self.json, report)
+            return 0
+        if not recipe.realizable:
+            raise RecipeError(
+                f"recipe {recipe.name!r} is a simulation: its activation scales differ along the "
+                "contraction, so there are no integers to save. See it in `omega-qvla compare`"
+            )
+        observations = Observations.load(self.calibration or _default_calibration(self.policy))
+        work = self.out.with_name(f".{self.out.name}.journal")
+        with screen.bar(f"quantizing with {recipe.name}") as step:
+            quantized = quantize(
+                policy,
+                observations,
+                recipe,
+                work_directory=work,
+                resume=self.resume,
+                progress=lambda done, total, site: step(done, total, site),
+            )
+        quantized.save_pretrained(self.out)
+        _discard(work)
+        return Inspect(directory=self.out, json=self.json).run(screen)
+
+
+@dataclass(frozen=True)
+class Inspect(_Common):
+    """Show what an artifact holds: memory per component, recipe, sites, hash."""
+
+    directory: Positional[Path] = tyro.MISSING
+
+    def run(self, screen: Screen) -> int:
+        quantized = load(self.directory) if not _is_torch(self.directory) else None
+        if quantized is None:
+            raise PolicyError(
+                f"{self.directory} was made from a module of your own; inspect it from Python with "
+                "load(directory, policy=...).memory_report()"
+            )
+        report = _inspection(
+            quantized.memory_report(directory_bytes=directory_bytes(self.directory)),
+            quantized.config["recipe"],
+            quantized.config["sites"],
+        )
+        report["content_hash"] = quantized.content_hash
+        recipe = quantized.config["recipe"]
+        screen.memory(report, str(self.directory))
+        screen.say(f"recipe   {recipe['name']} ({quantized.config['recipe_hash'][:16]})")
+        screen.say(f"content  {quantized.content_hash}")
+        screen.say(f"kernel   {KERNEL}; {len(quantized.sites)} quantized sites")
+        notes = [f"{site.site.name}: {site.note}" for site in quantized.sites if site.note]
+        for note in notes:
+            screen.say(f"note     {note}")
+        _write(self.json, report)
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify(_Common):
+    """Check every byte of an artifact against its SHA-256."""
+
+    directory: Positional[Path] = tyro.MISSING
+
+    def run(self, screen: Screen) -> int:
+        report = verify_artifact(self.directory)
+        for failure in report.failures:
+            screen.say(f"FAILED {failure}")
+        screen.say(f"{report.checked} checked, {len(report.failures)} failed")
+        _write(self.json, report.to_json())
+        return 0 if report.ok else 1
+
+
+@dataclass(frozen=True)
+class Eval(_Simulation, _Common):
+    """Run a policy or an artifact in the simulator."""
+
+    policy: Positional[str] = tyro.MISSING
+    env: Annotated[Literal["metaworld"], tyro.conf.arg(help="the simulator")] = "metaworld"
+    tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
+    episodes: Annotated[int, tyro.conf.arg(help="episodes per task")] = 20
+    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none")] = 0.0
+
+    def run(self, screen: Screen) -> int:
+        torch.set_num_threads(self.threads)
+        row = _policy_row(self.policy, self.stress)
+        document = _sweep(screen, [row], self, None, _split(self.tasks), self.policy)
+        result = {**document["rows"][0], **_artifact_labels(Path(self.policy))}
+        _write(self.json, {"schema": 1, "row": result})
+        for task, (solved, episodes) in result["success"].items():
+            screen.say(f"{task:24s} {solved}/{episodes}")
+        low, high = result["success_ci95"]
+        screen.say(f"{'all':24s} {result['success_mean']:.1%}  [{low:.1%}, {high:.1%}]")
+        if result["smoke"]:
+            screen.say("fewer than 100 episodes a task: a smoke test, not a measurement")
+        return 0
+
+
+@dataclass(frozen=True)
+class Compare(_Simulation, _Common):
+    """Compare recipes on one policy, open loop and in the simulator, on the same seeds."""
+
+    policy: Positional[str] = tyro.MISSING
+    recipes: Annotated[str, tyro.conf.arg(help="comma-separated names or YAML files")] = (
+        "rtn,omega-paper,omega-w4a4"
+    )
+    episodes: Annotated[int, tyro.conf.arg(help="per task; 0: open loop only")] = 20
+    stress: Annotated[float, tyro.conf.arg(help="add a stress condition; 0 for none")] = 0.0
+    scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
+    calibration: Annotated[str | None, tyro.conf.arg(help="npz file or builtin:NAME")] = None
+    tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
+    out: Annotated[Path, tyro.conf.arg(help="artifacts, picture and JSON go here")] = Path(
+        "out/compare"
+    )
+
+    def run(self, screen: Screen) -> int:
+        torch.set_num_threads(self.threads)
+        policy = load_policy(self.policy)
+        source = self.calibration or _default_calibration(self.policy)
+        comparison = Comparison(
+            label=self.policy,
+            policy=policy,
+            checkpoint_bytes=_checkpoint_bytes(self.policy),
+            calibration=Observations.load(source),
+            recipes=_split(self.recipes) or (),
+            magnitudes=[0.0] if self.stress == 0 else [0.0, self.stress],
+            scope=self.scope,
+            artifacts=self.out / "artifacts",
+        )
+        held_out = Observations.load(source, split="heldout")
+        with screen.bars() as bars:
+            rows = comparison_rows(comparison, bars)
+            document = _sweep(
+                screen, rows, self, OpenLoop(held_out), _split(self.tasks), self.policy, bars
+            )
+        target = self.out / "results.json"
+        write_json(document, target)
+        _write(self.json, document)
+        screen.table(comparison_table(target))
+        if document["rows"][0]["success"]:
+            screen.table(task_table(target))
+        picture = comparison_figure(target, self.out / "comparison.png")
+        screen.say(f"\nresults {target}\npicture {picture}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Train(_Common):
+    """Rebuild an embedded policy from scratch: demonstrations, training, admission."""
+
+    policy: Positional[Literal["tiny-pi05"]] = "tiny-pi05"
+    out: Annotated[Path, tyro.conf.arg(help="the policy directory")] = Path("out/tiny-pi05")
+    steps: Annotated[int | None, tyro.conf.arg(help="optimizer steps; the recipe's own")] = None
+    workers: Annotated[int, tyro.conf.arg(help="simulator processes")] = 2
+    threads: Annotated[int, tyro.conf.arg(help="threads of the training")] = 2
+
+    def run(self, screen: Screen) -> int:
+        from omega_qvla.training.tiny_pi05 import rebuild
+
+        torch.set_num_threads(self.threads)
+        with screen.bars() as bars:
+            provenance = rebuild(self.out, steps=self.steps, workers=self.workers, progress=bars)
+        _write(self.json, provenance)
+        screen.say(f"policy in {self.out}; admitted: {', '.join(provenance['admitted'])}")
+        return 0
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Quantize, tyro.conf.subcommand("quantize")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, and exit with the documented status."""
+    command = tyro.cli(
+        Command,
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+        prog="omega-qvla",
+        description=__doc__,
+    )
+    sys.exit(_run(command))
+
+
+def _run(command: Any) -> int:
+    try:
+        return command.run(Screen())
+    except OmegaError as error:
+        status, message = error.exit_status, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted; what was finished is kept"
+    except MemoryError:
+        status, message = 3, "out of memory; use a machine with more, or a smaller policy"
+    except OSError as error:
+        status, message = 3, f"the system refused: {error}"
+    if command.debug:
+        traceback.print_exc()
+    print(f"omega-qvla: {message}", file=sys.stderr)
+    return status
+
+
+@dataclass
+class Screen:
+    """Output: bars on a terminal, plain lines elsewhere."""
+
+    console: Console = field(default_factory=lambda: Console(highlight=False))
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def table(self, content: TextTable) -> None:
+        """A table and its notes."""
+        table = Table(*content.header)
+        for row in content.rows:
+            table.add_row(*row)
+        self.console.print(table, soft_wrap=not self.console.is_terminal)
+        for note in content.notes:
+            self.say(note)
+
+    def memory(self, report: Mapping[str, Any], title: str) -> None:
+        """The memory table of ``inspect``."""
+        table = Table("component", "parameters", "bits each", "bytes", "16-bit bytes", title=title)
+        for row in report["components"]:
+            table.add_row(
+                row["name"],
+                f"{row['params']:,}",
+                "–" if not row["params"] else f"{row['bits']:.2f}",
+                human_bytes(row["bytes"]),
+                human_bytes(row["reference_bytes"]),
+            )
+        table.add_section()
+        whole = human_bytes(report["total_bytes"]), human_bytes(report["reference_bytes"])
+        table.add_row("whole checkpoint", "", "", *whole)
+        self.console.print(table)
+        self.say(f"whole checkpoint {report['reduction']:.1%} smaller than in 16 bits")
+        narrow = report["paper_scope_reduction"]
+        if narrow is not None:
+            self.say(f"the paper's count (linears of backbone and action head only): {narrow:.1%}")
+
+    def bar(self, label: str) -> _SingleBar:
+        """A progress bar for one loop."""
+        return _SingleBar(self, label)
+
+    def bars(self) -> _Bars:
+        """Progress bars that appear as (label, done, total) reports come in."""
+        return _Bars(self)
+
+
+class _Bars(AbstractContextManager["_Bars"]):
+    """Called with (label, done, total); a bar per label, or a line per tenth without a terminal."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=screen.console,
+            disable=not screen.console.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._tenths: dict[str, int] = {}
+
+    def __enter__(self) -> _Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        if self._screen.console.is_terminal:
+            if label not in self._tasks:
+                self._tasks[label] = self._bars.add_task(label, total=total)
+            self._bars.update(self._tasks[label], completed=done)
+            return
+        tenth = 10 * done // max(total, 1)
+        if tenth != self._tenths.get(label):
+            self._tenths[label] = tenth
+            self._screen.say(f"{label}: {done}/{total}")
+
+
+class _SingleBar(AbstractContextManager[Callable[[int, int, str], None]]):
+    def __init__(self, screen: Screen, label: str) -> None:
+        self._bars, self._label = _Bars(screen), label
+
+    def __enter__(self) -> Callable[[int, int, str], None]:
+        self._bars.__enter__()
+        return lambda done, total, _what: self._bars(self._label, done, total)
+
+    def __exit__(self, *exit_info: object) -> None:
+        self._bars.__exit__(*exit_info)
+
+
+def _sweep(
+    screen: Screen,
+    rows: Sequence[SweepRow],
+    options: _Simulation,
+    open_loop: OpenLoop | None,
+    tasks: Sequence[str] | None,
+    source: str,
+    bars: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run a sweep; without a simulator, say what to install and run the open-loop part."""
+    episodes: int = options.episodes  # type: ignore[attr-defined]
+    if bars is None:
+        with screen.bars() as own:
+            return _sweep(screen, rows, options, open_loop, tasks, source, own)
+    if episodes == 0:
+        return run_sweep(rows, closed_loop=None, open_loop=open_loop, progress=bars)
+    seeds = range(options.seed, options.seed + episodes)
+    chosen = tasks or benchmark_tasks(source)
+    try:
+        with SimulatorPool(options.workers) as pool:
+            closed = ClosedLoop(pool, chosen, seeds)
+            return run_sweep(rows, closed_loop=closed, open_loop=open_loop, progress=bars)
+    except SimulatorUnavailable as error:
+        if open_loop is None:
+            raise
+        screen.say(f"no closed loop: {error}")
+        return run_sweep(rows, closed_loop=None, open_loop=open_loop, progress=bars)
+
+
+def _policy_row(source: str, stress: float) -> SweepRow:
+    """One row for ``eval``: a full-precision policy or an artifact."""
+    directory = Path(source)
+    if (directory / "omega_config.json").exists():
+        if stress:
+            raise PolicyError(
+                "the stress twin is made from a full-precision policy, before quantization; "
+                f"{source} is an artifact"
+            )
+        return SweepRow(
+            source,
+            FULL_PRECISION,
+            lambda: load(directory),
+            footprint=lambda policy: Footprint(directory_bytes(directory), policy.resident_bytes()),
+        )
+    policy = load_policy(source)
+    return SweepRow(
+        source,
+        FULL_PRECISION,
+        lambda: stress_twin(policy, stress),
+        condition_name(stress),
+        footprint=lambda built: Footprint(
+            _checkpoint_bytes(source), sum(p.nbytes for p in built.module.parameters())
+        ),
+    )
+
+
+def _artifact_labels(directory: Path) -> dict[str, Any]:
+    """What a row says of an artifact evaluated alone, with nothing to compare it to."""
+    if not (directory / "omega_config.json").exists():
+        return {}
+    recipe = read_artifact(directory, verify=False).config["recipe"]
+    return {"recipe": recipe["name"], "action_error": None, "smoothness": None}
+
+
+def _inspection(
+    memory: Mapping[str, Any], recipe: Mapping[str, Any], sites: Sequence[Any]
+) -> dict[str, Any]:
+    return {"schema": 1, **memory, "recipe": recipe, "kernel": KERNEL, "sites": list(sites)}
+
+
+def _covered_sites(policy: Pi05Policy, recipe: Recipe) -> list[str]:
+    return [
+        site.name
+        for stage in policy.stages()
+        for site in stage.sites
+        if recipe.scheme(site.component) is not None
+    ]
+
+
+def _default_calibration(policy: str) -> str:
+    if policy.startswith("builtin:"):
+        return policy
+    raise PolicyError(f"{policy} brings no calibration data; give some with --calibration FILE.npz")
+
+
+def _checkpoint_bytes(source: str) -> int | None:
+    scheme, _, name = source.partition(":")
+    directory = builtin_directory(name) if scheme == "builtin" else Path(source)
+    weights = directory / "model.safetensors"
+    return weights.stat().st_size if weights.exists() else None
+
+
+def _is_torch(directory: Path) -> bool:
+    return read_artifact(directory, verify=False).config["policy"]["family"] == "torch"
+
+
+def _require_cpu(device: str) -> None:
+    if device != "cpu":
+        raise ResourceError(f"device {device!r} is not supported by this version; use cpu")
+
+
+def _split(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _discard(directory: Path) -> None:
+    for path in directory.glob("*"):
+        path.unlink()
+    if directory.exists():
+        directory.rmdir()
+
+
+def _write(path: Path | None, document: Mapping[str, Any]) -> None:
+    if path is not None:
+        write_json(document, path)
+
+
+if __name__ == "__main__":
+    main()

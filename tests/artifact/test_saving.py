@@ -1,0 +1,298 @@
+"""Full disks and killed writers: the previous output loads at every instant."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from omega_qvla.artifact import (
+    files,
+    preflight_disk,
+    read_artifact,
+    verify_artifact,
+    write_artifact,
+)
+from omega_qvla.errors import NotAnArtifactError, OmegaError, ResourceError
+
+
+@pytest.fixture
+def second(example: dict[str, Any]) -> dict[str, Any]:
+    return {**example, "card": "# second\n", "max_shard_bytes": 64}
+
+
+def test_disk_full_at_fifty_offsets_leaves_the_previous_output(
+    tmp_path: Path, example: dict[str, Any], second: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch, kit: ModuleType,
+) -> None:  # fmt: skip
+    target = tmp_path / "out"
+    write_artifact(tmp_path / "complete", **second)
+    complete = kit.snapshot(tmp_path / "complete")
+    old = write_artifact(target, **example)
+    total = sum(len(data) for data in complete.values())
+    real = os.write
+    for offset in [total * i // 50 for i in range(50)]:
+        left = offset
+
+        def limited(descriptor: int, data: memoryview) -> int:
+            nonlocal left
+            if left == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = real(descriptor, data[:left])
+            left -= written
+            return written
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "write", limited)
+            with pytest.raises(ResourceError, match="disk is full"):
+                write_artifact(target, **second)
+        assert sorted(os.listdir(tmp_path)) == ["complete", "out"]
+        assert read_artifact(target).content_hash == old
+    write_artifact(target, **second)
+    assert kit.snapshot(target) == complete
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_failures_of_fsync_are_not_swallowed(
+    tmp_path: Path, example: dict[str, Any], second: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch, code: int,
+) -> None:  # fmt: skip
+    """At every fsync of a save, the one after the swap included."""
+    target = tmp_path / "out"
+    old = write_artifact(target, **example)
+    for failing in range(100):
+        left = failing
+
+        def sync(_: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "fsync", sync)
+            try:
+                write_artifact(target, **second)
+            except ResourceError:
+                assert os.listdir(tmp_path) == ["out"]
+                assert read_artifact(target).content_hash == old
+                continue
+        break
+    assert 10 < failing < 100
+    assert read_artifact(target).content_hash != old
+
+
+def test_preflight_names_needed_and_available(
+    tmp_path: Path, example: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1000
+
+    old = write_artifact(tmp_path / "out", **example)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(ResourceError, match=r"needed [\d,]+ bytes, available 1,000"):
+        write_artifact(tmp_path / "out", **example)
+    with pytest.raises(ResourceError, match="needed 1,001 bytes"):
+        preflight_disk(tmp_path / "not" / "yet" / "there", 1001)
+    preflight_disk(tmp_path / "not" / "yet" / "there", 1000)
+    assert read_artifact(tmp_path / "out").content_hash == old
+
+
+def test_preflight_asks_for_at_least_what_is_written(
+    tmp_path: Path, example: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kit: ModuleType
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "omega_qvla.artifact.checkpoint.preflight_disk", lambda _, needed: asked.append(needed)
+    )
+    many = {f"layer.{i}.mlp.gate_up_proj.weight_scale": torch.ones(1) for i in range(500)}
+    for tensors in ({}, example["tensors"], many):
+        target = tmp_path / f"{len(asked)}"
+        write_artifact(target, **{**example, "tensors": tensors})
+        written = sum(len(data) for data in kit.snapshot(target).values())
+        assert written <= asked[-1] <= written + (64 << 10)  # whole blocks
+
+
+def test_foreign_directories_are_never_replaced(tmp_path: Path, example: dict[str, Any]) -> None:
+    cases = {
+        "photos": ["cat.jpg"],
+        "mixed": ["omega_config.json", "manifest.json", "thesis.tex"],
+        "nested": ["manifest.json", "processor/deep/notes.txt"],
+        "weights": ["model-00001-of-00001.safetensors"],
+        "card": ["README.md"],
+    }
+    for name, paths in cases.items():
+        for path in paths:
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_text("mine")
+        with pytest.raises(NotAnArtifactError, match="is not replaced"):
+            write_artifact(tmp_path / name, **example)
+        assert all((tmp_path / name / path).read_text() == "mine" for path in paths)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotAnArtifactError):
+        write_artifact(tmp_path / "file", **example)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == sorted([*cases, "file"])
+
+
+def test_empty_new_damaged_and_linked_destinations(tmp_path: Path, example: dict[str, Any]) -> None:
+    (tmp_path / "empty").mkdir()
+    write_artifact(tmp_path / "empty", **example)
+    write_artifact(tmp_path / "new" / "deep", **example)
+    write_artifact(tmp_path / "damaged", **example)
+    (tmp_path / "damaged" / "manifest.json").write_text("{")
+    write_artifact(tmp_path / "damaged", **example)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    write_artifact(tmp_path / "link", **{**example, "card": "through the link"})
+    assert (tmp_path / "link").is_symlink()
+    for name in ("empty", "new/deep", "damaged", "link"):
+        assert verify_artifact(tmp_path / name).ok
+    assert (tmp_path / "empty" / "README.md").read_text() == "through the link"
+
+
+def test_unwritable_places_are_our_error(tmp_path: Path, example: dict[str, Any]) -> None:
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(OmegaError):
+            write_artifact(target, **example)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_without_an_exchanging_rename(
+    tmp_path: Path, example: dict[str, Any], second: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    write_artifact(target, **example)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    new = write_artifact(target, **second)
+    assert read_artifact(target).content_hash == new and os.listdir(tmp_path) == ["out"]
+
+
+def test_the_system_can_exchange_directories(tmp_path: Path) -> None:
+    """If this fails on Linux, saves are two renames instead of one."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not files._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system has no exchanging rename")
+    assert os.listdir(tmp_path / "a") == ["b"] and os.listdir(tmp_path / "b") == ["a"]
+
+
+def test_a_writer_at_work_is_not_tidied_away(tmp_path: Path, example: dict[str, Any]) -> None:
+    target = tmp_path / "out"
+    with files.replace_directory(target) as work:
+        (work / "manifest.json").write_text("{}")
+        write_artifact(target, **example)
+        assert work.exists() and len(os.listdir(tmp_path)) == 2
+
+
+# Every system call of a save that changes the disk, in turn, becomes a kill -9.
+KILLER = """
+import json, os, shutil, signal, sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from omega_qvla.artifact import files, read_artifact, verify_artifact, write_artifact
+
+folder, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
+target = folder / "out"
+OLD = dict(config={"a": 1}, tensors={"w": torch.arange(40)}, processor={"s": b"1"}, card="old")
+NEW = dict(config={"a": 2}, tensors={"w": torch.arange(90), "v": torch.ones(3)},
+           processor={"s": b"2", "t": b"3"}, card="new", max_shard_bytes=100)
+if not exchange:
+    files._exchange = lambda *_: False
+new = write_artifact(folder / "reference", **NEW)
+reference = {p.name: p.read_bytes() for p in (folder / "reference").rglob("*") if p.is_file()}
+
+def deadly(point):
+    count = 0
+    def wrap(function):
+        def call(*arguments, **keywords):
+            nonlocal count
+            count += 1
+            if count == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
+        return call
+    for name in ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "open"):
+        setattr(os, name, wrap(getattr(os, name)))
+    files._exchange = wrap(files._exchange)
+
+seen = {"old": 0, "new": 0, "between": 0}
+for point in range(1, 1000):
+    shutil.rmtree(target, ignore_errors=True)
+    old = write_artifact(target, **OLD)
+    child = os.fork()
+    if child == 0:
+        deadly(point)
+        write_artifact(target, **NEW)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    if not exchange and not target.exists():
+        seen["between"] += 1
+        kept = read_artifact(folder / ".out.previous").content_hash
+        assert kept == old
+    else:
+        found = read_artifact(target).content_hash
+        assert found in (old, new) and verify_artifact(target).ok
+        seen["old" if found == old else "new"] += 1
+    if point % 3 == 0:
+        write_artifact(target, **OLD)
+        assert read_artifact(target).content_hash == old
+    write_artifact(target, **NEW)
+    assert {p.name: p.read_bytes() for p in target.rglob("*") if p.is_file()} == reference
+    assert sorted(os.listdir(folder)) == ["out", "reference"], os.listdir(folder)
+print(json.dumps({"points": point - 1, **seen}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("mode", ["exchange", "two renames"])
+def test_kill_at_every_step_of_a_save(tmp_path: Path, mode: str) -> None:
+    command = [sys.executable, "-c", KILLER, str(tmp_path), mode]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    seen = json.loads(result.stdout)
+    assert seen["points"] > 40 and seen["old"] > 20 and seen["new"] > 0
+    assert seen["between"] == (0 if mode == "exchange" else 1)
+
+
+WRITER = """
+import sys, torch
+from omega_qvla.artifact import write_artifact
+tensors = {f"w{i}": torch.full((1 << 16,), i) for i in range(8)}
+print("ready", flush=True)
+i = 0
+while True:
+    i += 1
+    write_artifact(sys.argv[1], config={"i": i}, tensors=tensors, processor={}, card="")
+"""
+
+
+def test_kill_from_outside_at_random_times(tmp_path: Path, example: dict[str, Any]) -> None:
+    """A writer that saves in a loop is killed whenever; whatever was last saved loads."""
+    target = tmp_path / "out"
+    write_artifact(target, **example)
+    for delay in (0.03, 0.111):
+        command = [sys.executable, "-c", WRITER, str(target)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+            time.sleep(delay)
+            writer.send_signal(signal.SIGKILL)
+        assert verify_artifact(target).ok
+        read_artifact(target)
+    write_artifact(target, **example)
+    assert os.listdir(tmp_path) == ["out"]
