@@ -46,6 +46,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/forbidden_calls.py src
+	$(BIN)/python tools/results_table.py --check
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 	$(BIN)/pyright -p pyright-strict.json

@@ -36,6 +36,7 @@ from omega_qvla.evaluation.comparison import (
     comparison_rows,
     condition_name,
     directory_bytes,
+    full_footprint,
     stress_twin,
 )
 from omega_qvla.evaluation.simulators import SimulatorPool
@@ -55,6 +56,7 @@ from omega_qvla.report.table import Table as TextTable
 from omega_qvla.report.table import comparison_table, human_bytes, task_table
 from omega_qvla.runtime.engine import KERNEL, load
 from omega_qvla.runtime.memory import predict
+from omega_qvla.training.recipe import rebuild_tiny_pi05
 
 EVALUATION_SEED = 0
 """First seed of evaluation episodes; demonstrations use seeds far above."""
@@ -278,16 +280,13 @@ class Train(_Common):
 
     policy: Positional[Literal["tiny-pi05"]] = "tiny-pi05"
     out: Annotated[Path, tyro.conf.arg(help="the policy directory")] = Path("out/tiny-pi05")
-    steps: Annotated[int | None, tyro.conf.arg(help="optimizer steps; the recipe's own")] = None
     workers: Annotated[int, tyro.conf.arg(help="simulator processes")] = 2
     threads: Annotated[int, tyro.conf.arg(help="threads of the training")] = 2
 
     def run(self, screen: Screen) -> int:
-        from omega_qvla.training.tiny_pi05 import rebuild
-
-        torch.set_num_threads(self.threads)
-        with screen.bars() as bars:
-            provenance = rebuild(self.out, steps=self.steps, workers=self.workers, progress=bars)
+        provenance = rebuild_tiny_pi05(
+            self.out, screen.say, workers=self.workers, threads=self.threads
+        )
         _write(self.json, provenance)
         screen.say(f"policy in {self.out}; admitted: {', '.join(provenance['admitted'])}")
         return 0
@@ -466,11 +465,12 @@ def _policy_row(source: str, stress: float) -> SweepRow:
                 "the stress twin is made from a full-precision policy, before quantization; "
                 f"{source} is an artifact"
             )
+        artifact: Any = load(directory)
         return SweepRow(
             source,
             FULL_PRECISION,
-            lambda: load(directory),
-            footprint=lambda policy: Footprint(directory_bytes(directory), policy.resident_bytes()),
+            lambda: artifact,
+            footprint=lambda _: Footprint(directory_bytes(directory), artifact.resident_bytes()),
         )
     policy = load_policy(source)
     return SweepRow(
@@ -478,9 +478,7 @@ def _policy_row(source: str, stress: float) -> SweepRow:
         FULL_PRECISION,
         lambda: stress_twin(policy, stress),
         condition_name(stress),
-        footprint=lambda built: Footprint(
-            _checkpoint_bytes(source), sum(p.nbytes for p in built.module.parameters())
-        ),
+        footprint=lambda built: full_footprint(built, _checkpoint_bytes(source)),
     )
 
 

@@ -16,10 +16,10 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from omega_qvla.errors import RecipeError
 
@@ -27,7 +27,7 @@ Scope = Literal["all", "paper"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TransformScheme(_Frozen):
@@ -48,6 +48,13 @@ class TransformScheme(_Frozen):
     permutation: Literal["none", "snake"] = "none"
     block: int = Field(default=64, ge=2)
     output_rotation: bool = False
+
+    @model_validator(mode="after")
+    def _hadamard_needs_a_power_of_two(self) -> TransformScheme:
+        rotated = "hadamard" in self.rotation or self.output_rotation
+        if rotated and self.block & (self.block - 1):
+            raise ValueError(f"a Hadamard rotation needs a power of two as block, got {self.block}")
+        return self
 
     @property
     def identity(self) -> bool:
@@ -130,11 +137,11 @@ class Recipe(_Frozen):
     backbone: Scheme | None = None
     action_head: Scheme | None = None
     adaptive_norm: Literal["table", "keep"] = "keep"
-    table_step_counts: tuple[int, ...] = (4, 5, 8, 10, 16)
+    table_step_counts: tuple[Annotated[int, Field(ge=1)], ...] = (4, 5, 8, 10, 16)
     embedding_bits: Literal[8, 16] = 16
     cascade: bool = True
     observations: int = Field(default=64, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**62)
 
     def scheme(self, component: str) -> Scheme | None:
         """The scheme of a component by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.pi05 import Pi05Module
 from omega_qvla.training.dataset import (
-    Batch,
     TrainingSet,
     load_demonstrations,
     make_processor,
@@ -19,7 +19,14 @@ from omega_qvla.training.dataset import (
 )
 from omega_qvla.training.demonstrations import CAMERAS, HORIZON, Demonstrations
 from omega_qvla.training.run import train_policy
-from omega_qvla.training.train import Learner, Trainer, TrainingPlan, initialize, learning_rate
+from omega_qvla.training.train import (
+    Learner,
+    Trainer,
+    TrainingPlan,
+    initialize,
+    learning_rate,
+    patch_weights,
+)
 
 TASKS = ("faucet-open-v3", "faucet-close-v3", "door-open-v3")
 PLAN = TrainingPlan(steps=4, batch=4, noise_samples=2, warmup=2, half=False, compiled=False)
@@ -29,9 +36,7 @@ def demonstrations(task: str, count: int = 6) -> Demonstrations:
     generator = np.random.default_rng(len(task))
     return Demonstrations(
         task=task,
-        images={
-            c: generator.integers(0, 256, (count, 84, 84, 3), dtype=np.uint8) for c in CAMERAS
-        },
+        images={c: generator.integers(0, 256, (count, 84, 84, 3), dtype=np.uint8) for c in CAMERAS},
         state=generator.normal(size=(count, 4)).astype(np.float32),
         actions=generator.uniform(-1, 1, (count, HORIZON, 4)).astype(np.float32),
         positions=generator.normal(size=(count, 6)).astype(np.float32),
@@ -72,7 +77,7 @@ def test_shorter_prompts_are_padded_and_the_padding_changes_nothing(data: Traini
     noise = torch.randn(4, HORIZON, 4, generator=torch.Generator().manual_seed(2))
     times = torch.full((4,), 0.4)
     padded = torch.cat((batch.tokens, torch.full((4, 3), 5)), dim=1)
-    longer = Batch(batch.pixels, padded, batch.lengths, batch.actions, batch.positions)
+    longer = replace(batch, tokens=padded)
     with torch.no_grad():
         ours, theirs = learner.losses(batch, noise, times), learner.losses(longer, noise, times)
     # Only the order of summation inside attention differs.
@@ -105,10 +110,20 @@ def test_a_mismatched_instruction_comes_from_another_scene_and_means_hold_still(
     # A faucet is never told to be turned the other way: only the door's words, and for the door
     # the faucets', can appear. Its prompts are one word shorter.
     door = processor.tokenizer.encode("open the door")
-    told_door = torch.tensor([len(set(door) & set(row.tolist())) == len(door) for row in batch.tokens])
+    told_door = torch.tensor(
+        [len(set(door) & set(row.tolist())) == len(door) for row in batch.tokens]
+    )
     pixels = torch.from_numpy(sets[2].images["base"])
     is_door = torch.tensor([bool((pixels == p[0]).flatten(1).all(1).any()) for p in batch.pixels])
     assert bool((told_door != is_door).all())
+
+
+def test_a_point_is_shared_among_the_patches_around_it():
+    points = torch.tensor([[0.25, 0.25], [0.5, 0.25], [1.2, 0.5]])
+    weights = patch_weights(points, grid=2)
+    # Right, then down: the first lies on the first patch's centre, the second between two patches.
+    expected = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.0] * 4])
+    torch.testing.assert_close(weights, expected)
 
 
 def test_the_learning_rate_warms_up_and_ends_at_two_percent():
@@ -120,7 +135,9 @@ def test_the_learning_rate_warms_up_and_ends_at_two_percent():
 
 def test_neighbouring_state_bins_start_as_neighbours(data: TrainingSet):
     module, tokenizer = initialized(data), data.processor.tokenizer
-    row = {v: module.embed_tokens.weight[tokenizer.vocabulary.index(str(v))] for v in (100, 101, 180)}
+    row = {
+        v: module.embed_tokens.weight[tokenizer.vocabulary.index(str(v))] for v in (100, 101, 180)
+    }
     near, far = (row[100] - row[101]).norm(), (row[100] - row[180]).norm()
     assert near < 0.5 * far
 

@@ -136,6 +136,7 @@ def capture(
     module: nn.Module,
     clock: FlowClock,
     seed: Callable[[QuantizationSite], int],
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, SiteStatistics]:
     """Run a stage on every state and return what its sites read.
 
@@ -146,6 +147,7 @@ def capture(
         module: the policy's module, in which the sites' linears are looked up.
         clock: the policy's clock.
         seed: seeds the row sample of each site, independently of which others are watched.
+        numbers: the user's number of each observation, for messages; counted from 0 when absent.
 
     Raises:
         NonFiniteError: an activation is NaN or Inf; names site, step and observation.
@@ -169,7 +171,7 @@ def capture(
     try:
         with torch.no_grad():
             for index, state in enumerate(states):
-                current["observation"] = index
+                current["observation"] = index if numbers is None else numbers[index]
                 stage.run(state)
     finally:
         for handle in handles:

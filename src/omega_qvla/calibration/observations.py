@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -44,6 +45,11 @@ class Observations(Sequence[Observation]):
         self._items = tuple(items)
         if not self._items:
             raise ObservationError("there are no observations; calibration needs at least one")
+        for i, item in enumerate(self._items):
+            if not isinstance(item, Mapping):
+                raise ObservationError(
+                    f"observation {i} is {type(item).__name__}; observations are mappings"
+                )
 
     @overload
     def __getitem__(self, index: int) -> Observation: ...
@@ -64,10 +70,13 @@ class Observations(Sequence[Observation]):
 
     def spread(self, count: int) -> Observations:
         """At most ``count`` observations, evenly spaced, so that every part is represented."""
+        return Observations(self._items[i] for i in self.spread_indices(count))
+
+    def spread_indices(self, count: int) -> list[int]:
+        """Which ones ``spread`` picks."""
         if count >= len(self):
-            return self
-        picks = np.linspace(0, len(self) - 1, count).round().astype(int)
-        return Observations(self._items[i] for i in picks)
+            return list(range(len(self)))
+        return [int(i) for i in np.linspace(0, len(self) - 1, count).round()]
 
     @property
     def fingerprint(self) -> str:
@@ -101,9 +110,8 @@ class Observations(Sequence[Observation]):
             ObservationError: unreadable, missing arrays, unequal lengths or an empty split.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile, KeyError, EOFError) as error:
+            arrays = _read_npz(Path(path))
+        except _UNREADABLE as error:
             raise ObservationError(f"cannot read observations from {path}: {error}") from error
         return cls(_unstack(arrays, split, str(path)))
 
@@ -158,13 +166,11 @@ def as_observations(source: Iterable[Observation] | Observations) -> Observation
     """
     if isinstance(source, Observations):
         return source
-    items = list(source)
-    for i, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            raise ObservationError(
-                f"observation {i} is {type(item).__name__}; observations are mappings"
-            )
-    return Observations(items)
+    if not isinstance(source, Iterable):
+        raise ObservationError(
+            f"observations must be an iterable of mappings, got {type(source).__name__}"
+        )
+    return Observations(source)
 
 
 def _unstack(
@@ -193,6 +199,30 @@ def _unstack(
         }
 
 
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    RuntimeError,  # encrypted entries, unknown compression
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    file = np.load(path, allow_pickle=False)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("it is a single array, not an npz archive")
+    with file:
+        arrays = {name: file[name] for name in file.files}
+    foreign = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if foreign:
+        raise ValueError(f"{foreign} are not arrays")
+    return arrays
+
+
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Deflated npz with fixed timestamps, written beside and renamed."""
     partial = path.with_name(path.name + ".partial")
@@ -209,15 +239,20 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _update(digest: Any, value: Any) -> None:
     """Feed nested observations into a hash, unambiguously."""
     if isinstance(value, Mapping):
+        digest.update(f"{{{len(value)}}}".encode())
         for key in sorted(value, key=str):
-            digest.update(f"[{key}]".encode())
+            digest.update(f"[{key!r}]".encode())
             _update(digest, value[key])
     elif isinstance(value, (list, tuple)):
         digest.update(f"({len(value)})".encode())
         for item in value:
             _update(digest, item)
     elif isinstance(value, torch.Tensor):
-        _update(digest, value.detach().to(torch.float32).cpu().numpy())
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+        _update(digest, value.tolist())  # its bytes would be addresses
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())

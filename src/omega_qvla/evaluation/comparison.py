@@ -132,7 +132,7 @@ def _condition_rows(
     def full() -> Pi05Policy:
         return stress_twin(comparison.policy, magnitude, seed=comparison.seed, probe=probe)
 
-    def quantized(recipe: Recipe) -> Callable[[], QuantizedPolicy | SimulatedPolicy]:
+    def quantized(recipe: Recipe) -> Callable[[], Any]:
         def build() -> QuantizedPolicy | SimulatedPolicy:
             label = f"quantizing {recipe.name}, {condition}"
             made = quantize(
@@ -154,10 +154,7 @@ def _condition_rows(
             FULL_PRECISION,
             full,
             condition,
-            footprint=lambda policy: Footprint(
-                comparison.checkpoint_bytes,
-                sum(p.nbytes for p in policy.module.parameters()),
-            ),
+            footprint=lambda built: full_footprint(built, comparison.checkpoint_bytes),
             extra={"scope": comparison.scope},
         )
     ]
@@ -175,6 +172,11 @@ def _condition_rows(
             )
         )
     return rows
+
+
+def full_footprint(policy: Any, checkpoint_bytes: int | None) -> Footprint:
+    """Bytes of a full-precision policy."""
+    return Footprint(checkpoint_bytes, sum(p.nbytes for p in policy.module.parameters()))
 
 
 def _footprint(folder: Path | None) -> Callable[[Any], Footprint]:

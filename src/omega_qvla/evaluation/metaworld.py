@@ -11,7 +11,7 @@ module adds what a benchmark for vision-language-action policies needs on a mach
   one generator per episode, over ranges wider than Meta-World's own where the expert still works,
   so that a policy that cannot see cannot succeed.
 
-Physics and rendering are apart: :meth:`MetaWorldEnv.step` never renders, so an open-loop chunk costs
+Physics and rendering are apart: :meth:`MetaWorldEnv.step` never renders, so a chunk of actions costs
 its physics only.
 """
 
@@ -69,6 +69,37 @@ class Task:
     show_goal: bool = False
     scene: str = ""
     start_jitter: float = 1.0
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera: distance (m) and angles (degrees) from the point it looks at.
+
+    ``lookat`` is in the world, or, for the wrist view, relative to the hand.
+    """
+
+    lookat: tuple[float, float, float]
+    distance: float
+    azimuth: float
+    elevation: float
+
+
+BASE_VIEW = View((0.0, 0.68, 0.08), 0.95, 112.0, -48.0)
+WRIST_VIEW = View((0.0, 0.0, -0.05), 0.40, 60.0, -38.0)
+FIELD_OF_VIEW = 45.0
+"""Vertical field of view of both cameras, degrees (MuJoCo's default, asserted when rendering)."""
+
+
+def project(points: Array, lookat: Array, view: View) -> Array:
+    """World points [..., 3] → image coordinates [..., 2], right and down, in [0, 1] if visible."""
+    azimuth, elevation = np.radians(view.azimuth), np.radians(view.elevation)
+    level = np.array([np.cos(azimuth), np.sin(azimuth), 0.0])
+    forward = np.cos(elevation) * level + np.array([0.0, 0.0, np.sin(elevation)])
+    right = np.array([level[1], -level[0], 0.0])
+    offset = points - (lookat - view.distance * forward)
+    scale = 0.5 / np.tan(np.radians(FIELD_OF_VIEW) / 2.0) / np.maximum(offset @ forward, 1e-3)
+    across, down = offset @ right * scale, -(offset @ np.cross(right, forward)) * scale
+    return np.stack((across, down), axis=-1) + 0.5
 
 
 TASKS: dict[str, Task] = {
@@ -168,7 +199,10 @@ class MetaWorldEnv:
         self._env.hand_init_pos = self._hand_start + jitter
         self._mujoco.mj_resetData(self._env.model, self._env.data)
         self._env.np_random = np.random.default_rng(seed + 1)
-        self._raw = np.asarray(self._env.reset()[0], dtype=np.float64)
+        self._env.reset()
+        # Meta-World moves bodies after it has computed their positions: what reset returns is stale.
+        self._mujoco.mj_forward(self._env.model, self._env.data)
+        self._raw = np.asarray(self._env._get_obs(), dtype=np.float64)
         return self.observe()
 
     def step(self, action: npt.ArrayLike) -> bool:
@@ -235,13 +269,13 @@ class MetaWorldEnv:
         self._options = mujoco.MjvOption()
         self._options.geomgroup[:] = [1, 1, 1, 0, 0, 0]
         self._options.sitegroup[:] = [1 if TASKS[self.task].show_goal else 0] * 6
-        self._base = _camera(mujoco, (0.0, 0.68, 0.08), 0.95, 112.0, -48.0)
-        self._wrist = _camera(mujoco, (0.0, 0.6, 0.1), 0.40, 60.0, -38.0)
+        assert self._env.model.vis.global_.fovy == FIELD_OF_VIEW
+        self._base, self._wrist = _camera(mujoco, BASE_VIEW), _camera(mujoco, WRIST_VIEW)
         return renderer
 
     def _follow(self) -> Any:
         """Centre the wrist camera just below the fingers."""
-        self._wrist.lookat[:] = self._raw[:3] + np.array([0.0, 0.0, -0.05])
+        self._wrist.lookat[:] = self._raw[:3] + np.array(WRIST_VIEW.lookat)
         return self._wrist
 
     def _render(self, camera: Any) -> npt.NDArray[np.uint8]:
@@ -249,10 +283,8 @@ class MetaWorldEnv:
         return self._renderer.render().copy()
 
 
-def _camera(
-    mujoco: Any, lookat: tuple[float, ...], distance: float, azimuth: float, elevation: float
-) -> Any:
+def _camera(mujoco: Any, view: View) -> Any:
     camera = mujoco.MjvCamera()
-    camera.lookat[:] = lookat
-    camera.distance, camera.azimuth, camera.elevation = distance, azimuth, elevation
+    camera.lookat[:] = view.lookat
+    camera.distance, camera.azimuth, camera.elevation = view.distance, view.azimuth, view.elevation
     return camera

@@ -48,6 +48,24 @@ class Pi05Processor:
     statistics: NormalizationStatistics
     tokenizer: Tokenizer
 
+    def __post_init__(self) -> None:
+        """Statistics and tokenizer must fit the network.
+
+        Raises:
+            PolicyError: too few quantiles, or token ids beyond the embedding.
+        """
+        for name, quantiles, width in (
+            ("state", self.statistics.state, self.config.state_dim),
+            ("actions", self.statistics.actions, self.config.robot_action_dim),
+        ):
+            if min(len(quantiles.q01), len(quantiles.q99)) < width:
+                raise PolicyError(f"norm_stats.json has fewer than {width} quantiles of {name}")
+        if self.tokenizer.size > self.config.vocabulary:
+            raise PolicyError(
+                f"the tokenizer has {self.tokenizer.size} tokens, the embedding "
+                f"{self.config.vocabulary}"
+            )
+
     def encode(self, observation: Observation) -> tuple[Tensor, Tensor]:
         """Observation → (pixels [1, V, 3, S, S] in [-1, 1], token ids [1, T]).
 
@@ -138,7 +156,21 @@ class Pi05Policy:
         )
 
     def use_step_table(self, table: StepTable) -> None:
-        """Read adaptive-norm modulation from a table; the layers that computed it are removed."""
+        """Read adaptive-norm modulation from a table; the layers that computed it are removed.
+
+        Raises:
+            ValueError: the table is not of this network's shape.
+        """
+        rows, width = table.times.numel(), self.config.expert.width
+        expected = (rows, self.config.norms, 3, width)
+        fits = table.times.ndim == 1 and rows > 0 and tuple(table.values.shape) == expected
+        if not fits or table.values.dtype != torch.float32:
+            raise ValueError(
+                f"step_table.values is {table.values.dtype} {list(table.values.shape)} with times "
+                f"{list(table.times.shape)}, expected torch.float32 {list(expected)}"
+            )
+        if bool((table.times.diff() >= 0).any()):
+            raise ValueError("step_table.times must be strictly descending")
         remove_modulation(self.module)
         self._modulation = table.at
         self.step_table = table

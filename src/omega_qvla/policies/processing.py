@@ -31,7 +31,7 @@ _WORD = re.compile(r"-?\d+|\w+|[^\w\s]")
 class Quantiles(BaseModel):
     """1 % and 99 % quantiles per dimension of one quantity, in the robot's units."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
     q01: tuple[float, ...]
     q99: tuple[float, ...]
 
@@ -74,7 +74,10 @@ class NormalizationStatistics(BaseModel):
 
 
 class Tokenizer(Protocol):
-    """Text → token ids, beginning-of-sequence included."""
+    """Text → token ids below ``size``, beginning-of-sequence included."""
+
+    @property
+    def size(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -87,6 +90,10 @@ class WordTokenizer:
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self.vocabulary = tuple(vocabulary)
         self._ids = {word: i for i, word in enumerate(self.vocabulary)}
+
+    @property
+    def size(self) -> int:
+        return len(self.vocabulary)
 
     @classmethod
     def for_instructions(cls, instructions: Sequence[str]) -> WordTokenizer:
@@ -119,6 +126,8 @@ class WordTokenizer:
 class ByteTokenizer:
     """UTF-8 bytes plus an offset; for policies with random weights, which have no vocabulary."""
 
+    size = 3 + 256
+
     def encode(self, text: str) -> list[int]:
         return [1, *(3 + byte for byte in text.encode("utf-8"))]
 
@@ -129,8 +138,8 @@ class ByteTokenizer:
 def load_tokenizer(content: Mapping[str, Any], where: str) -> Tokenizer:
     """A tokenizer from what its ``dump`` wrote."""
     match content:
-        case {"kind": "words", "vocabulary": list(vocabulary)} if all(
-            isinstance(word, str) for word in vocabulary
+        case {"kind": "words", "vocabulary": list(vocabulary)} if (
+            all(isinstance(word, str) for word in vocabulary) and "<bos>" in vocabulary
         ):
             return WordTokenizer(vocabulary)
         case {"kind": "bytes"}:
@@ -158,7 +167,7 @@ def resize_with_padding(image: np.ndarray, size: int) -> Tensor:
     height, width = pixels.shape[1:]
     if (height, width) != (size, size):
         ratio = max(height, width) / size
-        new_height, new_width = int(height / ratio), int(width / ratio)
+        new_height, new_width = max(1, int(height / ratio)), max(1, int(width / ratio))
         pixels = F.interpolate(
             pixels.unsqueeze(0), size=(new_height, new_width), mode="bilinear", align_corners=False
         )[0]
@@ -186,6 +195,8 @@ def require_images(observation: Mapping[str, Any], cameras: Sequence[str]) -> li
             f"{sorted(map(str, observation))}"
         )
     masks = observation.get("image_masks", {})
+    if not isinstance(masks, Mapping):
+        raise ObservationError("'image_masks' must map camera names to True or False")
     wanted = [name for name in cameras if masks.get(name, True)]
     missing = [name for name in wanted if name not in images]
     extra = [name for name in images if name not in cameras]
@@ -198,7 +209,10 @@ def require_images(observation: Mapping[str, Any], cameras: Sequence[str]) -> li
 
 
 def _checked_image(name: str, value: Any) -> np.ndarray:
-    image = np.asarray(value)
+    try:
+        image = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ObservationError(f"image {name!r} is not an array: {error}") from error
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ObservationError(
             f"image {name!r} must be uint8 [height, width, 3]; got {image.dtype} "
@@ -219,7 +233,7 @@ def require_state(observation: Mapping[str, Any], width: int) -> np.ndarray:
         )
     try:
         state = np.asarray(observation["state"], dtype=np.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ObservationError(f"'state' is not numeric: {error}") from error
     if state.shape != (width,):
         raise ObservationError(f"'state' must have shape [{width}], got {list(state.shape)}")

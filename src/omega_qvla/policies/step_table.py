@@ -56,7 +56,8 @@ class StepTable:
         visited = {t for steps in step_counts for t in euler_times(steps)}
         times = torch.tensor(sorted(visited, reverse=True), dtype=torch.float64)
         with torch.no_grad():
-            return cls(times, modulation(times).to(torch.float32))
+            # Samplers hand over float32 times, and the embedding of t turns fast enough to tell.
+            return cls(times, modulation(times.to(torch.float32)).to(torch.float32))
 
     def at(self, times: Tensor) -> Tensor:
         """Modulation [T, norms, 3, D] at flow times [T]; ends are held constant."""

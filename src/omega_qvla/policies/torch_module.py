@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -65,30 +66,23 @@ class TorchPolicy:
         self.sample = sample
         self.steps = steps
         self.clock = FlowClock()
-        self._arguments = {
-            "sample": sample,
-            "steps": steps,
-            "backbone": backbone,
-            "action_head": action_head,
-            "step_module": step_module,
-            "noise_shape": noise_shape,
-        }
         self.backbone, self.action_head = backbone, action_head
+        self.step_module = step_module
         self.dropped_parameters = 0
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
         self._sites = _match_sites(module, backbone, action_head)
-        self._counter = None if step_module is None else _StepCounter(self, step_module)
+        if step_module is not None and step_module not in dict(module.named_modules()):
+            raise PolicyError(f"step_module {step_module!r} is not a submodule")
 
     def clone(self) -> TorchPolicy:
-        """A structural copy that shares every tensor: modules may be replaced in it freely."""
+        """A structural copy that shares every tensor: modules may be replaced in it freely.
+
+        It is in evaluation mode: a quantized policy is never trained.
+        """
         shared = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
         twin = copy.copy(self)
         twin.clock = FlowClock()
-        twin.module = copy.deepcopy(self.module, shared)
-        name = self._arguments["step_module"]
-        if name is not None:
-            _remove_step_hooks(twin.module.get_submodule(name))
-            twin._counter = _StepCounter(twin, name)
+        twin.module = copy.deepcopy(self.module, shared).eval()
         return twin
 
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -128,60 +122,60 @@ class TorchPolicy:
             )
         if noise is None and generator is not None and self.noise_shape is not None:
             noise = torch.randn(self.noise_shape, generator=generator)
-        if self._counter is not None:
-            self._counter.reset()
-        with torch.no_grad():
+        with torch.no_grad(), self._counted_steps():
             return self.sample(self.module, observation, noise, self.clock)
 
     def _run(self, state: State) -> State:
         self.sample_actions(state["observation"], state["noise"])
         return state
 
+    def _counted_steps(self) -> AbstractContextManager[None]:
+        if self.step_module is None:
+            return nullcontext()
+        return _steps_by_calls(self.module.get_submodule(self.step_module), self.clock, self.steps)
 
-class _StepCounter:
-    """Advances a policy's clock on every forward call of one submodule."""
 
-    def __init__(self, policy: TorchPolicy, name: str) -> None:
-        try:
-            module = policy.module.get_submodule(name)
-        except AttributeError as error:
-            raise PolicyError(f"step_module {name!r} is not a submodule: {error}") from error
-        self._clock, self._steps, self._calls = policy.clock, policy.steps, 0
-        self._handles = (
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave),
-        )
+@contextmanager
+def _steps_by_calls(module: nn.Module, clock: FlowClock, steps: int) -> Iterator[None]:
+    """Inside the block, the n-th forward call of ``module`` is denoising step n.
 
-    def reset(self) -> None:
-        self._calls = 0
-        self._clock.index = self._clock.time = None
+    Hooks exist only while the policy is sampled, so the user's module stays as it was and whatever
+    stands in its place by then is counted.
+    """
+    calls = 0
 
-    def _enter(self, _module: nn.Module, _inputs: Any) -> None:
-        if self._calls >= self._steps:
+    def enter(_module: nn.Module, _inputs: Any) -> None:
+        nonlocal calls
+        if calls >= steps:
             raise PolicyError(
-                f"step_module was called more than {self._steps} times in one sample; "
+                f"step_module was called more than {steps} times in one sample; "
                 "set steps= to the number of denoising steps"
             )
-        self._clock.index = self._calls
-        self._clock.time = 1.0 - self._calls / self._steps
-        self._calls += 1
+        clock.index, clock.time = calls, 1.0 - calls / steps
+        calls += 1
 
-    def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self._clock.index = self._clock.time = None
+    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        clock.index = clock.time = None
 
-
-def _remove_step_hooks(module: nn.Module) -> None:
-    """Drop step counters that a deep copy carried over from another policy."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), _StepCounter):
-                del hooks[key]
+    # First in and last out: the module may itself be a linear that others watch.
+    handles = (
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_hook(leave),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        clock.index = clock.time = None
 
 
 def _match_sites(
     module: nn.Module, backbone: str | None, action_head: str | None
 ) -> tuple[QuantizationSite, ...]:
-    linears = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    # The module itself has no name: it cannot be replaced inside itself.
+    named = [(name, child) for name, child in module.named_modules() if name]
+    linears = [name for name, child in named if isinstance(child, nn.Linear)]
     chosen: dict[str, Component] = {}
     parts: tuple[tuple[Component, str | None], ...] = (
         ("backbone", backbone),

@@ -9,9 +9,10 @@ recipes or two checkpoints would give an artifact nobody asked for.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from omega_qvla.quantization.weights import QuantizedWeight
 from omega_qvla.recipe import ActivationScheme
 
 HEADER = "header.json"
+_OURS = re.compile(r"(header\.json|site-\d{5}\.safetensors)(\.partial)?")
 
 
 class Journal:
@@ -40,18 +42,25 @@ class Journal:
         resume: continue what is there; without it an existing journal is discarded.
 
     Raises:
-        ResumeError: ``resume`` and the directory's header differs from ``header``.
+        ResumeError: the directory holds something else, or ``resume`` and its header differs from
+            ``header``.
         ResourceError: the disk is full.
     """
 
     def __init__(self, directory: Path, header: Mapping[str, str], *, resume: bool) -> None:
         self.directory = directory
-        if directory.exists() and not resume:
-            shutil.rmtree(directory)
+        found = _own_files(directory)
+        if not resume:
+            _remove(found)
+            found = []
         path = directory / HEADER
-        if path.exists():
+        if path in found:
             _require_same(path, header)
             return
+        if any(file.suffix != ".partial" for file in found):
+            raise ResumeError(
+                f"{directory} has finished sites but no {HEADER}; start again without resume"
+            )
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -66,9 +75,14 @@ class Journal:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = json.loads((file.metadata() or {})["site"])
+                stored = file.metadata() or {}
+            if stored["sha256"] != _digest(tensors, stored["site"]):
+                raise ValueError("its bytes do not have the SHA-256 written with them")
+            metadata = json.loads(stored["site"])
+            if metadata["name"] != site.name:
+                raise ValueError(f"it holds {metadata['name']!r}, not {site.name!r}")
             return _decode(site, tensors, metadata)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ResumeError(
                 f"{path} is damaged ({error}); delete {self.directory} and start again"
             ) from error
@@ -80,14 +94,48 @@ class Journal:
             ResourceError: the disk is full; nothing is left half-written.
         """
         tensors, metadata = _encode(quantized)
-        _write(self._path(index), save(tensors, metadata={"site": json.dumps(metadata)}))
+        text = json.dumps(metadata)
+        content = save(tensors, metadata={"site": text, "sha256": _digest(tensors, text)})
+        _write(self._path(index), content)
 
     def discard(self) -> None:
         """Remove the journal after the result has been saved."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        _remove(_own_files(self.directory))
+        self.directory.rmdir()
 
     def _path(self, index: int) -> Path:
         return self.directory / f"site-{index:05d}.safetensors"
+
+
+def _own_files(directory: Path) -> list[Path]:
+    """The journal's files; a directory with anything else in it is not ours to use or empty."""
+    try:
+        if not directory.exists():
+            return []
+        found = sorted(directory.iterdir())
+    except OSError as error:
+        raise ResumeError(f"{directory} cannot be used for a journal: {error}") from error
+    foreign = [path.name for path in found if not _OURS.fullmatch(path.name)]
+    if foreign:
+        raise ResumeError(
+            f"{directory} holds something that is not a quantization journal "
+            f"({', '.join(foreign[:3])}); give another work directory"
+        )
+    return found
+
+
+def _remove(files: list[Path]) -> None:
+    """Delete a journal's files, the header last: interrupted, the rest still belongs to it."""
+    for path in sorted(files, key=lambda path: path.name == HEADER):
+        path.unlink()
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: str) -> str:
+    digest = hashlib.sha256(metadata.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _require_same(path: Path, header: Mapping[str, str]) -> None:
@@ -133,6 +181,7 @@ def _encode(quantized: QuantizedSite) -> tuple[dict[str, Tensor], dict[str, obje
     tensors = {"integers": quantized.weight.integers, "scale": quantized.weight.scale}
     tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     metadata: dict[str, object] = {
+        "name": quantized.site.name,
         "weight_bits": quantized.weight_bits,
         "in_features": quantized.in_features,
         "splits": list(quantized.splits),

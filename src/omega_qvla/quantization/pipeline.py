@@ -12,6 +12,7 @@ Every finished site goes into the journal before the next one starts.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from torch import nn
 
 from omega_qvla.calibration.capture import SiteStatistics, capture
 from omega_qvla.calibration.observations import as_observations
-from omega_qvla.errors import PolicyError
+from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.base import (
     HasEmbedding,
     Observation,
@@ -89,18 +90,21 @@ def quantize_policy(
         PolicyError: the recipe covers no site of this policy, or a site was never reached.
         ResumeError: the journal belongs to other inputs.
     """
-    used = as_observations(observations).spread(recipe.observations)
+    given = as_observations(observations)
+    numbers = given.spread_indices(recipe.observations)
+    used = given.spread(recipe.observations)
     covered = [site for site in sites_of(policy) if recipe.scheme(site.component) is not None]
     if not covered:
         raise PolicyError(
             f"recipe {recipe.name!r} covers no part of this {policy.family} policy; its sites are "
             f"in {sorted({site.component for site in sites_of(policy)})}"
         )
+    _require_finite_weights(policy.module)
     calibration = used.fingerprint
     opened = None if journal is None else journal(journal_header(policy, calibration, recipe))
     working = policy.clone()
     embedding = _quantize_embedding(working, recipe)
-    work = _Work(working, recipe, covered, opened, progress)
+    work = _Work(working, recipe, covered, numbers, opened, progress)
     states = [
         working.initial_state(item, torch.Generator().manual_seed(recipe.seed + i))
         for i, item in enumerate(used)
@@ -126,8 +130,15 @@ def quantize_policy(
 
 def journal_header(policy: Policy, calibration: str, recipe: Recipe) -> dict[str, str]:
     """Everything that the bytes of the result depend on."""
+    structure, files = policy.describe()
+    description = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
+    for name, content in sorted(files.items()):
+        description.update(f"{name}[{len(content)}]".encode() + content)
+    sites = [[site.name, site.component, *site.linears] for site in sites_of(policy)]
     return {
         "recipe": recipe.content_hash,
+        "policy": description.hexdigest(),
+        "sites": hashlib.sha256(json.dumps(sites).encode()).hexdigest(),
         "weights": weights_fingerprint(policy.module),
         "calibration": calibration,
         "library": version("omega-qvla"),
@@ -136,13 +147,20 @@ def journal_header(policy: Policy, calibration: str, recipe: Recipe) -> dict[str
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters."""
+    """SHA-256 over names, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name}{list(parameter.shape)}{parameter.dtype}".encode())
-        flat = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(flat.numpy().tobytes())
+    for name, tensor in sorted((*module.named_parameters(), *module.named_buffers())):
+        digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _require_finite_weights(module: nn.Module) -> None:
+    """Before anything runs: a bad weight would show first in activations far away from it."""
+    for path, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            name, _, kind = path.rpartition(".")
+            raise NonFiniteError(f"{kind} of {name!r} has NaN or Inf; the checkpoint is damaged")
 
 
 class _Work:
@@ -153,10 +171,12 @@ class _Work:
         policy: Policy,
         recipe: Recipe,
         covered: Sequence[QuantizationSite],
+        numbers: Sequence[int],
         journal: Journal | None,
         progress: Progress,
     ) -> None:
         self.policy, self.recipe, self.journal, self.progress = policy, recipe, journal, progress
+        self.numbers = numbers
         self.index = {site.name: i for i, site in enumerate(covered)}
         self.finished: list[QuantizedSite] = []
 
@@ -216,6 +236,7 @@ class _Work:
             self.policy.module,
             self.policy.clock,
             lambda site: self.recipe.seed + self.index[site.name],
+            self.numbers,
         )
 
     def _install(self, quantized: QuantizedSite) -> None:

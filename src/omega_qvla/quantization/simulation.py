@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from omega_qvla.policies.base import FlowClock
 from omega_qvla.quantization.activations import (
-    dequantize_activation,
     interpolate_scales,
     per_token_scale,
-    quantize_activation,
+    round_activations,
 )
 from omega_qvla.quantization.site import QuantizedSite, transform_rows
 
 
 class SimulatedLinear(nn.Module):
-    """Drop-in for the linears of one site, computing in floating point."""
+    """Drop-in for the linears of one site, computing in floating point.
+
+    An output rotation is undone in the dequantized weight, once: (x' W'ᵀ) Rᵀ = x' (R W')ᵀ.
+    """
 
     def __init__(self, quantized: QuantizedSite, clock: FlowClock) -> None:
         super().__init__()
@@ -33,18 +35,19 @@ class SimulatedLinear(nn.Module):
         self.out_features = sum(quantized.splits)
         self._quantized = quantized
         self._clock = clock
-        self._weight = quantized.weight.dequantize()
+        weight = quantized.weight.dequantize()
+        if quantized.output_rotation is not None:
+            weight = quantized.output_rotation.undo(weight.t()).t().contiguous()
+        self._weight = weight
+        self._scales: dict[float | None, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] → [..., N], through integers and back."""
         quantized = self._quantized
         rows = transform_rows(x, quantized.transform)
         scale = self._scale(rows)
-        integers = quantize_activation(rows, scale, quantized.activations.bits)
-        rounded = dequantize_activation(integers, scale)
-        if quantized.output_rotation is None:
-            return F.linear(rounded, self._weight, quantized.bias)
-        y = quantized.output_rotation.undo(F.linear(rounded, self._weight))
-        return y if quantized.bias is None else y + quantized.bias
+        rounded = round_activations(rows, scale, quantized.activations.bits) * scale
+        return F.linear(rounded, self._weight, quantized.bias)
 
     def held_bytes(self) -> int:
         """Bytes of the dequantized weight and what goes with it."""
@@ -52,11 +55,13 @@ class SimulatedLinear(nn.Module):
         return self._weight.nbytes + (0 if transform is None else transform.matrix.nbytes)
 
     def _scale(self, rows: Tensor) -> Tensor:
-        quantized = self._quantized
-        if quantized.activation_scale is None or quantized.activation_times is None:
-            return per_token_scale(rows, quantized.activations.bits)
+        quantized, time = self._quantized, self._clock.time
         times, scales = quantized.activation_times, quantized.activation_scale
-        return interpolate_scales(times, scales, self._clock.time)
+        if scales is None or times is None:
+            return per_token_scale(rows, quantized.activations.bits)
+        if time not in self._scales:
+            self._scales[time] = interpolate_scales(times, scales, time)
+        return self._scales[time]
 
 
 def install(module: nn.Module, linears: Sequence[str], replacement: nn.Module) -> None:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from omega_qvla.calibration.capture import SiteStatistics
-from omega_qvla.errors import NonFiniteError
+from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.quantization.activations import channel_quantile_scale, static_scale_mse
 from omega_qvla.quantization.transforms import (
@@ -34,6 +35,9 @@ from omega_qvla.quantization.weights import (
     round_to_nearest,
 )
 from omega_qvla.recipe import ActivationScheme, Scheme
+
+_SAME_TIME = 1e-6
+"""Flow times closer than this are one time."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class QuantizedSite:
         activations: the activation scheme.
         activation_scale: static scales: [steps] (per_step), [steps, K'] (per_channel_per_step),
             or None (per_token).
-        activation_times: [steps] flow time of each static scale, or None.
+        activation_times: [steps] flow time of each static scale, descending, or None.
         output_rotation: rotation of the output undone after the product (simulation only).
         proxy_loss: relative error tr(E H Eᵀ)/tr(W H Wᵀ) of the rounded weight; None unmeasured.
         note: anything unusual that happened (raised damping, fallback); empty otherwise.
@@ -170,12 +174,20 @@ def _static_scales(
         return None, None
     if statistics is None:
         raise ValueError("static activation scales need statistics")
+    steps = sorted(statistics.steps, key=lambda step: statistics.times[step], reverse=True)
+    for earlier, later in pairwise(steps):
+        if statistics.times[earlier] - statistics.times[later] <= _SAME_TIME:
+            raise PolicyError(
+                f"denoising steps {earlier} and {later} have the same flow time "
+                f"{statistics.times[later]} at {statistics.site.name!r}; per-step scales need "
+                "`with clock.step(i, t):` with a t of its own for every step"
+            )
     scales = []
-    for step in statistics.steps:
+    for step in steps:
         rows = transform_rows(statistics.rows(step), transform)
         if scheme.scale == "per_step":
             scales.append(torch.tensor(static_scale_mse(rows, scheme.bits)))
         else:
             scales.append(channel_quantile_scale(rows, scheme.quantile, scheme.bits))
-    times = torch.tensor([statistics.times[step] for step in statistics.steps])
+    times = torch.tensor([statistics.times[step] for step in steps])
     return torch.stack(scales).to(torch.float32), times.to(torch.float32)

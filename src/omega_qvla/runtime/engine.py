@@ -7,7 +7,7 @@ exist as integers gives: it can be run and compared, never saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.artifact.checkpoint import Artifact, read_artifact, write_artifact
+from omega_qvla.artifact.memory import MemorySummary
+from omega_qvla.artifact.packing import packed_width
 from omega_qvla.errors import ArtifactError, NotRealizableError, PolicyError, ResourceError
-from omega_qvla.policies.base import Observation, Policy, QuantizationSite
+from omega_qvla.policies.base import Observation, Policy, QuantizationSite, linears_of
 from omega_qvla.policies.loading import policy_skeleton
 from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.quantization.pipeline import Quantization
@@ -27,7 +29,7 @@ from omega_qvla.quantization.simulation import SimulatedLinear, install
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.linear import QuantizedEmbedding, QuantizedLinear
-from omega_qvla.runtime.memory import memory_report, reference_parameters
+from omega_qvla.runtime.memory import memory_report, narrowed, reference_parameters
 
 KERNEL = "reference"
 _STEP_TABLE = "step_table"
@@ -141,28 +143,38 @@ class QuantizedPolicy:
         Floating-point tensors whose values are all exact in bfloat16 are stored as such.
         """
         names = {record.site.linears[0]: record.site.name for record in self.sites}
+        integers = set(names)
         stored: dict[str, Tensor] = {}
         for path, module in self.policy.module.named_modules():
+            if isinstance(module, QuantizedEmbedding):
+                stored |= {f"{path}.{kind}": tensor for kind, tensor in module.named_buffers()}
+                integers.add(path)
             if isinstance(module, QuantizedLinear):
                 for kind, tensor in module.named_buffers():
                     stored[f"{names[path]}.{kind}"] = tensor
                 shape = [module.out_features, module.in_features]
                 stored[f"{names[path]}.weight_shape"] = torch.tensor(shape)
         for name, tensor in self.policy.module.state_dict().items():
-            if name.rpartition(".")[0] not in names:
-                stored[name] = _narrowed(tensor)
+            if name.rpartition(".")[0] not in integers:
+                stored[name] = narrowed(tensor)
         table = self.policy.step_table if isinstance(self.policy, HasStepTable) else None
         if table is not None:
             stored[f"{_STEP_TABLE}.times"] = table.times
             stored[f"{_STEP_TABLE}.values"] = table.values
         return {name: tensor.detach().contiguous() for name, tensor in stored.items()}
 
-    def memory_report(self) -> dict[str, Any]:
+    def memory_report(self, *, directory_bytes: int | None = None) -> MemorySummary:
         """Bytes per component of the whole checkpoint, and the paper's narrower count.
 
-        Keys as in ``inspect --json`` (docs/json.md).
+        Keys as in ``inspect --json`` (docs/json.md).  ``directory_bytes``, the size of the saved
+        directory, adds a row for everything that is not tensors.
         """
-        return memory_report(self.config, self.tensors(), self.policy.component_of)
+        return memory_report(
+            self.config,
+            self.tensors(),
+            self.policy.component_of,
+            directory_bytes=directory_bytes,
+        )
 
     def resident_bytes(self) -> int:
         """Bytes of all tensors held in memory."""
@@ -265,13 +277,17 @@ def _rebuild(artifact: Artifact, policy: Policy | None) -> QuantizedPolicy:
         times = remaining.pop(f"{_STEP_TABLE}.times")
         values = remaining.pop(f"{_STEP_TABLE}.values")
         _require_table(target).use_step_table(StepTable(times, values))
+    recipe = Recipe.model_validate(config["recipe"])
     for item in config["sites"]:
         record = SiteRecord.parse(item)
-        linear = _load_linear(record, remaining, target)
+        linear = _load_linear(record, recipe, remaining, target)
         install(target.module, record.site.linears, linear)
     if config["embedding"] is not None:
         path = str(config["embedding"]["path"])
         rows = remaining.pop(f"{path}.weight"), remaining.pop(f"{path}.weight_scale")
+        shape = target.module.get_parameter(f"{path}.weight").shape
+        _require(f"{path}.weight", rows[0], torch.int8, shape)
+        _require(f"{path}.weight_scale", rows[1], torch.float32, shape[:1])
         install(target.module, [path], QuantizedEmbedding(*rows))
     _assign(target.module, remaining)
     target.module.eval().requires_grad_(False)
@@ -299,32 +315,81 @@ def _require_table(policy: Policy) -> HasStepTable:
     return policy
 
 
-def _load_linear(record: SiteRecord, tensors: dict[str, Tensor], policy: Policy) -> QuantizedLinear:
-    def take(kind: str) -> Tensor | None:
-        return tensors.pop(f"{record.site.name}.{kind}", None)
-
-    packed, scale, shape = take("weight_packed"), take("weight_scale"), take("weight_shape")
-    if packed is None or scale is None or shape is None:
-        raise ArtifactError(f"site {record.site.name!r} lacks weight_packed, _scale or _shape")
-    expected = [sum(record.splits), record.in_features]
-    if shape.tolist() != expected or packed.shape[0] != expected[0]:
+def _load_linear(
+    record: SiteRecord, recipe: Recipe, tensors: dict[str, Tensor], policy: Policy
+) -> QuantizedLinear:
+    """One site's module, from exactly the tensors that its recipe and the policy's shapes imply."""
+    name = record.site.name
+    scheme = recipe.scheme(record.site.component)
+    linears = linears_of(policy.module, record.site)
+    widths = {linear.in_features for linear in linears}
+    splits = tuple(linear.out_features for linear in linears)
+    if scheme is None or widths != {record.in_features} or splits != record.splits:
         raise ArtifactError(
-            f"{record.site.name}.weight_packed {list(packed.shape)} with weight_shape "
-            f"{shape.tolist()} does not hold the {expected} weight of omega_config.json"
+            f"site {name!r}: the policy has {splits} outputs of {sorted(widths)} inputs, "
+            f"omega_config.json has {record.splits} of {record.in_features}"
         )
+
+    def take(kind: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        full = f"{name}.{kind}"
+        if full not in tensors:
+            raise ArtifactError(f"tensor {full} is missing")
+        return _require(full, tensors.pop(full), dtype, shape)
+
+    outputs, block = sum(splits), scheme.transform.block
+    transform = permutation = bias = scale = times = None
+    width = record.in_features
+    if not scheme.transform.identity:
+        width = -(-width // block) * block
+        transform = take("transform", torch.bfloat16, width // block, block, block)
+    if scheme.transform.permutation != "none":
+        permutation = take("permutation", torch.int32, width)
+        if not torch.equal(permutation.sort().values, torch.arange(width, dtype=torch.int32)):
+            raise ArtifactError(f"{name}.permutation is not a permutation of {width} channels")
+    if scheme.weights.bits == 4:
+        packed = take("weight_packed", torch.int32, outputs, packed_width(width))
+    else:
+        packed = take("weight_packed", torch.int8, outputs, width)
+    group = scheme.weights.group
+    scales = (outputs,) if group is None else (outputs, -(-width // group))
+    weight_scale = take("weight_scale", torch.float32, *scales)
+    shape = take("weight_shape", torch.int64, 2)
+    if shape.tolist() != [outputs, record.in_features]:
+        raise ArtifactError(
+            f"{name}.weight_shape is {shape.tolist()}, expected {[outputs, record.in_features]}"
+        )
+    if any(linear.bias is not None for linear in linears):
+        bias = take("bias", torch.float32, outputs)
+    if scheme.activations.scale == "per_step":
+        steps = tensors[f"{name}.activation_step_times"].numel()
+        times = take("activation_step_times", torch.float32, steps)
+        scale = take("activation_scale", torch.float32, steps)
+        if steps == 0 or not bool((scale > 0).all()) or bool((times.diff() >= 0).any()):
+            raise ArtifactError(
+                f"{name}.activation_scale must be positive, with descending activation_step_times"
+            )
     return QuantizedLinear(
         weight_packed=packed,
-        weight_scale=scale,
+        weight_scale=weight_scale,
         in_features=record.in_features,
         splits=record.splits,
-        activation_bits=record.activation_bits,
-        transform=take("transform"),
-        activation_scale=take("activation_scale"),
-        activation_step_times=take("activation_step_times"),
-        bias=take("bias"),
-        group=record.group,
+        activation_bits=scheme.activations.bits,
+        transform=transform,
+        permutation=permutation,
+        activation_scale=scale,
+        activation_step_times=times,
+        bias=bias,
+        group=group,
         clock=policy.clock,
     )
+
+
+def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise ArtifactError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+        )
+    return tensor
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -344,10 +409,10 @@ def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise ArtifactError(
                 f"{name} has shape {list(tensors[name].shape)}, expected {list(tensor.shape)}"
             )
-    widened = {
-        name: value.to(torch.float32) if value.is_floating_point() else value
-        for name, value in tensors.items()
-    }
+    for name, tensor in expected.items():
+        if tensor.is_floating_point() != tensors[name].is_floating_point():
+            raise ArtifactError(f"{name} is {tensors[name].dtype}, expected {tensor.dtype}")
+    widened = {name: value.to(expected[name].dtype) for name, value in tensors.items()}
     module.load_state_dict(widened, strict=False, assign=True)
 
 
@@ -402,11 +467,3 @@ def _obstacle(recipe: Recipe) -> str:
         if scheme is not None:
             found += [f"{component} {text}" for applies, text in reasons if applies(scheme)]
     return "; ".join(found)
-
-
-def _narrowed(tensor: Tensor) -> Tensor:
-    """bfloat16 if that loses nothing, else the tensor itself."""
-    if tensor.dtype != torch.float32:
-        return tensor
-    narrow = tensor.to(torch.bfloat16)
-    return narrow if torch.equal(narrow.to(torch.float32), tensor) else tensor

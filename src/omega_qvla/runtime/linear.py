@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.artifact.packing import pack_int4
-from omega_qvla.errors import ObservationError
+from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock
 from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.runtime.kernels import reference
+
+_SAME_TIME = 1e-6
+"""Flow times closer than this are one time."""
 
 
 class QuantizedLinear(nn.Module):
@@ -29,6 +32,7 @@ class QuantizedLinear(nn.Module):
         splits: output widths of the fused linears.
         activation_bits: width of the activation integers.
         transform: [K'/B, B, B] block transform, or None.
+        permutation: int32 [K'] order in which the transform reads its inputs, or None.
         activation_scale: [steps] static scales, or None for per-token dynamic scales.
         activation_step_times: [steps] flow times of the static scales.
         bias: [N], or None.
@@ -45,6 +49,7 @@ class QuantizedLinear(nn.Module):
         splits: tuple[int, ...],
         activation_bits: int,
         transform: Tensor | None,
+        permutation: Tensor | None,
         activation_scale: Tensor | None,
         activation_step_times: Tensor | None,
         bias: Tensor | None,
@@ -57,12 +62,14 @@ class QuantizedLinear(nn.Module):
         self.weight_packed: Tensor
         self.weight_scale: Tensor
         self.transform: Tensor | None
+        self.permutation: Tensor | None
         self.activation_scale: Tensor | None
         self.activation_step_times: Tensor | None
         self.bias: Tensor | None
         self.register_buffer("weight_packed", weight_packed)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("transform", transform)
+        self.register_buffer("permutation", permutation)
         self.register_buffer("activation_scale", activation_scale)
         self.register_buffer("activation_step_times", activation_step_times)
         self.register_buffer("bias", bias)
@@ -80,6 +87,7 @@ class QuantizedLinear(nn.Module):
             splits=quantized.splits,
             activation_bits=quantized.activations.bits,
             transform=_stored_transform(quantized),
+            permutation=_stored_permutation(quantized),
             activation_scale=quantized.activation_scale,
             activation_step_times=quantized.activation_times,
             bias=quantized.bias,
@@ -105,11 +113,14 @@ class QuantizedLinear(nn.Module):
 
     def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [M, K] float32 → (int8 [M, K'], scale [M, 1] or scalar)."""
-        width = self._padded_width()
+        if self.permutation is not None:
+            missing = self.permutation.shape[0] - rows.shape[-1]
+            rows = torch.nn.functional.pad(rows, (0, missing)).index_select(1, self.permutation)
         if self.transform is not None:
             rows = reference.transform_blocks(rows, self.transform)
-        elif rows.shape[-1] != width:
-            rows = torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
+        missing = self._padded_width() - rows.shape[-1]
+        if missing:
+            rows = torch.nn.functional.pad(rows, (0, missing))
         if self.activation_scale is None:
             scale = reference.row_scales(rows, self.activation_bits)
         else:
@@ -156,14 +167,23 @@ class _Schedule:
     def at(self, time: float | None) -> Tensor:
         """The scale at flow time t (any time when there is a single calibrated step)."""
         points = self._points
-        if len(points) == 1 or time is None:
-            return torch.tensor(points[-1][1])
+        if len(points) == 1:
+            return torch.tensor(points[0][1])
+        if time is None:
+            raise PolicyError(
+                "a linear with one scale per denoising step ran outside any; enter "
+                "`with clock.step(i, t):` around each step, or give step_module"
+            )
         upper = bisect_left(points, (time, -1.0))
         if upper == 0:
             return torch.tensor(points[0][1])
         if upper == len(points):
             return torch.tensor(points[-1][1])
         (t0, s0), (t1, s1) = points[upper - 1], points[upper]
+        if time - t0 <= _SAME_TIME:  # stored in float32, a time may come out a little lower
+            return torch.tensor(s0)
+        if t1 - time <= _SAME_TIME:
+            return torch.tensor(s1)
         return torch.tensor(s0 + (s1 - s0) * (time - t0) / (t1 - t0))
 
 
@@ -172,3 +192,9 @@ def _stored_transform(quantized: QuantizedSite) -> Tensor | None:
     if quantized.transform is None:
         return None
     return quantized.transform.matrix.to(torch.bfloat16)
+
+
+def _stored_permutation(quantized: QuantizedSite) -> Tensor | None:
+    if quantized.transform is None or quantized.transform.permutation is None:
+        return None
+    return quantized.transform.permutation.to(torch.int32)

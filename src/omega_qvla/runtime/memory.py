@@ -10,31 +10,43 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from omega_qvla.artifact.memory import ComponentMemory, MemorySummary, summarise
+from omega_qvla.artifact.packing import packed_width
 from omega_qvla.policies.base import PAPER_SCOPE, HasEmbedding, Policy, linears_of, sites_of
-from omega_qvla.policies.step_table import HasStepTable
+from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.recipe import Recipe, Scheme
 
 DEAD = "never read at inference"
 OVERHEAD = "file headers, manifest, processor"
 _REFERENCE_BYTES = 2
 _STEP_TABLE_COMPONENT = "adaptive norms"
+_ORDER = (
+    "vision",
+    "projector",
+    "token embedding",
+    "backbone",
+    _STEP_TABLE_COMPONENT,
+    "action_head",
+)
 
 
-def reference_parameters(policy: Policy) -> dict[str, Any]:
-    """Parameters of the checkpoint: per component, and within the paper's scope."""
+def reference_parameters(policy: Policy) -> dict[str, dict[str, int]]:
+    """Parameters of the checkpoint by component: all of them, and the paper's linears alone."""
     counts: dict[str, int] = {}
     for name, parameter in policy.module.named_parameters():
         component = policy.component_of(name)
         counts[component] = counts.get(component, 0) + parameter.numel()
     if policy.dropped_parameters:
         counts[DEAD] = policy.dropped_parameters
-    scope = 0
+    narrow = dict.fromkeys(PAPER_SCOPE, 0)
     for site in sites_of(policy):
-        if site.component in PAPER_SCOPE:
-            scope += sum(linear.weight.numel() for linear in linears_of(policy.module, site))
-    return {"components": counts, "paper_scope": scope}
+        if site.component in narrow:
+            linears = linears_of(policy.module, site)
+            narrow[site.component] += sum(linear.weight.numel() for linear in linears)
+    return {"all": counts, "paper_scope": {k: v for k, v in narrow.items() if v}}
 
 
 def memory_report(
@@ -43,7 +55,7 @@ def memory_report(
     component_of: Callable[[str], str],
     *,
     directory_bytes: int | None = None,
-) -> dict[str, Any]:
+) -> MemorySummary:
     """The memory table.
 
     Args:
@@ -57,96 +69,118 @@ def memory_report(
         ``reference_bytes``, ``reduction`` and ``paper_scope_reduction`` (fractions saved).
     """
     sites = {site["name"]: site["component"] for site in config["sites"]}
-    used: dict[str, int] = {}
-    scope = 0
+    used = _Usage()
     for name, tensor in tensors.items():
         site = sites.get(name.rpartition(".")[0])
-        component = site or _component(name, component_of)
-        used[component] = used.get(component, 0) + tensor.nbytes
-        if site in PAPER_SCOPE:
-            scope += tensor.nbytes
-    return _table(config, used, scope, directory_bytes)
+        used.add(site or _component(name, component_of), tensor.nbytes, linear=site is not None)
+    if directory_bytes is not None:
+        used.add(OVERHEAD, directory_bytes - used.total(), linear=False)
+    return _summary(config["reference_parameters"], used)
 
 
-def predict(policy: Policy, recipe: Recipe) -> dict[str, Any]:
+def predict(policy: Policy, recipe: Recipe) -> MemorySummary:
     """The memory table a quantization will have, from shapes alone (tensors only)."""
-    used: dict[str, int] = {}
-    scope, quantized = 0, set[str]()
+    used = _Usage()
+    quantized: set[str] = set()
     for site in sites_of(policy):
         scheme = recipe.scheme(site.component)
         if scheme is None:
             continue
         linears = linears_of(policy.module, site)
-        outputs = sum(linear.out_features for linear in linears)
-        biased = any(linear.bias is not None for linear in linears)
-        steps = getattr(policy, "steps", 1) if site.per_step else 1
-        size = _site_bytes(scheme, linears[0].in_features, outputs, biased=biased, steps=steps)
-        used[site.component] = used.get(site.component, 0) + size
-        quantized.update(f"{name}." for name in site.linears)
-        scope += size if site.component in PAPER_SCOPE else 0
-    table = None
-    if recipe.adaptive_norm == "table" and isinstance(policy, HasStepTable):
-        table = policy.tabulate_modulation(recipe.table_step_counts)
-    embedding = None
-    if recipe.embedding_bits == 8 and isinstance(policy, HasEmbedding):
-        embedding = policy.embedding_path
+        size = _site_bytes(
+            scheme,
+            linears[0].in_features,
+            sum(linear.out_features for linear in linears),
+            biased=any(linear.bias is not None for linear in linears),
+            steps=getattr(policy, "steps", 1) if site.per_step else 1,
+        )
+        used.add(site.component, size, linear=True)
+        quantized.update(site.linears)
+    table, embedding = _step_table(policy, recipe), _embedding(policy, recipe)
     for name, parameter in policy.module.named_parameters():
-        component = policy.component_of(name)
-        if any(name.startswith(prefix) for prefix in quantized):
+        component, path = policy.component_of(name), name.rpartition(".")[0]
+        if path in quantized or (table is not None and component == _STEP_TABLE_COMPONENT):
             continue
-        if table is not None and component == _STEP_TABLE_COMPONENT:
-            continue
-        size = parameter.nbytes
-        if embedding is not None and name.startswith(f"{embedding}."):
-            size = parameter.numel() + 4 * parameter.shape[0]
-        used[component] = used.get(component, 0) + size
+        rows_only = parameter.numel() + 4 * parameter.shape[0]
+        size = rows_only if path == embedding else narrowed(parameter).nbytes
+        used.add(component, size, linear=False)
     if table is not None:
-        used[_STEP_TABLE_COMPONENT] = table.times.nbytes + table.values.nbytes
-    config = {"reference_parameters": reference_parameters(policy)}
-    return _table(config, used, scope, None)
+        used.add(_STEP_TABLE_COMPONENT, table.times.nbytes + table.values.nbytes, linear=False)
+    return _summary(reference_parameters(policy), used)
+
+
+def _step_table(policy: Policy, recipe: Recipe) -> StepTable | None:
+    if recipe.adaptive_norm != "table" or not isinstance(policy, HasStepTable):
+        return None
+    return policy.tabulate_modulation(recipe.table_step_counts)
+
+
+def _embedding(policy: Policy, recipe: Recipe) -> str | None:
+    if recipe.embedding_bits != 8 or not isinstance(policy, HasEmbedding):
+        return None
+    return policy.embedding_path
+
+
+class _Usage:
+    """Bytes by component, quantized linears apart from the rest."""
+
+    def __init__(self) -> None:
+        self.linears: dict[str, int] = {}
+        self.rest: dict[str, int] = {}
+
+    def add(self, component: str, size: int, *, linear: bool) -> None:
+        bucket = self.linears if linear else self.rest
+        bucket[component] = bucket.get(component, 0) + size
+
+    def total(self) -> int:
+        return sum(self.linears.values()) + sum(self.rest.values())
 
 
 def _site_bytes(scheme: Scheme, in_features: int, outputs: int, *, biased: bool, steps: int) -> int:
     block = scheme.transform.block
     transformed = not scheme.transform.identity
-    width = -(-in_features // block) * block if transformed else -(-in_features // 8) * 8
-    groups = 1 if scheme.weights.group is None else width // scheme.weights.group
-    size = outputs * width * scheme.weights.bits // 8 + 4 * outputs * groups + 16
+    width = -(-in_features // block) * block if transformed else in_features
+    groups = 1 if scheme.weights.group is None else -(-width // scheme.weights.group)
+    row = 4 * packed_width(width) if scheme.weights.bits == 4 else width
+    size = outputs * row + 4 * outputs * groups + 16
     size += 2 * width * block if transformed else 0
+    size += 4 * width if scheme.transform.permutation != "none" else 0
     size += 8 * steps if scheme.activations.scale == "per_step" else 0
     return size + (4 * outputs if biased else 0)
+
+
+def narrowed(tensor: Tensor) -> Tensor:
+    """bfloat16 if that loses nothing, else the tensor itself."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    narrow = tensor.to(torch.bfloat16)
+    return narrow if torch.equal(narrow.to(torch.float32), tensor) else tensor
 
 
 def _component(name: str, component_of: Callable[[str], str]) -> str:
     return _STEP_TABLE_COMPONENT if name.startswith("step_table.") else component_of(name)
 
 
-def _table(
-    config: Mapping[str, Any], used: dict[str, int], scope: int, directory_bytes: int | None
-) -> dict[str, Any]:
-    reference = config["reference_parameters"]
-    counts: dict[str, int] = reference["components"]
-    if directory_bytes is not None:
-        used = {**used, OVERHEAD: directory_bytes - sum(used.values())}
-    rows = []
-    for name in dict.fromkeys((*counts, *used)):
-        params, size = counts.get(name, 0), used.get(name, 0)
-        rows.append(
-            {
-                "name": name,
-                "params": params,
-                "bits": round(8 * size / params, 2) if params else None,
-                "bytes": size,
-                "reference_bytes": _REFERENCE_BYTES * params,
-            }
-        )
-    total = sum(row["bytes"] for row in rows)
-    whole = sum(row["reference_bytes"] for row in rows)
-    narrow = _REFERENCE_BYTES * reference["paper_scope"]
-    return {
-        "components": rows,
-        "total_bytes": total,
-        "reference_bytes": whole,
-        "reduction": 1.0 - total / whole,
-        "paper_scope_reduction": 1.0 - scope / narrow if narrow else None,
-    }
+def _summary(reference: Mapping[str, Mapping[str, int]], used: _Usage) -> MemorySummary:
+    """Rows of all components; within the paper's scope the linears count apart from the rest."""
+    everything, narrow = reference["all"], reference["paper_scope"]
+    entries: list[ComponentMemory] = []
+    for name in _ordered({*everything, *used.linears, *used.rest}):
+        params, linear_params = everything.get(name, 0), narrow.get(name, 0)
+        linears, rest = used.linears.get(name, 0), used.rest.get(name, 0)
+        if linears and linear_params:
+            entries.append(_entry(name, linear_params, linears, paper_scope=True))
+            params, linears = params - linear_params, 0
+        entries.append(_entry(name, params, linears + rest, paper_scope=False))
+    return summarise(entries)
+
+
+def _ordered(names: set[str]) -> list[str]:
+    """The order of the data flow; it must not depend on how a configuration was stored."""
+    known = {name: i for i, name in enumerate(_ORDER)}
+    last = {DEAD: len(_ORDER) + 1, OVERHEAD: len(_ORDER) + 2}
+    return sorted(names, key=lambda name: ((known | last).get(name, len(_ORDER)), name))
+
+
+def _entry(name: str, params: int, size: int, *, paper_scope: bool) -> ComponentMemory:
+    return ComponentMemory(name, params, size, _REFERENCE_BYTES * params, paper_scope)

@@ -6,6 +6,9 @@ sees and what it is told.  Three paired evaluations over the same unseen seeds d
 * ``plain``: at least 80 % success;
 * ``blank``: black images; and ``shuffled``: the instruction of another task.  The upper end of
   each control's Wilson interval must stay below half of the lower end of the plain one.
+
+A fourth, ``swapped``, is reported and decides nothing: tasks that share a scene are given each
+other's instruction, which was never part of the training data's mismatches.
 """
 
 from __future__ import annotations
@@ -19,7 +22,13 @@ import torch
 
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.evaluation.metaworld import TASKS, MetaWorldEnv
-from omega_qvla.evaluation.rollout import blank_images, replaced_instruction, rollout, shifted
+from omega_qvla.evaluation.rollout import (
+    Transform,
+    blank_images,
+    replaced_instruction,
+    rollout,
+    shifted,
+)
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.statistics import wilson_interval
 from omega_qvla.policies.pi05_policy import Pi05Policy
@@ -43,18 +52,26 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Success of every task under the three conditions, with intervals and the verdict."""
     instructions = [TASKS[task].instruction for task in tasks]
-    conditions = {
-        "plain": None,
-        "blank": blank_images,
-        "shuffled": replaced_instruction(shifted(instructions)),
+    everywhere = shifted(instructions)
+    swaps = _swaps(tasks)
+    conditions: dict[str, tuple[Sequence[str], Transform | None]] = {
+        "plain": (tasks, None),
+        "blank": (tasks, blank_images),
+        "shuffled": (tasks, replaced_instruction(everywhere)),
+        "swapped": (
+            list(swaps),
+            replaced_instruction(
+                {TASKS[task].instruction: TASKS[other].instruction for task, other in swaps.items()}
+            ),
+        ),
     }
     table: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     seeds = range(EVALUATION_SEED, EVALUATION_SEED + episodes)
     with SimulatorPool(workers) as pool:
-        for condition, transform in conditions.items():
+        for condition, (measured, transform) in conditions.items():
             records = rollout(
                 policy,
-                tasks,
+                measured,
                 seeds,
                 pool=pool,
                 execute=EXECUTE,
@@ -63,14 +80,22 @@ def measure(
                 identity={"condition": condition},
                 progress=lambda done, total, name=condition: progress(name, done, total),
             )
-            for task in tasks:
+            for task in measured:
                 solved = sum(record.success for record in records if record.task == task)
                 table[task][condition] = _rate(solved, episodes)
     for task in tasks:
-        table[task]["told_in_shuffled"] = shifted(instructions)[TASKS[task].instruction]
+        table[task]["told_in_shuffled"] = everywhere[TASKS[task].instruction]
         table[task]["grasp"] = TASKS[task].grasp
         table[task]["admitted"] = admitted(table[task])
     return table
+
+
+def _swaps(tasks: Sequence[str]) -> dict[str, str]:
+    """Each task that shares its scene with another one, and that one."""
+    scenes: dict[str, list[str]] = {}
+    for task in tasks:
+        scenes.setdefault(TASKS[task].scene or task, []).append(task)
+    return {t: shifted(group)[t] for group in scenes.values() if len(group) > 1 for t in group}
 
 
 def admitted(row: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omega_qvla.evaluation.metaworld import TASKS
+from omega_qvla.evaluation.metaworld import BASE_VIEW, TASKS, WRIST_VIEW, project
 from omega_qvla.policies.pi05 import Pi05Config
 from omega_qvla.policies.pi05_policy import Pi05Processor
 from omega_qvla.policies.processing import (
@@ -48,6 +48,7 @@ class Batch:
     lengths: Tensor
     actions: Tensor
     positions: Tensor
+    points: Tensor
 
 
 def quantiles(values: np.ndarray, floor: float) -> Quantiles:
@@ -95,9 +96,9 @@ class TrainingSet:
         self._actions = torch.from_numpy(processor.statistics.actions.normalize(actions))
         still = processor.statistics.actions.normalize(np.zeros(actions.shape[-1], np.float32))
         self._still = torch.from_numpy(still[:3])
-        positions = torch.from_numpy(np.concatenate([d.positions for d in sets]))
-        spread = positions.std(0).clamp_min(0.05)
-        self._positions = (positions - positions.mean(0)) / spread
+        positions = np.concatenate([d.positions for d in sets])
+        self._positions = _position_targets(positions, state[:, :3])
+        self._points = _image_points(positions.reshape(-1, 2, 3), state[:, None, :3])
         self._others = _tasks_of_other_scenes(self.tasks)
         self._longest = max(len(self._encode(task, self._state[0])) for task in self.tasks)
 
@@ -122,7 +123,8 @@ class TrainingSet:
                 actions[i, :, :3] = self._still
         tokens, lengths = self._tokenize(index.tolist(), told)
         pixels = torch.stack([self._pixels[c][index] for c in CAMERAS], dim=1)
-        return Batch(pixels, tokens, lengths, actions, self._positions[index])
+        targets = self._positions[index], self._points[index]
+        return Batch(pixels, tokens, lengths, actions, *targets)
 
     def _encode(self, task: str, state: np.ndarray) -> list[int]:
         """Token ids of a prompt; their number depends on the instruction alone."""
@@ -138,6 +140,21 @@ class TrainingSet:
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
         return tokens, lengths
+
+
+def _position_targets(positions: np.ndarray, hand: np.ndarray) -> Tensor:
+    """Object and goal [N, 6] in metres → [N, 12], see ``Batch``."""
+    spread = np.maximum(positions.std(0), 0.05)
+    absolute = (positions - positions.mean(0)) / spread
+    relative = np.clip((positions - np.tile(hand, 2)) / 0.1, -1.0, 1.0)
+    return torch.from_numpy(np.concatenate((absolute, relative), axis=1).astype(np.float32))
+
+
+def _image_points(points: np.ndarray, hand: np.ndarray) -> Tensor:
+    """Object and goal [N, 2, 3] → where the cameras see them, [N, V, 2, 2]."""
+    base = project(points, np.array(BASE_VIEW.lookat), BASE_VIEW)
+    wrist = project(points, hand + np.array(WRIST_VIEW.lookat), WRIST_VIEW)
+    return torch.from_numpy(np.stack((base, wrist), axis=1).astype(np.float32))
 
 
 def _concat(sets: Sequence[Demonstrations], camera: str) -> np.ndarray:

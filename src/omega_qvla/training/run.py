@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from omega_qvla.policies.checkpoints.openpi import write_openpi
+import torch
+from safetensors.torch import save_file
+
+from omega_qvla.policies.checkpoints.openpi import WEIGHTS, write_openpi
+from omega_qvla.policies.checkpoints.strict import read_tensors
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 from omega_qvla.training.dataset import TrainingSet, load_demonstrations, make_processor
 from omega_qvla.training.train import Trainer, TrainingPlan
@@ -24,13 +28,14 @@ def train_policy(
     report: Callable[[Mapping[str, float]], None],
     *,
     processor: Pi05Processor | None = None,
+    until: int | None = None,
     export_every: int = 500,
 ) -> Pi05Policy:
     """Train on ``demonstrations`` and write the policy to ``directory``; continues if interrupted.
 
     ``directory/run`` holds what is needed to continue; the policy itself, in openpi's layout, is
     written every ``export_every`` steps and at the end.  ``processor`` keeps the statistics and the
-    vocabulary of an earlier round.
+    vocabulary of an earlier round; ``until`` stops before the plan's last step.
     """
     sets = load_demonstrations(demonstrations, tasks)
     data = TrainingSet(sets, processor or make_processor(sets), mismatch=MISMATCH, shares=SHARES)
@@ -41,8 +46,17 @@ def train_policy(
         if int(point["step"]) % export_every == 0:
             _export(trainer, directory)
 
-    trainer.train(export_too)
+    trainer.train(export_too, until=until)
     return _export(trainer, directory)
+
+
+def store_half(directory: Path) -> None:
+    """Rewrite the weights of a policy directory in bfloat16, atomically; half the size."""
+    path = directory / WEIGHTS
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in read_tensors(path).items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
 
 
 def _export(trainer: Trainer, directory: Path) -> Pi05Policy:

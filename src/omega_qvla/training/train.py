@@ -5,9 +5,12 @@ t ~ 0.001 + 0.999 · Beta(1.5, 1):
 
     x_t = t e + (1 - t) a,      L = E ‖v(x_t, t, prefix) - (e - a)‖²
 
-``noise_samples`` pairs (e, t) share one prefix, because the prefix is the expensive part.  A head
-that is thrown away afterwards predicts object and goal positions from the residual stream of the
-last prompt token; it makes the backbone look at the objects long before the actions do.
+``noise_samples`` pairs (e, t) share one prefix, because the prefix is the expensive part.
+
+Actions alone teach a vision tower slowly where things are.  Two heads that are thrown away
+afterwards help: one predicts object and goal positions, absolute and relative to the hand, from the
+residual stream of the last prompt token; one says for every image token whether the object or the
+goal is in its patch.  Both targets come from the simulator.
 
 AdamW with linear warm-up and a cosine to 2 %; the weights that are kept are an exponential moving
 average.  Randomness of step n comes from a generator seeded with (seed, n), so that an interrupted
@@ -22,7 +25,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +41,9 @@ from omega_qvla.policies.pi05 import Pi05Module
 from omega_qvla.policies.processing import STATE_BINS, WordTokenizer
 from omega_qvla.training.dataset import Batch, TrainingSet
 
-POSITION_TARGETS = 6
-Losses = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Tensor]]
+POSITION_TARGETS = 12
+POINTS = 2
+Losses = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class TrainingPlan:
         steps: optimizer steps.
         batch: observations a step.
         noise_samples: (noise, time) pairs per observation.
-        position_weight: weight of the auxiliary loss.
+        position_weight, point_weight: weights of the auxiliary losses.
         shift: largest shift of the images, in pixels, the same for a whole batch and camera.
         brightness: largest relative change of brightness.
         half: bfloat16 matrix products (weights, norms and optimizer stay in float32).
@@ -63,7 +67,8 @@ class TrainingPlan:
     warmup: int = 150
     weight_decay: float = 0.02
     average_decay: float = 0.998
-    position_weight: float = 0.3
+    position_weight: float = 0.5
+    point_weight: float = 0.1
     shift: int = 2
     brightness: float = 0.15
     half: bool = True
@@ -72,17 +77,25 @@ class TrainingPlan:
 
 
 class Learner(nn.Module):
-    """The policy's network and the auxiliary head."""
+    """The policy's network and two auxiliary heads that are thrown away afterwards."""
 
     def __init__(self, module: Pi05Module) -> None:
         super().__init__()
+        width = module.config.backbone.width
         self.policy = module
-        self.position_head = nn.Linear(module.config.backbone.width, POSITION_TARGETS)
+        self.position_head = nn.Linear(width, POSITION_TARGETS)
+        self.point_head = nn.Linear(width, POINTS)
+        with torch.no_grad():
+            for head in (self.position_head, self.point_head):
+                head.weight.zero_()
+                head.bias.zero_()
 
-    def losses(self, batch: Batch, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Flow-matching and position loss; noise [B·K, horizon, A], times [B·K]."""
+    def losses(self, batch: Batch, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Flow-matching, position and point loss; noise [B·K, horizon, A], times [B·K]."""
         policy, repeats = self.policy, len(times) // len(batch.actions)
-        prefix = policy.embed_prefix(_to_unit(batch.pixels), batch.tokens)
+        images = policy.embed_images(_to_unit(batch.pixels))
+        point_loss = self._point_loss(images, batch.points)
+        prefix = torch.cat((images, policy.embed_text(batch.tokens)), dim=1)
         seen = _prefix_mask(batch, prefix.shape[1])
         positions = seen.long().cumsum(1) - 1
         cache, residual = policy.prefill(prefix, positions, seen[:, None, None, :])
@@ -100,7 +113,30 @@ class Learner(nn.Module):
             policy.suffix_rotary(_repeat(seen.sum(1, keepdim=True), repeats)),
             _suffix_mask(_repeat(seen, repeats), noise.shape[1]),
         )
-        return F.mse_loss(velocity.float(), noise - actions), position_loss
+        return F.mse_loss(velocity.float(), noise - actions), position_loss, point_loss
+
+    def _point_loss(self, images: Tensor, points: Tensor) -> Tensor:
+        """Cross-entropy of "which patch is it in" for every visible point of every view."""
+        views = points.shape[1]
+        logits = self.point_head(F.rms_norm(images, (images.shape[-1],))).float()
+        logits = logits.unflatten(1, (views, -1)).transpose(2, 3)  # [B, V, points, patches]
+        target = patch_weights(points, math.isqrt(logits.shape[-1]))
+        surprise = -(target * logits.log_softmax(-1)).sum(-1)
+        return surprise.sum() / target.sum().clamp_min(1.0)
+
+
+def patch_weights(points: Tensor, grid: int) -> Tensor:
+    """Image points [..., 2] in [0, 1] → bilinear weights over grid² patches; zero if not visible.
+
+    A point between the centres of patches is shared among them, so that the target keeps its
+    position to less than a patch.
+    """
+    visible = ((points >= 0.0) & (points < 1.0)).all(-1)
+    place = (points * grid - 0.5).clamp(0.0, grid - 1.0)
+    centres = torch.arange(grid, dtype=points.dtype)
+    near = (1.0 - (place[..., None] - centres).abs()).clamp_min(0.0)  # [..., 2, grid]
+    across, down = near.unbind(-2)
+    return (down[..., :, None] * across[..., None, :]).flatten(-2) * visible[..., None]
 
 
 def _to_unit(pixels: Tensor) -> Tensor:
@@ -175,15 +211,17 @@ def make_optimizer(learner: nn.Module, plan: TrainingPlan) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-def augment(pixels: Tensor, plan: TrainingPlan, generator: torch.Generator) -> Tensor:
+def augment(batch: Batch, plan: TrainingPlan, generator: torch.Generator) -> Batch:
     """Shift each camera by a few pixels and change its brightness, one draw a batch."""
     views: list[Tensor] = []
-    for view in pixels.unbind(1):
+    points = batch.points.clone()
+    for camera, view in enumerate(batch.pixels.unbind(1)):
         dy, dx = torch.randint(-plan.shift, plan.shift + 1, (2,), generator=generator).tolist()
         gain = 1.0 + plan.brightness * float(torch.rand((), generator=generator) * 2.0 - 1.0)
         moved = torch.roll(view, (dy, dx), dims=(1, 2)).to(torch.float32)
         views.append((moved * gain).clamp_(0.0, 255.0))
-    return torch.stack(views, dim=1)
+        points[:, camera] += torch.tensor([dx / view.shape[2], dy / view.shape[1]])
+    return replace(batch, pixels=torch.stack(views, dim=1), points=points)
 
 
 class Trainer:
@@ -197,9 +235,6 @@ class Trainer:
             raise TypeError("the embedded policies are trained with a word tokenizer")
         initialize(module, tokenizer, plan.seed)
         self.learner = Learner(module)
-        with torch.no_grad():
-            for parameter in self.learner.position_head.parameters():
-                parameter.zero_()
         self.average = {k: v.detach().clone() for k, v in module.state_dict().items()}
         self.optimizer = make_optimizer(self.learner, plan)
         self._losses = _compiled(self.learner.losses) if plan.compiled else self.learner.losses
@@ -208,13 +243,17 @@ class Trainer:
         self._resume()
 
     def train(
-        self, report: Callable[[Mapping[str, float]], None], checkpoint_s: float = 240.0
+        self,
+        report: Callable[[Mapping[str, float]], None],
+        *,
+        until: int | None = None,
+        checkpoint_s: float = 240.0,
     ) -> None:
-        """Run to the end, reporting every 50 steps and saving every ``checkpoint_s`` seconds."""
-        smooth, started, saved = [math.nan, math.nan], time.monotonic(), time.monotonic()
+        """Run to step ``until`` (the end by default), reporting every 50 steps and saving often."""
+        smooth, started, saved = [math.nan] * 3, time.monotonic(), time.monotonic()
         first = self.step
         self.learner.train()
-        while self.step < self.plan.steps:
+        while self.step < (self.plan.steps if until is None else until):
             losses = self.train_step()
             smooth = [
                 new if math.isnan(old) else 0.97 * old + 0.03 * new
@@ -222,7 +261,12 @@ class Trainer:
             ]
             if self.step % 50 == 0:
                 rate = (self.step - first) / (time.monotonic() - started)
-                point = {"step": self.step, "flow": smooth[0], "position": smooth[1]}
+                point = {
+                    "step": self.step,
+                    "flow": smooth[0],
+                    "position": smooth[1],
+                    "point": smooth[2],
+                }
                 self.curve.append(point)
                 report({**point, "steps_per_s": rate})
             if time.monotonic() - saved > checkpoint_s:
@@ -230,13 +274,11 @@ class Trainer:
                 saved = time.monotonic()
         self.save()
 
-    def train_step(self) -> tuple[float, float]:
-        """One optimizer step; returns the two losses."""
+    def train_step(self) -> tuple[float, float, float]:
+        """One optimizer step; returns the three losses."""
         plan = self.plan
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
-        batch = self.data.batch(plan.batch, generator)
-        pixels = augment(batch.pixels, plan, generator)
-        batch = Batch(pixels, batch.tokens, batch.lengths, batch.actions, batch.positions)
+        batch = augment(self.data.batch(plan.batch, generator), plan, generator)
         draws = plan.batch * plan.noise_samples
         noise = torch.randn((draws, *batch.actions.shape[1:]), generator=generator)
         uniform = torch.rand(draws, generator=generator)
@@ -244,14 +286,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(plan, self.step)
         with _precision(plan.half), sdpa_kernel(SDPBackend.MATH):
-            flow, position = self._losses(batch, noise, times)
+            flow, position, point = self._losses(batch, noise, times)
         self.optimizer.zero_grad(set_to_none=True)
-        (flow + plan.position_weight * position).backward()
+        total = flow + plan.position_weight * position + plan.point_weight * point
+        total.backward()
         nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
         self.optimizer.step()
         self._update_average()
         self.step += 1
-        return float(flow.detach()), float(position.detach())
+        return float(flow.detach()), float(position.detach()), float(point.detach())
 
     def averaged_module(self) -> Pi05Module:
         """The network with the averaged weights."""

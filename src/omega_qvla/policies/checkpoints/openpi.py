@@ -51,16 +51,33 @@ def read_openpi(directory: Path) -> Pi05Policy:
     return Pi05Policy(module, processor, dropped_parameters=dropped)
 
 
-def write_openpi(policy: Pi05Policy, directory: Path, *, asset_id: str = "metaworld") -> None:
-    """Write a full-precision policy in the layout ``read_openpi`` reads, float32."""
+def write_openpi(
+    policy: Pi05Policy,
+    directory: Path,
+    *,
+    asset_id: str = "metaworld",
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a full-precision policy in the layout ``read_openpi`` reads.
+
+    Args:
+        policy: what to write.
+        directory: created if needed.
+        asset_id: folder of the normalization statistics.
+        dtype: of the stored weights; they are float32 in memory.
+    """
     assets = directory / "assets" / asset_id
     assets.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).write_text(policy.config.model_dump_json(indent=1) + "\n")
     (directory / TOKENIZER).write_text(json.dumps(policy.processor.tokenizer.dump()) + "\n")
     (assets / STATISTICS).write_text(policy.processor.statistics.dump() + "\n")
-    tensors = {k: v.detach().contiguous() for k, v in policy.module.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to(dtype).contiguous()
+        for name, tensor in policy.module.state_dict().items()
+    }
     partial = directory / f"{WEIGHTS}.partial"
     save_file(tensors, partial)
+    partial.chmod(0o644)
     partial.replace(directory / WEIGHTS)
 
 

@@ -54,6 +54,8 @@ def integer_matmul(q: Tensor, weight: Tensor) -> Tensor:
     """Exact integer product of int8 q [M, K] and int8 weight [N, K] → int32 [M, N]."""
     if q.shape[0] == 0:
         return torch.zeros((0, weight.shape[0]), dtype=torch.int32, device=q.device)
+    if q.shape[1] == 1:  # PyTorch 2.13's CPU kernel leaves the result uninitialised then
+        return q.to(torch.int32) * weight.t().to(torch.int32)
     return torch._int_mm(q, weight.t())  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -69,8 +71,8 @@ def scaled_matmul(q: Tensor, weight: Tensor, weight_scale: Tensor, group: int | 
     if group is None:
         return integer_matmul(q, weight).to(torch.float32) * weight_scale
     total = torch.zeros((q.shape[0], weight.shape[0]), device=q.device)
-    for index, start in enumerate(range(0, weight.shape[1], group)):
-        part = slice(start, start + group)
+    for index in range(weight_scale.shape[1]):  # whole words may end in columns of no group
+        part = slice(index * group, (index + 1) * group)
         product = integer_matmul(q[:, part].contiguous(), weight[:, part].contiguous())
         total += product.to(torch.float32) * weight_scale[:, index]
     return total

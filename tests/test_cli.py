@@ -1,0 +1,137 @@
+"""The command line as a user meets it: what is printed, what is written, the exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omega_qvla.cli import main
+
+POLICY = "builtin:tiny-pi05"
+
+
+def run(*arguments: str) -> int:
+    """Exit status of a command."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    code = stop.value.code
+    return code if isinstance(code, int) else 1
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded policy quantized with the quickest recipe, through the command line."""
+    folder = tmp_path_factory.mktemp("cli") / "artifact"
+    assert run("quantize", POLICY, "--out", str(folder), "--recipe", "rtn") == 0
+    return folder
+
+
+def test_quantize_leaves_an_artifact_and_no_journal(artifact: Path) -> None:
+    assert (artifact / "omega_config.json").is_file()
+    assert sorted(path.name for path in artifact.parent.iterdir()) == ["artifact"]
+
+
+def test_inspect_prints_the_table_and_writes_the_contract_keys(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "inspect.json"
+    assert run("inspect", str(artifact), "--json", str(result)) == 0
+    shown = capsys.readouterr().out
+    assert "whole checkpoint" in shown and "paper's count" in shown
+    report = json.loads(result.read_text())
+    assert {"schema", "components", "total_bytes", "reference_bytes", "reduction"} <= set(report)
+    assert {"paper_scope_reduction", "recipe", "kernel", "sites"} <= set(report)
+    on_disk = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
+    assert report["total_bytes"] == on_disk
+    assert sum(row["bytes"] for row in report["components"]) == on_disk
+
+
+def test_dry_run_predicts_what_is_then_stored(artifact: Path, tmp_path: Path) -> None:
+    predicted, real = tmp_path / "predicted.json", tmp_path / "real.json"
+    arguments = ("quantize", POLICY, "--out", str(tmp_path / "never"), "--recipe", "rtn")
+    assert run(*arguments, "--dry-run", "--json", str(predicted)) == 0
+    assert run("inspect", str(artifact), "--json", str(real)) == 0
+    assert not (tmp_path / "never").exists()
+    before = {row["name"]: row["bytes"] for row in json.loads(predicted.read_text())["components"]}
+    after = {row["name"]: row["bytes"] for row in json.loads(real.read_text())["components"]}
+    for name in ("vision", "projector", "backbone", "action_head", "token embedding"):
+        assert before[name] == pytest.approx(after[name], rel=0.02)
+
+
+def test_verify_passes_on_an_intact_artifact_and_names_a_flipped_bit(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("verify", str(artifact)) == 0
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for source in artifact.rglob("*"):
+        if source.is_file():
+            target = damaged / source.relative_to(artifact)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    shard = next(damaged.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 4
+    shard.write_bytes(bytes(content))
+    result = tmp_path / "verify.json"
+    assert run("verify", str(damaged), "--json", str(result)) == 1
+    report = json.loads(result.read_text())
+    assert not report["ok"] and report["failures"][0]["file"] == shard.name
+    assert run("inspect", str(damaged)) == 1
+    assert shard.name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (("quantize", POLICY, "--out", "x", "--recipe", "nosuch"), 2, "omega-w4a4"),
+        (("quantize", POLICY, "--out", "x", "--recipe", "omega-paper"), 2, "simulation"),
+        (("quantize", POLICY, "--out", "x", "--device", "cuda"), 3, "cpu"),
+        (("quantize", "nowhere", "--out", "x"), 2, "builtin:"),
+        (("quantize", "builtin:nosuch", "--out", "x"), 2, "tiny-pi05"),
+        (("quantize", "random:tiny-pi05", "--out", "x"), 2, "--calibration"),
+        (("quantize", POLICY, "--out", "x", "--calibration", "no.npz"), 2, "no.npz"),
+        (("inspect", "."), 2, "artifact"),
+        (("verify", "nowhere"), 2, "nowhere"),
+        (("eval", "random:tiny-pi05"), 2, "--tasks"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_the_documented_status(
+    arguments: tuple[str, ...],
+    status: int,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == status
+    message = capsys.readouterr().err
+    assert told in message and message.count("\n") == 1 and "Traceback" not in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_failed_quantization_leaves_the_previous_output_as_it_was(
+    artifact: Path, tmp_path: Path
+) -> None:
+    before = {p.name: p.read_bytes() for p in artifact.iterdir() if p.is_file()}
+    bad = tmp_path / "bad.npz"
+    np.savez(bad, state=np.zeros((1, 4), np.float32), prompt=np.array(["open the drawer"]))
+    assert run("quantize", POLICY, "--out", str(artifact), "--calibration", str(bad)) == 2
+    assert {p.name: p.read_bytes() for p in artifact.iterdir() if p.is_file()} == before
+
+
+def test_compare_without_episodes_writes_rows_table_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("compare", POLICY, "--recipes", "rtn", "--episodes", "0", "--out", str(out)) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["recipe"] for row in rows] == ["fp32", "rtn"]
+    assert rows[1]["action_error"] > 0 and rows[1]["noise_floor"] > rows[1]["action_error"]
+    assert rows[1]["checkpoint_bytes"] < rows[0]["checkpoint_bytes"]
+    assert (out / "comparison.png").stat().st_size > 10_000
+    assert "rtn" in capsys.readouterr().out
