@@ -94,8 +94,8 @@ def few() -> Observations:
     return build_observations()
 
 
-@pytest.fixture
-def make_policy() -> Callable[..., Pi05Policy]:
+@pytest.fixture(scope="session")
+def make_small() -> Callable[..., Pi05Policy]:
     """Builds small policies: seed and changes of the configuration."""
     return build_policy
 

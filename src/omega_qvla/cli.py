@@ -56,10 +56,14 @@ from omega_qvla.report.table import Table as TextTable
 from omega_qvla.report.table import comparison_table, human_bytes, task_table
 from omega_qvla.runtime.engine import KERNEL, load
 from omega_qvla.runtime.memory import predict
-from omega_qvla.training.recipe import rebuild_tiny_pi05
+from omega_qvla.training.tiny_pi05 import rebuild
 
 EVALUATION_SEED = 0
 """First seed of evaluation episodes; demonstrations use seeds far above."""
+
+_PLAIN_WIDTH = 160
+_WIDE_COLUMNS = ("vs full precision", "noise floor", "resident")
+"""Columns that are left to the JSON and the picture, so that the table fits a terminal."""
 
 Positional = tyro.conf.Positional
 
@@ -266,7 +270,7 @@ class Compare(_Simulation, _Common):
         target = self.out / "results.json"
         write_json(document, target)
         _write(self.json, document)
-        screen.table(comparison_table(target))
+        screen.table(comparison_table(target), without=_WIDE_COLUMNS)
         if document["rows"][0]["success"]:
             screen.table(task_table(target))
         picture = comparison_figure(target, self.out / "comparison.png")
@@ -280,13 +284,13 @@ class Train(_Common):
 
     policy: Positional[Literal["tiny-pi05"]] = "tiny-pi05"
     out: Annotated[Path, tyro.conf.arg(help="the policy directory")] = Path("out/tiny-pi05")
+    steps: Annotated[int | None, tyro.conf.arg(help="optimizer steps; the recipe's own")] = None
     workers: Annotated[int, tyro.conf.arg(help="simulator processes")] = 2
     threads: Annotated[int, tyro.conf.arg(help="threads of the training")] = 2
 
     def run(self, screen: Screen) -> int:
-        provenance = rebuild_tiny_pi05(
-            self.out, screen.say, workers=self.workers, threads=self.threads
-        )
+        with screen.bars() as bars:
+            provenance = rebuild(self.out, steps=self.steps, workers=self.workers, progress=bars)
         _write(self.json, provenance)
         screen.say(f"policy in {self.out}; admitted: {', '.join(provenance['admitted'])}")
         return 0
@@ -332,22 +336,29 @@ def _run(command: Any) -> int:
     return status
 
 
+def _console() -> Console:
+    """A terminal as wide as it is; files and pipes get lines long enough for a table."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+
+
 @dataclass
 class Screen:
     """Output: bars on a terminal, plain lines elsewhere."""
 
-    console: Console = field(default_factory=lambda: Console(highlight=False))
+    console: Console = field(default_factory=_console)
 
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def table(self, content: TextTable) -> None:
-        """A table and its notes."""
-        table = Table(*content.header)
+    def table(self, content: TextTable, *, without: Sequence[str] = ()) -> None:
+        """A table, less some columns, and its notes."""
+        kept = [i for i, name in enumerate(content.header) if name not in without]
+        table = Table(*(content.header[i] for i in kept))
         for row in content.rows:
-            table.add_row(*row)
-        self.console.print(table, soft_wrap=not self.console.is_terminal)
+            table.add_row(*(row[i] for i in kept))
+        self.console.print(table)
         for note in content.notes:
             self.say(note)
 

@@ -105,8 +105,8 @@ def test_the_future_is_the_same_with_and_without_an_undone_excursion(env):
             env.step(np.array([0.1, 0.9, -0.3, 1.0], np.float32))
         return env.raw_observation
 
-    # The contact solver is warm-started from the saved state, so this is exact, not approximate.
-    np.testing.assert_array_equal(final(False), final(True))
+    # Not to the last bit: restoring runs the solver once more, from a warmer start.
+    np.testing.assert_allclose(final(False), final(True), rtol=0, atol=1e-9)
 
 
 def test_the_wrist_view_moves_with_the_hand(env):

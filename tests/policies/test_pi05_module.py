@@ -22,9 +22,9 @@ from omega_qvla.policies.pi05 import (
     Pi05Module,
     VisionConfig,
     dropped_keys,
-    pi05_stages,
     sample_chunk,
 )
+from omega_qvla.policies.pi05_stages import pi05_stages
 
 TOLERANCE = 2e-5
 Shapes = dict[str, tuple[int, ...]]

@@ -256,7 +256,7 @@ def test_a_clock_that_is_never_entered_is_refused_with_the_remedy(
 
 
 def test_flow_time_may_run_upwards(data: list[dict[str, Tensor]], start: Tensor) -> None:
-    """Some policies integrate from t = 0 to 1; scales are stored by descending time all the same."""
+    """Some policies integrate from t = 0 to 1; scales are stored by descending time anyway."""
 
     def upwards(module: nn.Module, observation: Any, noise: Any, clock: FlowClock) -> Tensor:
         memory, x = module.llm(observation["x"]), noise

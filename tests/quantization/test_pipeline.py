@@ -37,7 +37,7 @@ SITES = 18
 MakePolicy = Callable[..., Pi05Policy]
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Raised by the tests in the middle of the work."""
 
 
@@ -50,7 +50,7 @@ class Recorder:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         if done == self.stop_after:
-            raise Stop
+            raise StopError
         self.calls.append((done, total, what))
 
 
@@ -92,8 +92,10 @@ work, out, kill_after = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 def progress(done, total, what):
     if done == kill_after:
         os.kill(os.getpid(), signal.SIGKILL)
-quantized = oq.quantize(kit.build_policy(), kit.build_observations(), work_directory=work / "journal",
-                        resume=True, progress=progress)
+quantized = oq.quantize(
+    kit.build_policy(), kit.build_observations(),
+    work_directory=work / "journal", resume=True, progress=progress,
+)
 quantized.save_pretrained(out)
 """
 
@@ -183,7 +185,7 @@ def test_interrupted_work_resumes_to_the_same_bytes_without_repeating_a_site(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     work = tmp_path / "journal"
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         oq.quantize(policy, observations, work_directory=work, progress=Recorder(finished))
     computed = count_computed(monkeypatch)
     quantized = oq.quantize(policy, observations, work_directory=work, resume=True)
@@ -196,7 +198,7 @@ def test_a_recipe_without_cascade_resumes_to_the_same_sites(
     policy: Pi05Policy, observations: Observations, tmp_path: Path
 ) -> None:
     whole = oq.quantize(policy, observations, "omega-paper")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         oq.quantize(
             policy, observations, "omega-paper", work_directory=tmp_path, progress=Recorder(5)
         )
@@ -224,7 +226,7 @@ def test_without_resume_the_work_starts_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         oq.quantize(policy, observations, "rtn", work_directory=tmp_path, progress=Recorder(5))
     computed = count_computed(monkeypatch)
     oq.quantize(policy, observations, "rtn", work_directory=tmp_path)
@@ -232,7 +234,7 @@ def test_without_resume_the_work_starts_again(
 
 
 def interrupted(policy: Pi05Policy, observations: Observations, work: Path) -> None:
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         oq.quantize(policy, observations, "rtn", work_directory=work, progress=Recorder(3))
 
 
@@ -246,19 +248,19 @@ def test_a_changed_recipe_is_not_resumed(
 
 
 def test_changed_weights_and_calibration_are_both_listed(
-    policy: Pi05Policy, observations: Observations, tmp_path: Path, make_policy: MakePolicy
+    policy: Pi05Policy, observations: Observations, tmp_path: Path, make_small: MakePolicy
 ) -> None:
     interrupted(policy, observations, tmp_path)
     with pytest.raises(ResumeError, match=r"calibration: was .*weights: was "):
-        oq.quantize(make_policy(1), observations[1:], "rtn", work_directory=tmp_path, resume=True)
+        oq.quantize(make_small(1), observations[1:], "rtn", work_directory=tmp_path, resume=True)
 
 
 def test_another_number_of_steps_is_not_resumed(
-    policy: Pi05Policy, observations: Observations, tmp_path: Path, make_policy: MakePolicy
+    policy: Pi05Policy, observations: Observations, tmp_path: Path, make_small: MakePolicy
 ) -> None:
     interrupted(policy, observations, tmp_path)
     with pytest.raises(ResumeError, match="policy: was"):
-        oq.quantize(make_policy(steps=5), observations, "rtn", work_directory=tmp_path, resume=True)
+        oq.quantize(make_small(steps=5), observations, "rtn", work_directory=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "exchanged"])

@@ -81,7 +81,10 @@ def test_the_integer_product_equals_an_int64_oracle(
 def test_the_largest_magnitudes_do_not_saturate(k: int) -> None:
     """-8 · -8 and -128 · -128 in every place: kernels that add in int16 would overflow."""
     for low in (-8, -128):
-        q, weight = torch.full((3, k), low, dtype=torch.int8), torch.full((5, k), low).to(torch.int8)
+        q, weight = (
+            torch.full((3, k), low, dtype=torch.int8),
+            torch.full((5, k), low).to(torch.int8),
+        )
         assert bool((reference.integer_matmul(q, weight) == low * low * k).all())
 
 

@@ -11,7 +11,7 @@ module adds what a benchmark for vision-language-action policies needs on a mach
   one generator per episode, over ranges wider than Meta-World's own where the expert still works,
   so that a policy that cannot see cannot succeed.
 
-Physics and rendering are apart: :meth:`MetaWorldEnv.step` never renders, so a chunk of actions costs
+Physics and rendering are apart: :meth:`MetaWorldEnv.step` never renders, so a chunk costs
 its physics only.
 """
 
@@ -65,9 +65,9 @@ class Task:
     max_steps: int
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
+    scene: str = ""
     grasp: bool = False
     show_goal: bool = False
-    scene: str = ""
     start_jitter: float = 1.0
 
 
@@ -106,11 +106,13 @@ TASKS: dict[str, Task] = {
     "drawer-open-v3": Task(
         "open the drawer", 200, (-0.2, 0.9, 0.0), (0.2, 0.9, 0.0), scene="drawer"
     ),
-    "drawer-close-v3": Task(
-        "close the drawer", 150, (-0.2, 0.9, 0.0), (0.2, 0.9, 0.0), scene="drawer"
-    ),
     "door-open-v3": Task(
-        "open the door", 200, (0.06, 0.83, 0.15), (0.18, 0.95, 0.15), start_jitter=0.6
+        "open the door",
+        200,
+        (0.06, 0.83, 0.15),
+        (0.18, 0.95, 0.15),
+        scene="door",
+        start_jitter=0.6,
     ),
     "faucet-open-v3": Task(
         "turn the faucet open", 200, (-0.15, 0.72, 0.0), (0.15, 0.85, 0.0), scene="faucet"
@@ -118,25 +120,12 @@ TASKS: dict[str, Task] = {
     "faucet-close-v3": Task(
         "turn the faucet closed", 200, (-0.15, 0.72, 0.0), (0.15, 0.85, 0.0), scene="faucet"
     ),
-    "window-open-v3": Task("slide the window open", 200, scene="window"),
-    "window-close-v3": Task("slide the window closed", 200, scene="window"),
     "push-v3": Task("push the puck to the goal", 200, show_goal=True, scene="puck"),
     "pick-place-v3": Task(
         "lift the puck to the goal", 200, grasp=True, show_goal=True, scene="puck"
     ),
-    "bin-picking-v3": Task("move the cube to the other bin", 220, grasp=True),
-    "peg-unplug-side-v3": Task("pull the peg out", 200, grasp=True),
-    "hammer-v3": Task("hammer the nail", 200, grasp=True),
-    "box-close-v3": Task("close the box", 200, grasp=True),
-    "basketball-v3": Task("put the ball in the basket", 200, grasp=True),
-    "shelf-place-v3": Task("put the block on the shelf", 200, grasp=True),
-    "coffee-pull-v3": Task("pull the mug to the goal", 200, grasp=True, show_goal=True),
-    "coffee-push-v3": Task("push the mug to the machine", 200, show_goal=True),
-    "disassemble-v3": Task("take the ring off", 200, grasp=True),
-    "lever-pull-v3": Task("pull the lever up", 200),
-    "plate-slide-v3": Task("slide the plate in", 200),
-    "sweep-into-v3": Task("sweep the cube in", 200),
 }
+"""The scripted experts solve at least 95 % of these over the ranges given."""
 
 
 def _simulator() -> tuple[Any, Any]:
@@ -200,7 +189,7 @@ class MetaWorldEnv:
         self._mujoco.mj_resetData(self._env.model, self._env.data)
         self._env.np_random = np.random.default_rng(seed + 1)
         self._env.reset()
-        # Meta-World moves bodies after it has computed their positions: what reset returns is stale.
+        # Meta-World moves bodies after computing their positions: what reset returns is stale.
         self._mujoco.mj_forward(self._env.model, self._env.data)
         self._raw = np.asarray(self._env._get_obs(), dtype=np.float64)
         return self.observe()

@@ -114,9 +114,20 @@ def random_policy(name: str, *, seed: int = 0) -> Pi05Policy:
 
 
 def _require_memory(needed: int, name: str) -> None:
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = _available_memory()
     if needed > available:
         raise ResourceError(
             f"random:{name} needs {needed / 1e9:.1f} GB of memory in float32, "
             f"{available / 1e9:.1f} GB is free"
         )
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping; unlike free pages this counts the file cache."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -18,11 +18,10 @@ from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler
 from omega_qvla.policies.pi05 import (
     Pi05Config,
     Pi05Module,
-    component_of,
-    pi05_stages,
     remove_modulation,
     sample_chunk,
 )
+from omega_qvla.policies.pi05_stages import component_of, pi05_stages
 from omega_qvla.policies.processing import (
     NormalizationStatistics,
     Tokenizer,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -44,10 +45,10 @@ class SimulatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N], through integers and back."""
         quantized = self._quantized
-        rows = transform_rows(x, quantized.transform)
+        rows = transform_rows(x.to(torch.float32), quantized.transform)
         scale = self._scale(rows)
         rounded = round_activations(rows, scale, quantized.activations.bits) * scale
-        return F.linear(rounded, self._weight, quantized.bias)
+        return F.linear(rounded, self._weight, quantized.bias).to(x.dtype)
 
     def held_bytes(self) -> int:
         """Bytes of the dequantized weight and what goes with it."""

@@ -13,7 +13,11 @@ other's instruction, which was never part of the training data's mismatches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,78 +35,124 @@ from omega_qvla.evaluation.rollout import (
 )
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.statistics import wilson_interval
+from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.pi05_policy import Pi05Policy
 
 LEAST_SUCCESS = 0.8
 EVALUATION_SEED = 0
 OBSERVATION_SEED = 2_000_000
 EXECUTE = 5
+CONTROLS = ("blank", "shuffled")
 
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class Job:
+    """One task under one condition; what a worker process is given.
+
+    Attributes:
+        policy: what ``load_policy`` takes.
+        told: the instruction the policy is given instead of the task's own, if any.
+        journal: file of finished episodes.
+        fingerprint: of the policy's weights; a journal of other weights is refused.
+    """
+
+    policy: str
+    task: str
+    condition: str
+    told: str | None
+    episodes: int
+    journal: str
+    fingerprint: str
+
+
 def measure(
-    policy: Pi05Policy,
+    policy: str,
     tasks: Sequence[str],
-    episodes: int,
     progress: Progress,
     *,
-    journal: Path | None = None,
+    episodes: int,
+    control_episodes: int,
+    journals: Path,
+    weights: Path,
     workers: int = 2,
 ) -> dict[str, dict[str, Any]]:
-    """Success of every task under the three conditions, with intervals and the verdict."""
-    instructions = [TASKS[task].instruction for task in tasks]
-    everywhere = shifted(instructions)
-    swaps = _swaps(tasks)
-    conditions: dict[str, tuple[Sequence[str], Transform | None]] = {
-        "plain": (tasks, None),
-        "blank": (tasks, blank_images),
-        "shuffled": (tasks, replaced_instruction(everywhere)),
-        "swapped": (
-            list(swaps),
-            replaced_instruction(
-                {TASKS[task].instruction: TASKS[other].instruction for task, other in swaps.items()}
-            ),
-        ),
-    }
+    """Success of every task under each condition, with intervals and the verdict.
+
+    Controls use the first ``control_episodes`` of the same seeds.  Each worker process holds its
+    own copy of the policy on one thread, and resumes from its journal.
+    """
+    shuffled, swapped = _shuffle(tasks), _swaps(tasks)
+    fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()
+    journals.mkdir(parents=True, exist_ok=True)
+
+    def job(condition: str, task: str, told: str | None, count: int) -> Job:
+        journal = str(journals / f"{condition}.{task}.jsonl")
+        return Job(policy, task, condition, told, count, journal, fingerprint)
+
+    jobs = [job("plain", task, None, episodes) for task in tasks]
+    jobs += [job("blank", task, None, control_episodes) for task in tasks]
+    jobs += [job("shuffled", task, shuffled[task], control_episodes) for task in tasks]
+    jobs += [job("swapped", task, other, control_episodes) for task, other in swapped.items()]
     table: dict[str, dict[str, Any]] = {task: {} for task in tasks}
-    seeds = range(EVALUATION_SEED, EVALUATION_SEED + episodes)
-    with SimulatorPool(workers) as pool:
-        for condition, (measured, transform) in conditions.items():
-            records = rollout(
-                policy,
-                measured,
-                seeds,
-                pool=pool,
-                execute=EXECUTE,
-                transform=transform,
-                journal=journal and journal / f"{condition}.jsonl",
-                identity={"condition": condition},
-                progress=lambda done, total, name=condition: progress(name, done, total),
-            )
-            for task in measured:
-                solved = sum(record.success for record in records if record.task == task)
-                table[task][condition] = _rate(solved, episodes)
-    for task in tasks:
-        table[task]["told_in_shuffled"] = everywhere[TASKS[task].instruction]
-        table[task]["grasp"] = TASKS[task].grasp
-        table[task]["admitted"] = admitted(table[task])
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {pool.submit(evaluate, one): one for one in jobs}
+        for done, future in enumerate(as_completed(futures), start=1):
+            one = futures[future]
+            table[one.task][one.condition] = _rate(future.result(), one.episodes)
+            if one.told is not None:
+                table[one.task][one.condition]["told"] = one.told
+            progress("evaluation", done, len(jobs))
+    for row, task in zip(table.values(), tasks, strict=True):
+        row["grasp"] = TASKS[task].grasp
+        row["admitted"] = admitted(row)
     return table
 
 
-def _swaps(tasks: Sequence[str]) -> dict[str, str]:
-    """Each task that shares its scene with another one, and that one."""
-    scenes: dict[str, list[str]] = {}
-    for task in tasks:
-        scenes.setdefault(TASKS[task].scene or task, []).append(task)
-    return {t: shifted(group)[t] for group in scenes.values() if len(group) > 1 for t in group}
+def evaluate(job: Job) -> int:
+    """Solved episodes of one job; runs in a worker process."""
+    torch.set_num_threads(1)
+    transform: Transform | None = None
+    if job.condition == "blank":
+        transform = blank_images
+    elif job.told is not None:
+        transform = replaced_instruction({TASKS[job.task].instruction: job.told})
+    with SimulatorPool(workers=1) as pool:
+        records = rollout(
+            load_policy(job.policy),
+            [job.task],
+            range(EVALUATION_SEED, EVALUATION_SEED + job.episodes),
+            pool=pool,
+            execute=EXECUTE,
+            transform=transform,
+            journal=job.journal,
+            identity={"condition": job.condition, "told": job.told, "weights": job.fingerprint},
+        )
+    return sum(record.success for record in records)
 
 
-def admitted(row: dict[str, Any]) -> bool:
+def admitted(row: Mapping[str, Any]) -> bool:
     """The rule of this module, on one task's three rates."""
-    plain, controls = row["plain"], (row["blank"], row["shuffled"])
+    plain, controls = row["plain"], [row[name] for name in CONTROLS]
     enough = plain["success"][0] >= LEAST_SUCCESS * plain["success"][1]
     return enough and all(c["ci95"][1] < 0.5 * plain["ci95"][0] for c in controls)
+
+
+def _shuffle(tasks: Sequence[str]) -> dict[str, str]:
+    """Each task and the next one's instruction."""
+    texts = [TASKS[task].instruction for task in tasks]
+    return {task: shifted(texts)[text] for task, text in zip(tasks, texts, strict=True)}
+
+
+def _swaps(tasks: Sequence[str]) -> dict[str, str]:
+    """Each task that shares its scene with another one, and that one's instruction."""
+    scenes: dict[str, list[str]] = {}
+    for task in tasks:
+        scenes.setdefault(TASKS[task].scene, []).append(task)
+    pairs = [_shuffle(group) for group in scenes.values() if len(group) > 1]
+    return {task: told for group in pairs for task, told in group.items()}
 
 
 def _rate(solved: int, episodes: int) -> dict[str, Any]:

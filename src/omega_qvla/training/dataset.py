@@ -162,7 +162,7 @@ def _concat(sets: Sequence[Demonstrations], camera: str) -> np.ndarray:
 
 
 def _tasks_of_other_scenes(tasks: Sequence[str]) -> list[list[int]]:
-    scenes = [TASKS[task].scene or task for task in tasks]
+    scenes = [TASKS[task].scene for task in tasks]
     return [[j for j, other in enumerate(scenes) if other != scene] for scene in scenes]
 
 

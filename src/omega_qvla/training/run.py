@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from omega_qvla.policies.checkpoints.openpi import WEIGHTS, write_openpi
-from omega_qvla.policies.checkpoints.strict import read_tensors
+from omega_qvla.policies.checkpoints.openpi import write_openpi
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 from omega_qvla.training.dataset import TrainingSet, load_demonstrations, make_processor
 from omega_qvla.training.train import Trainer, TrainingPlan
@@ -48,15 +44,6 @@ def train_policy(
 
     trainer.train(export_too, until=until)
     return _export(trainer, directory)
-
-
-def store_half(directory: Path) -> None:
-    """Rewrite the weights of a policy directory in bfloat16, atomically; half the size."""
-    path = directory / WEIGHTS
-    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in read_tensors(path).items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
 
 
 def _export(trainer: Trainer, directory: Path) -> Pi05Policy:

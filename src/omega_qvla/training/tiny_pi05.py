@@ -39,7 +39,7 @@ from omega_qvla.training.admission import (
 )
 from omega_qvla.training.correction import CORRECTION_SEED, collect_corrections
 from omega_qvla.training.demonstrations import TRAINING_SEED, CollectionPlan, collect_all
-from omega_qvla.training.run import MISMATCH, SHARES, store_half, train_policy
+from omega_qvla.training.run import MISMATCH, SHARES, train_policy
 from omega_qvla.training.train import TrainingPlan
 
 TRAINED_TASKS = (
@@ -51,7 +51,7 @@ TRAINED_TASKS = (
     "pick-place-v3",
 )
 """In an order in which no task is followed by one of its own scene (see ``rollout.shifted``)."""
-PLAN = TrainingPlan(steps=3400)
+PLAN = TrainingPlan(steps=3500)
 COLLECTION = CollectionPlan()
 CORRECTION_STEP = 1235
 CORRECTION_EPISODES = {
@@ -62,7 +62,7 @@ CORRECTION_EPISODES = {
     "faucet-open-v3": 20,
     "faucet-close-v3": 20,
 }
-EVALUATION_EPISODES = 100
+EVALUATION_EPISODES, CONTROL_EPISODES = 100, 30
 PROVENANCE = "provenance.json"
 
 Progress = Callable[[str, int, int], None]
@@ -100,10 +100,18 @@ def rebuild(
             progress("corrections", len(summary) - len(tasks), len(tasks))
     with minutes.of("training"):
         _train(plan, demos, tasks, out, progress)
-        store_half(out)
     policy = load_policy(out)
     with minutes.of("evaluation"):
-        results = measure(policy, tasks, episodes, progress, journal=out / "run", workers=workers)
+        results = measure(
+            str(out),
+            tasks,
+            progress,
+            episodes=episodes,
+            control_episodes=min(CONTROL_EPISODES, episodes),
+            journals=out / "run",
+            weights=out / WEIGHTS,
+            workers=workers,
+        )
     held_out_observations(policy, tasks).save_npz(out / OBSERVATIONS)
     provenance = describe(out, plan, tasks, results, summary, minutes.spent)
     (out / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
@@ -129,7 +137,8 @@ def describe(
         "admitted": [task for task in tasks if results[task]["admitted"]],
         "results": dict(results),
         "evaluation": {
-            "episodes_per_task": results[tasks[0]]["plain"]["success"][1],
+            "episodes": results[tasks[0]]["plain"]["success"][1],
+            "control_episodes": results[tasks[0]]["blank"]["success"][1],
             "actions_executed_per_chunk": EXECUTE,
             "denoising_steps": load_policy(directory).config.steps,
             "intervals": "Wilson 95 %",

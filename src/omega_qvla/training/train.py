@@ -103,7 +103,7 @@ class Learner(nn.Module):
         guess = self.position_head(F.rms_norm(last, (last.shape[-1],)))
         position_loss = F.mse_loss(guess.float(), batch.positions)
 
-        cache = [tuple(_repeat(x, repeats) for x in pair) for pair in cache]
+        cache = [(_repeat(keys, repeats), _repeat(values, repeats)) for keys, values in cache]
         actions = _repeat(batch.actions, repeats)
         t = times[:, None, None]
         velocity = policy.velocity(
@@ -346,9 +346,8 @@ class Trainer:
     def _update_average(self) -> None:
         decay = min(self.plan.average_decay, (1 + self.step) / (10 + self.step))
         weights = self.learner.policy.state_dict()
-        torch._foreach_lerp_(
-            list(self.average.values()), [weights[k] for k in self.average], 1.0 - decay
-        )
+        for name, value in self.average.items():
+            value.lerp_(weights[name], 1.0 - decay)
 
 
 def _compiled(losses: Losses) -> Losses:

@@ -1,0 +1,187 @@
+"""One site: fused linears to integers, scales and transform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from omega_qvla.calibration.capture import SiteStatistics
+from omega_qvla.errors import NonFiniteError, PolicyError
+from omega_qvla.policies.base import FlowClock, QuantizationSite
+from omega_qvla.quantization.simulation import SimulatedLinear, install
+from omega_qvla.quantization.site import QuantizedSite, needs_statistics, quantize_site
+from omega_qvla.recipe import Recipe, Scheme
+from omega_qvla.runtime.linear import QuantizedLinear
+
+WIDTH = 80  # one whole block of 64 and a part
+ONCE = QuantizationSite("layer.kv", ("layer.k", "layer.v"), "backbone")
+STEPPED = QuantizationSite("layer.kv", ("layer.k", "layer.v"), "action_head", per_step=True)
+TIMES = (1.0, 0.75, 0.5, 0.25)
+
+
+def scheme(name: str = "omega-w4a4", part: str = "backbone") -> Scheme:
+    found = Recipe.load(name).scheme(part)
+    assert found is not None
+    return found
+
+
+def linears(*, bias: tuple[bool, bool] = (False, False)) -> list[nn.Linear]:
+    pair = [nn.Linear(WIDTH, rows, bias=b) for rows, b in zip((24, 8), bias, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for linear in pair:
+            for parameter in linear.parameters():
+                parameter.normal_(generator=generator)
+    return pair
+
+
+def inputs(count: int = 300, seed: int = 1) -> Tensor:
+    """Correlated rows with one loud channel."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(9)) / WIDTH**0.5
+    rows = torch.randn(count, WIDTH, generator=generator) @ (mix + torch.eye(WIDTH))
+    rows[:, 3] *= 30
+    return rows
+
+
+def measured(site: QuantizationSite = ONCE, times: tuple[float, ...] = TIMES) -> SiteStatistics:
+    statistics, clock = SiteStatistics(site, WIDTH, torch.Generator().manual_seed(0)), FlowClock()
+    for step, time in enumerate(times):
+        with clock.step(step, time):
+            statistics.update(inputs(seed=step) * (1 + step), clock, 0)
+    return statistics
+
+
+def exact(pair: list[nn.Linear], x: Tensor) -> Tensor:
+    return torch.cat([linear(x) for linear in pair], dim=-1).detach()
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).square().sum() / wanted.square().sum())
+
+
+def test_fused_linears_share_one_transform_and_keep_their_order() -> None:
+    pair = linears(bias=(True, True))
+    found = quantize_site(ONCE, pair, scheme(), measured())
+    assert found.splits == (24, 8) and found.in_features == WIDTH
+    assert found.weight.integers.shape == (32, 128) and found.weight.integers.dtype == torch.int8
+    assert found.bias is not None and torch.equal(found.bias[24:], pair[1].bias.detach())
+    assert found.transform is not None and found.transform.matrix.shape == (2, 64, 64)
+    assert torch.equal(found.transform.matrix.bfloat16().float(), found.transform.matrix)
+    assert found.proxy_loss is not None and 0 < found.proxy_loss < 0.05
+
+
+def test_a_missing_bias_of_one_of_them_is_zero_and_of_all_is_none() -> None:
+    half = quantize_site(ONCE, linears(bias=(True, False)), scheme("rtn"), None)
+    assert half.bias is not None and bool((half.bias[24:] == 0).all())
+    assert quantize_site(ONCE, linears(), scheme("rtn"), None).bias is None
+
+
+@pytest.mark.parametrize("name", ["omega-w4a4", "rtn"])
+def test_integers_and_simulation_compute_the_same(name: str) -> None:
+    """Up to float32 summation order, apart from ties that fall on the other side: 1e-4 of energy.
+
+    The folded weight and transformed input are the same numbers on both ways.
+    """
+    pair, clock = linears(bias=(True, True)), FlowClock()
+    site = quantize_site(ONCE, pair, scheme(name), measured())
+    x = inputs(seed=5)
+    integers = QuantizedLinear.from_site(site, clock)(x)
+    assert error(integers, SimulatedLinear(site, clock)(x)) < 1e-4
+    assert error(integers, exact(pair, x)) < {"omega-w4a4": 0.05, "rtn": 0.5}[name]
+
+
+def test_the_method_beats_rounding_to_nearest_on_an_outlier_channel() -> None:
+    pair, clock, x = linears(), FlowClock(), inputs(seed=5)
+    ours, naive = (
+        error(
+            QuantizedLinear.from_site(quantize_site(ONCE, pair, scheme(name), measured()), clock)(
+                x
+            ),
+            exact(pair, x),
+        )
+        for name in ("omega-w4a4", "rtn")
+    )
+    assert ours < 0.5 * naive
+
+
+def test_static_scales_grow_with_the_activations_and_carry_their_times() -> None:
+    site = quantize_site(STEPPED, linears(), scheme(part="action_head"), measured(STEPPED))
+    assert site.activation_scale is not None and site.activation_times is not None
+    assert site.activation_times.tolist() == list(TIMES)
+    assert bool((site.activation_scale.diff() > 0).all())
+
+
+def test_steps_are_stored_by_descending_time_in_whatever_order_they_ran() -> None:
+    forth = quantize_site(STEPPED, linears(), scheme(part="action_head"), measured(STEPPED))
+    upwards = measured(STEPPED, times=TIMES[::-1])
+    back = quantize_site(STEPPED, linears(), scheme(part="action_head"), upwards)
+    assert forth.activation_times is not None and back.activation_times is not None
+    assert torch.equal(back.activation_times, forth.activation_times)
+    assert back.activation_scale is not None and bool((back.activation_scale.diff() < 0).all())
+
+
+def test_steps_with_one_time_are_refused() -> None:
+    with pytest.raises(PolicyError, match=r"steps 0 and 1 have the same flow time 1\.0"):
+        quantize_site(STEPPED, linears(), scheme(part="action_head"), measured(STEPPED, (1.0, 1.0)))
+
+
+def test_the_papers_head_has_a_scale_per_channel_and_step() -> None:
+    pair, clock = linears(bias=(True, True)), FlowClock()
+    site = quantize_site(STEPPED, pair, scheme("omega-paper", "action_head"), measured(STEPPED))
+    assert site.activation_scale is not None and site.activation_scale.shape == (4, 128)
+    assert site.output_rotation is not None
+    simulated = SimulatedLinear(site, clock)
+    with clock.step(0, 1.0):
+        assert error(simulated(inputs(seed=0)), exact(pair, inputs(seed=0))) < 0.1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_a_bad_number_is_named(bad: float, kind: str) -> None:
+    pair = linears(bias=(True, True))
+    getattr(pair[1], kind).data.view(-1)[5] = bad
+    with pytest.raises(NonFiniteError, match=f"{kind} of 'layer.v'"):
+        quantize_site(ONCE, pair, scheme("rtn"), None)
+
+
+@pytest.mark.parametrize(
+    ("content", "needed"),
+    [
+        ({"transform": {"rotation": "none"}, "weights": {"rounding": "nearest"}}, False),
+        ({"weights": {"rounding": "nearest"}}, False),
+        ({"transform": {"balance": 0.5}, "weights": {"rounding": "nearest"}}, True),
+        ({"transform": {"permutation": "snake"}, "weights": {"rounding": "nearest"}}, True),
+        ({"weights": {"rounding": "gptq"}}, True),
+        ({"weights": {"rounding": "nearest"}, "activations": {"scale": "per_step"}}, True),
+    ],
+)
+def test_statistics_are_asked_for_only_when_used(content: dict[str, Any], needed: bool) -> None:
+    chosen = Scheme.model_validate(content)
+    assert needs_statistics(chosen) is needed
+    if not needed:
+        assert isinstance(quantize_site(ONCE, linears(), chosen, None), QuantizedSite)
+
+
+def test_inputs_that_are_always_zero_do_not_break_anything() -> None:
+    """A dead site: no energy to measure, balance with or scale by."""
+    statistics, clock = SiteStatistics(STEPPED, WIDTH, torch.Generator()), FlowClock()
+    with clock.step(0, 1.0):
+        statistics.update(torch.zeros(5, WIDTH), clock, 0)
+    site = quantize_site(STEPPED, linears(), scheme(part="action_head"), statistics)
+    assert site.activation_scale is not None and site.activation_scale.tolist() == [1.0]
+    assert site.proxy_loss == 0.0
+    found = QuantizedLinear.from_site(site, clock)(torch.zeros(2, WIDTH))
+    assert bool((found == 0).all())
+
+
+def test_installing_puts_one_module_in_the_place_of_all() -> None:
+    module = nn.Module()
+    module.layer = nn.Module()
+    module.layer.k, module.layer.v = linears()
+    replacement = nn.Identity()
+    install(module, ONCE.linears, replacement)
+    assert module.layer.k is replacement and module.layer.v is None
