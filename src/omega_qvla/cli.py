@@ -48,7 +48,7 @@ from omega_qvla.evaluation.sweep import (
     run_sweep,
     write_json,
 )
-from omega_qvla.policies.loading import builtin_directory, load_policy
+from omega_qvla.policies.loading import builtin_directory, load_policy, policy_structure
 from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.report.figure import comparison_figure
@@ -131,13 +131,14 @@ class Quantize(_Common):
     def run(self, screen: Screen) -> int:
         _require_cpu(self.device)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
-        policy = load_policy(self.policy)
         if self.dry_run:
+            policy = policy_structure(self.policy)
             sites = [{"name": name} for name in _covered_sites(policy, recipe)]
             report = _inspection(predict(policy, recipe), recipe.model_dump(mode="json"), sites)
             screen.memory(report, f"{self.policy} with {recipe.name}, predicted")
             _write(self.json, report)
             return 0
+        policy = load_policy(self.policy)
         if not recipe.realizable:
             raise RecipeError(
                 f"recipe {recipe.name!r} is a simulation: its activation scales differ along the "

@@ -87,30 +87,59 @@ def builtin_directory(name: str) -> Path:
     return Path(str(files("omega_qvla") / "assets" / BUILTIN[name]))
 
 
-def random_policy(name: str, *, seed: int = 0) -> Pi05Policy:
-    """A policy of true shapes with seeded random weights; it measures, it does not act."""
+def policy_structure(source: str | Path) -> Pi05Policy:
+    """A policy for looking at shapes: a random one costs no memory (its tensors are on meta).
+
+    Raises:
+        PolicyError: as ``load_policy``.
+    """
+    scheme, _, name = str(source).partition(":")
+    return random_structure(name) if scheme == "random" else load_policy(source)
+
+
+def random_structure(name: str) -> Pi05Policy:
+    """The structure of a random policy, tensors on the meta device.
+
+    Raises:
+        PolicyError: unknown name.
+    """
     if name not in RANDOM:
         raise PolicyError(f"unknown random policy {name!r}; known: {', '.join(RANDOM)}")
     config = Pi05Config.full() if name == "pi05" else Pi05Config.tiny(vocabulary=259)
     config = config.model_copy(update={"prompt_length": 256})
     with torch.device("meta"):
         module = Pi05Module(config)
+    statistics = NormalizationStatistics(
+        state=_unit_quantiles(config.state_dim), actions=_unit_quantiles(config.robot_action_dim)
+    )
+    processor = Pi05Processor(config, statistics, ByteTokenizer())
+    return Pi05Policy(module, processor, dropped_parameters=dropped_parameters(config))
+
+
+def random_policy(name: str, *, seed: int = 0) -> Pi05Policy:
+    """A policy of true shapes with seeded random weights; it measures, it does not act.
+
+    Weights are rounded to bfloat16, as the published checkpoints are stored.
+
+    Raises:
+        PolicyError: unknown name.
+        ResourceError: not enough memory.
+    """
+    structure = random_structure(name)
+    module = structure.module
     _require_memory(4 * sum(p.numel() for p in module.parameters()), name)
-    module = module.to_empty(device="cpu")
+    module.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.02
             parameter.normal_(0.0, spread, generator=generator)
-    unit = lambda n: Quantiles(q01=(-1.0,) * n, q99=(1.0,) * n)  # noqa: E731
-    statistics = NormalizationStatistics(
-        state=unit(config.state_dim), actions=unit(config.robot_action_dim)
-    )
-    return Pi05Policy(
-        module,
-        Pi05Processor(config, statistics, ByteTokenizer()),
-        dropped_parameters=dropped_parameters(config),
-    )
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return structure
+
+
+def _unit_quantiles(width: int) -> Quantiles:
+    return Quantiles(q01=(-1.0,) * width, q99=(1.0,) * width)
 
 
 def _require_memory(needed: int, name: str) -> None:

@@ -340,7 +340,7 @@ class Pi05Module(nn.Module):
         fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=times.device)
         period = TIME_MIN_PERIOD * (TIME_MAX_PERIOD / TIME_MIN_PERIOD) ** fraction
         angle = 2.0 * math.pi / period * times.to(torch.float64).unsqueeze(-1)
-        embedding = torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.time_mlp_in.weight.dtype)
+        embedding = torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.time_mlp_in.weight)
         hidden = nn.functional.silu(self.time_mlp_in(embedding))
         condition = nn.functional.silu(self.time_mlp_out(hidden))
         norms = self.adaptive_norms()

@@ -154,6 +154,8 @@ def narrowed(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.float32:
         return tensor
     narrow = tensor.to(torch.bfloat16)
+    if tensor.is_meta:
+        return narrow  # only a random policy's structure is: its weights will be rounded
     return narrow if torch.equal(narrow.to(torch.float32), tensor) else tensor
 
 
