@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omega_qvla.errors import ResumeError
-from omega_qvla.policies.layers import AdaptiveRMSNorm
 from omega_qvla.policies.pi05 import Pi05Module
 from omega_qvla.policies.processing import STATE_BINS, WordTokenizer
 from omega_qvla.training.dataset import Batch, TrainingSet
@@ -175,15 +174,15 @@ def initialize(module: Pi05Module, tokenizer: WordTokenizer, seed: int) -> None:
                 layer.weight.normal_(0.0, fan_in**-0.5, generator=generator)
                 if layer.bias is not None:
                     layer.bias.zero_()
-        for layer in module.modules():
-            if isinstance(layer, AdaptiveRMSNorm):
-                layer.dense.weight.zero_()
-                layer.dense.bias.zero_()
-                layer.dense.bias[2 * len(layer.dense.bias) // 3 :] = 1.0
+        for norm in module.adaptive_norms():
+            if norm.dense is not None:
+                norm.dense.weight.zero_()
+                norm.dense.bias.zero_()
+                norm.dense.bias.unflatten(0, (3, -1))[2] = 1.0
         module.action_out_proj.weight.mul_(0.1)
         positions = module.vision_model.embeddings.position_embedding.weight
         positions.normal_(0.0, 0.3, generator=generator)
-        table = module.embed_tokens.weight
+        table = module.embed_tokens.get_parameter("weight")
         table.normal_(0.0, width**-0.5, generator=generator)
         frequency = torch.logspace(-1, 1.5, width // 2, base=4.0)
         for value in range(-1, STATE_BINS):
