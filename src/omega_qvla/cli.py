@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,6 +50,7 @@ from omega_qvla.evaluation.sweep import (
 )
 from omega_qvla.policies.loading import builtin_directory, load_policy, policy_structure
 from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.table import Table as TextTable
@@ -247,6 +248,7 @@ class Compare(_Simulation, _Common):
     out: Annotated[Path, tyro.conf.arg(help="artifacts, picture and JSON go here")] = Path(
         "out/compare"
     )
+    resume: Annotated[bool, tyro.conf.arg(help="keep the episodes already finished")] = False
 
     def run(self, screen: Screen) -> int:
         torch.set_num_threads(self.threads)
@@ -263,10 +265,26 @@ class Compare(_Simulation, _Common):
             artifacts=self.out / "artifacts",
         )
         held_out = Observations.load(source, split="heldout")
+        journals = _Journals(
+            self.out / "journals",
+            {
+                "weights": weights_fingerprint(policy.module),
+                "calibration": comparison.calibration.fingerprint,
+            },
+        )
+        if not self.resume:
+            journals.discard()
         with screen.bars() as bars:
             rows = comparison_rows(comparison, bars)
             document = _sweep(
-                screen, rows, self, OpenLoop(held_out), _split(self.tasks), self.policy, bars
+                screen,
+                rows,
+                self,
+                OpenLoop(held_out),
+                _split(self.tasks),
+                self.policy,
+                bars,
+                journals,
             )
         target = self.out / "results.json"
         write_json(document, target)
@@ -447,12 +465,13 @@ def _sweep(
     tasks: Sequence[str] | None,
     source: str,
     bars: Callable[[str, int, int], None] | None = None,
+    journals: _Journals | None = None,
 ) -> dict[str, Any]:
     """Run a sweep; without a simulator, say what to install and run the open-loop part."""
     episodes: int = options.episodes  # type: ignore[attr-defined]
     if bars is None:
         with screen.bars() as own:
-            return _sweep(screen, rows, options, open_loop, tasks, source, own)
+            return _sweep(screen, rows, options, open_loop, tasks, source, own, journals)
     if episodes == 0:
         return run_sweep(rows, closed_loop=None, open_loop=open_loop, progress=bars)
     seeds = range(options.seed, options.seed + episodes)
@@ -460,12 +479,27 @@ def _sweep(
     try:
         with SimulatorPool(options.workers) as pool:
             closed = ClosedLoop(pool, chosen, seeds)
+            if journals is not None:
+                closed = replace(closed, journals=journals.folder, identity=journals.identity)
             return run_sweep(rows, closed_loop=closed, open_loop=open_loop, progress=bars)
     except SimulatorUnavailable as error:
         if open_loop is None:
             raise
         screen.say(f"no closed loop: {error}")
         return run_sweep(rows, closed_loop=None, open_loop=open_loop, progress=bars)
+
+
+@dataclass(frozen=True)
+class _Journals:
+    """Finished episodes of a comparison, and what they depend on."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+
+    def discard(self) -> None:
+        """Start over."""
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
 
 
 def _policy_row(source: str, stress: float) -> SweepRow:
