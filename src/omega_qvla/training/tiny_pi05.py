@@ -112,7 +112,8 @@ def rebuild(
             weights=out / WEIGHTS,
             workers=workers,
         )
-    held_out_observations(policy, tasks).save_npz(out / OBSERVATIONS)
+    useful = [task for task in tasks if results[task]["admitted"]] or tasks
+    held_out_observations(policy, useful).save_npz(out / OBSERVATIONS)
     provenance = describe(out, plan, tasks, results, summary, minutes.spent)
     (out / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
     return provenance
@@ -214,18 +215,20 @@ def _correct_all(
     directory: Path, demos: Path, tasks: Sequence[str], workers: int
 ) -> Iterator[dict[str, Any]]:
     """Corrections of every task that has none yet; yields summaries."""
-    jobs = [(str(directory), task, str(demos / f"{task}.1.npz")) for task in tasks]
+    jobs = [
+        (str(directory), task, CORRECTION_EPISODES[task], str(demos / f"{task}.1.npz"))
+        for task in tasks
+    ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(_correct, job) for job in jobs if not Path(job[2]).is_file()]
+        futures = [pool.submit(_correct, job) for job in jobs if not Path(job[3]).is_file()]
         for future in as_completed(futures):
             yield future.result()
 
 
-def _correct(job: tuple[str, str, str]) -> dict[str, Any]:
-    directory, task, path = job
+def _correct(job: tuple[str, str, int, str]) -> dict[str, Any]:
+    directory, task, episodes, path = job
     torch.set_num_threads(1)
-    episodes = CORRECTION_EPISODES[task]
     corrections = collect_corrections(load_policy(directory), task, episodes)
     corrections.save(Path(path))
     return {"task": task, "correction_episodes": episodes, "samples": len(corrections)}
