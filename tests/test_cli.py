@@ -124,6 +124,16 @@ def test_a_failed_quantization_leaves_the_previous_output_as_it_was(
     assert {p.name: p.read_bytes() for p in artifact.iterdir() if p.is_file()} == before
 
 
+def test_a_directory_that_is_not_an_artifact_is_refused_before_the_work_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert run("quantize", POLICY, "--out", str(tmp_path)) == 2
+    captured = capsys.readouterr()
+    assert "thesis.txt" in captured.err and "quantizing" not in captured.out
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 def test_compare_without_episodes_writes_rows_table_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

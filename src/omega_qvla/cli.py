@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from omega_qvla.api import quantize
-from omega_qvla.artifact import read_artifact, verify_artifact
+from omega_qvla.artifact import preflight, read_artifact, verify_artifact
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import (
     OmegaError,
@@ -50,6 +50,7 @@ from omega_qvla.evaluation.sweep import (
 )
 from omega_qvla.policies.loading import builtin_directory, load_policy, policy_structure
 from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.report.figure import comparison_figure
@@ -146,6 +147,7 @@ class Quantize(_Common):
                 "contraction, so there are no integers to save. See it in `omega-qvla compare`"
             )
         observations = Observations.load(self.calibration or _default_calibration(self.policy))
+        preflight(self.out, predict(policy, recipe)["total_bytes"])
         work = self.out.with_name(f".{self.out.name}.journal")
         with screen.bar(f"quantizing with {recipe.name}") as step:
             quantized = quantize(
@@ -157,7 +159,7 @@ class Quantize(_Common):
                 progress=lambda done, total, site: step(done, total, site),
             )
         quantized.save_pretrained(self.out)
-        _discard(work)
+        discard_journal(work)
         return Inspect(directory=self.out, json=self.json).run(screen)
 
 
@@ -344,7 +346,7 @@ def _run(command: Any) -> int:
     except OmegaError as error:
         status, message = error.exit_status, str(error)
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; what was finished is kept"
+        status, message = 130, "interrupted; what was finished is kept, continue with --resume"
     except MemoryError:
         status, message = 3, "out of memory; use a machine with more, or a smaller policy"
     except OSError as error:
@@ -575,13 +577,6 @@ def _require_cpu(device: str) -> None:
 
 def _split(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _discard(directory: Path) -> None:
-    for path in directory.glob("*"):
-        path.unlink()
-    if directory.exists():
-        directory.rmdir()
 
 
 def _write(path: Path | None, document: Mapping[str, Any]) -> None:

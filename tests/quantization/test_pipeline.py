@@ -28,7 +28,7 @@ from omega_qvla.errors import (
 from omega_qvla.policies.base import sites_of
 from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.quantization import pipeline
-from omega_qvla.quantization.journal import HEADER, Journal
+from omega_qvla.quantization.journal import HEADER, Journal, discard_journal
 from omega_qvla.quantization.pipeline import quantize_policy
 from omega_qvla.recipe import Recipe
 
@@ -314,8 +314,8 @@ def test_a_directory_with_other_things_in_it_is_neither_used_nor_emptied(
 
 
 def test_a_discarded_journal_leaves_nothing(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "work", {"recipe": "x"}, resume=False)
-    journal.discard()
+    Journal(tmp_path / "work", {"recipe": "x"}, resume=False)
+    discard_journal(tmp_path / "work")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from omega_qvla.artifact.checkpoint import (
     Artifact,
     VerifyReport,
+    preflight,
     read_artifact,
     verify_artifact,
     write_artifact,
@@ -19,6 +20,7 @@ __all__ = [
     "VerifyReport",
     "pack_int4",
     "packed_width",
+    "preflight",
     "preflight_disk",
     "read_artifact",
     "summarise",

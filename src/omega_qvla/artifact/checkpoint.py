@@ -162,6 +162,21 @@ def write_artifact(
     return manifest.content_hash
 
 
+def preflight(directory: str | os.PathLike[str], needed: int) -> None:
+    """Refuse before hours of work what could not be saved after them.
+
+    Args:
+        directory: where the artifact will go.
+        needed: bytes it will take; the journal kept meanwhile takes about as many again.
+
+    Raises:
+        NotAnArtifactError: the directory holds something that is not an artifact.
+        ResourceError: the disk has less than twice ``needed`` bytes.
+    """
+    _check_replaceable(Path(directory))
+    preflight_disk(directory, 2 * needed)
+
+
 def _check_replaceable(target: Path) -> None:
     """Only nothing, an empty directory or an artifact may be replaced (and so deleted)."""
     if not os.path.lexists(target):

@@ -98,13 +98,19 @@ class Journal:
         content = save(tensors, metadata={"site": text, "sha256": _digest(tensors, text)})
         _write(self._path(index), content)
 
-    def discard(self) -> None:
-        """Remove the journal after the result has been saved."""
-        _remove(_own_files(self.directory))
-        self.directory.rmdir()
-
     def _path(self, index: int) -> Path:
         return self.directory / f"site-{index:05d}.safetensors"
+
+
+def discard_journal(directory: Path) -> None:
+    """Remove a journal after the result has been saved; nothing happens if there is none.
+
+    Raises:
+        ResumeError: the directory holds something that is not a journal.
+    """
+    _remove(_own_files(directory))
+    if directory.exists():
+        directory.rmdir()
 
 
 def _own_files(directory: Path) -> list[Path]:
