@@ -28,7 +28,7 @@ from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, load
 STRESS_FRACTION = 0.03
 """Share of channels per producer that carry outliers (METHOD's published comparisons)."""
 
-TWIN_TOLERANCE = 1e-4
+TWIN_TOLERANCE = 1e-5
 """Largest relative difference of a float32 action chunk between a policy and its twin."""
 
 PLAIN = "plain"
