@@ -168,7 +168,7 @@ def _condition_rows(
                 condition,
                 realizable=recipe.realizable,
                 footprint=_footprint(folder if recipe.realizable else None),
-                extra={"scope": comparison.scope},
+                extra={"scope": comparison.scope, "recipe_hash": recipe.content_hash},
             )
         )
     return rows
