@@ -77,7 +77,7 @@ def test_a_block_that_is_not_a_power_of_two_is_fine_without_hadamard() -> None:
 def test_the_hash_depends_on_everything_but_the_description(default_recipe: Recipe) -> None:
     changed = [
         default_recipe.model_copy(update={"seed": 1}),
-        default_recipe.model_copy(update={"cascade": False}),
+        default_recipe.model_copy(update={"cascade": not default_recipe.cascade}),
         default_recipe.scoped("paper"),
         *(Recipe.load(name) for name in ("rtn", "omega-paper")),
     ]

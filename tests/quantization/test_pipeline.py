@@ -145,8 +145,9 @@ def test_the_given_policy_is_not_modified(
 def test_cascade_changes_later_sites_but_not_the_first(
     policy: Pi05Policy, observations: Observations, default_recipe: Recipe
 ) -> None:
+    cascade = default_recipe.model_copy(update={"cascade": True})
     alone = default_recipe.model_copy(update={"cascade": False})
-    first = quantize_policy(policy, observations, default_recipe).sites
+    first = quantize_policy(policy, observations, cascade).sites
     second = quantize_policy(policy, observations, alone).sites
     assert torch.equal(first[0].weight.integers, second[0].weight.integers)
     assert not torch.equal(first[-1].weight.integers, second[-1].weight.integers)
