@@ -30,7 +30,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: resolved with the rest, pip may pick another build and fetch gigabytes.
-$(STAMP): pyproject.toml tools/rendering.sh | $(BIN)/python
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) tools/rendering.sh | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[sim,report,dev]"
 	sh tools/rendering.sh $(BIN)/python

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -139,12 +140,13 @@ def test_every_folder_with_code_is_a_package() -> None:
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
-def test_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
-    """Recipes and embedded policies must reach a user who installs without a checkout."""
-    project = tmp_path / "project"
-    project.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+def wheel_of(folder: Path, **environment: str) -> set[str]:
+    """Names inside the wheel that a copy of the project is built into."""
+    project = folder / "project"
+    project.mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
         shutil.copy(ROOT / name, project)
+    shutil.copytree(ROOT / "csrc", project / "csrc")
     shutil.copytree(
         SOURCE,
         project / "src" / "omega_qvla",
@@ -152,19 +154,41 @@ def test_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     )
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
-        [*pip, "--wheel-dir", str(tmp_path), str(project)],
+        [*pip, "--wheel-dir", str(folder), str(project)],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
+        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("omega_qvla/")}
-    source = project / "src"
-    wanted = {
-        path.relative_to(source).as_posix()
-        for path in (source / "omega_qvla").rglob("*")
-        if path.is_file()
+    (wheel,) = folder.glob("*.whl")
+    return {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("omega_qvla/")}
+
+
+EXTENSION = "omega_qvla/runtime/kernels/_cpu.abi3.so"
+
+
+def package_files() -> set[str]:
+    return {
+        path.relative_to(SOURCE.parent).as_posix()
+        for path in SOURCE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
-    assert packed == wanted
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_wheel_holds_every_file_of_the_package_and_the_kernels(tmp_path: Path) -> None:
+    """Recipes and embedded policies must reach a user who installs without a checkout."""
+    assert wheel_of(tmp_path) == package_files() | {EXTENSION}
+
+
+def test_without_a_compiler_the_package_is_built_without_the_kernels(tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("cmake", "ninja"):
+        found = shutil.which(name, path=str(Path(sys.executable).parent))
+        assert found, f"{name} belongs to the dev extra"
+        (tools / name).symlink_to(found)
+    built = wheel_of(tmp_path / "build", PATH=str(tools), CXX=str(tmp_path / "no-compiler"))
+    assert built == package_files()

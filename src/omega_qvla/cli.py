@@ -56,7 +56,8 @@ from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.table import Table as TextTable
 from omega_qvla.report.table import comparison_table, human_bytes, task_table
-from omega_qvla.runtime.engine import KERNEL, load
+from omega_qvla.runtime.engine import load
+from omega_qvla.runtime.linear import best_kernel
 from omega_qvla.runtime.memory import predict
 from omega_qvla.training.tiny_pi05 import rebuild
 
@@ -136,7 +137,8 @@ class Quantize(_Common):
         if self.dry_run:
             policy = policy_structure(self.policy)
             sites = [{"name": name} for name in _covered_sites(policy, recipe)]
-            report = _inspection(predict(policy, recipe), recipe.model_dump(mode="json"), sites)
+            content = recipe.model_dump(mode="json")
+            report = _inspection(predict(policy, recipe), content, sites, best_kernel())
             screen.memory(report, f"{self.policy} with {recipe.name}, predicted")
             _write(self.json, report)
             return 0
@@ -180,13 +182,14 @@ class Inspect(_Common):
             quantized.memory_report(directory_bytes=directory_bytes(self.directory)),
             quantized.config["recipe"],
             quantized.config["sites"],
+            quantized.kernel,
         )
         report["content_hash"] = quantized.content_hash
         recipe = quantized.config["recipe"]
         screen.memory(report, str(self.directory))
         screen.say(f"recipe   {recipe['name']} ({quantized.config['recipe_hash'][:16]})")
         screen.say(f"content  {quantized.content_hash}")
-        screen.say(f"kernel   {KERNEL}; {len(quantized.sites)} quantized sites")
+        screen.say(f"kernel   {quantized.kernel}; {len(quantized.sites)} quantized sites")
         notes = [f"{site.site.name}: {site.note}" for site in quantized.sites if site.note]
         for note in notes:
             screen.say(f"note     {note}")
@@ -539,9 +542,9 @@ def _artifact_labels(directory: Path) -> dict[str, Any]:
 
 
 def _inspection(
-    memory: Mapping[str, Any], recipe: Mapping[str, Any], sites: Sequence[Any]
+    memory: Mapping[str, Any], recipe: Mapping[str, Any], sites: Sequence[Any], kernel: str
 ) -> dict[str, Any]:
-    return {"schema": 1, **memory, "recipe": recipe, "kernel": KERNEL, "sites": list(sites)}
+    return {"schema": 1, **memory, "recipe": recipe, "kernel": kernel, "sites": list(sites)}
 
 
 def _covered_sites(policy: Pi05Policy, recipe: Recipe) -> list[str]:

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omega_qvla.artifact.packing import pack_int4
-from omega_qvla.errors import ObservationError, PolicyError
+from omega_qvla.errors import ObservationError, PolicyError, ResourceError
 from omega_qvla.policies.base import FlowClock
-from omega_qvla.runtime.kernels import reference
-from omega_qvla.runtime.linear import QuantizedEmbedding, QuantizedLinear
+from omega_qvla.runtime.kernels import cpu, reference
+from omega_qvla.runtime.linear import QuantizedEmbedding, QuantizedLinear, best_kernel
 
 RELATIVE = 1e-5
 
@@ -142,7 +142,7 @@ def test_the_transform_is_applied_per_block_after_padding_and_permuting() -> Non
     largest = wanted.abs().amax(1, keepdim=True)
     q, scale = module.quantize_input(x)
     assert torch.allclose(scale, largest / 7, rtol=RELATIVE)
-    assert torch.equal(q, (wanted / scale).round().clamp(-8, 7).to(torch.int8))
+    assert torch.equal(q, (wanted * scale.reciprocal()).round().clamp(-8, 7).to(torch.int8))
 
 
 def test_a_block_smaller_than_a_word_is_padded_to_whole_words() -> None:
@@ -166,7 +166,7 @@ def test_no_floating_point_product_stands_in_for_the_integer_one(
         seen.append((a.dtype, b.dtype))
         return original(a, b) + 1
 
-    module, x = make(integers(3, 16, 0)), torch.ones(2, 16)
+    module, x = make(integers(3, 16, 0), kernel="reference"), torch.ones(2, 16)
     before = module(x)
     monkeypatch.setattr(torch, "_int_mm", spy)
     after = module(x)
@@ -223,3 +223,37 @@ def test_an_embedding_expands_only_the_rows_looked_up() -> None:
     embedding = QuantizedEmbedding(rows, torch.tensor([0.5, 2.0]))
     found = embedding(torch.tensor([[1, 0, 1]]))
     assert found.tolist() == [[[254.0, 0.0], [0.5, -1.0], [254.0, 0.0]]]
+
+
+def test_without_the_extension_the_reference_runs_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, x = integers(9, 40, 0), torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    wanted = make(weight)(x)
+    monkeypatch.setattr(cpu, "_extension", None)
+    assert best_kernel() == "reference"
+    module = make(weight)
+    assert module.kernel == "reference"
+    assert torch.equal(module(x), wanted)
+    with pytest.raises(ResourceError, match=r"g\+\+"):
+        make(weight, kernel="avx2")
+
+
+def test_a_kernel_that_cannot_do_the_layer_is_refused() -> None:
+    if cpu.instruction_set() is None:
+        pytest.skip("installed without a C++ compiler")
+    eight_bits = integers(3, 16, 0, bits=8)
+    assert make(integers(3, 16, 0), weight_packed=eight_bits).kernel == "reference"
+    with pytest.raises(PolicyError, match="8-bit weights"):
+        make(integers(3, 16, 0), weight_packed=eight_bits, kernel=best_kernel())
+
+
+def test_a_prepared_module_keeps_its_weight_once_and_gives_it_back() -> None:
+    weight = integers(40, 70, 3)
+    module = make(weight)
+    stored = module.stored()["weight_packed"]
+    module.prepare()
+    if module.kernel != "reference":
+        assert module.weight_packed is None
+    assert torch.equal(module.stored()["weight_packed"], stored)
+    assert torch.equal(module.integers()[:, :70], weight)

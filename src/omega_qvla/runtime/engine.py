@@ -7,6 +7,7 @@ exist as integers gives: it can be run and compared, never saved.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,7 +32,6 @@ from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.linear import QuantizedEmbedding, QuantizedLinear
 from omega_qvla.runtime.memory import memory_report, narrowed, reference_parameters
 
-KERNEL = "reference"
 _STEP_TABLE = "step_table"
 
 
@@ -150,7 +150,7 @@ class QuantizedPolicy:
                 stored |= {f"{path}.{kind}": tensor for kind, tensor in module.named_buffers()}
                 integers.add(path)
             if isinstance(module, QuantizedLinear):
-                for kind, tensor in module.named_buffers():
+                for kind, tensor in module.stored().items():
                     stored[f"{names[path]}.{kind}"] = tensor
                 shape = [module.out_features, module.in_features]
                 stored[f"{names[path]}.weight_shape"] = torch.tensor(shape)
@@ -179,6 +179,11 @@ class QuantizedPolicy:
     def resident_bytes(self) -> int:
         """Bytes of all tensors held in memory."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def kernel(self) -> str:
+        """Names of the kernels that multiply this policy's integers, most used first."""
+        return kernels_of(self.policy.module)
 
 
 class SimulatedPolicy:
@@ -233,12 +238,21 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
     return QuantizedPolicy(target, config)
 
 
+def kernels_of(module: nn.Module) -> str:
+    """The kernels of a module's quantized linears, most used first, separated by commas."""
+    linears = [child for child in module.modules() if isinstance(child, QuantizedLinear)]
+    names = Counter(linear.kernel for linear in linears)
+    return ", ".join(name for name, _ in names.most_common()) or "none"
+
+
 def load(
     directory: str | Path,
     *,
     device: str = "cpu",
     policy: Policy | None = None,
     verify: bool = True,
+    kernel: str | None = None,
+    threads: int | None = None,
 ) -> QuantizedPolicy:
     """Load an artifact; the full-precision checkpoint is never needed.
 
@@ -248,11 +262,13 @@ def load(
         policy: for artifacts of a ``TorchPolicy``: the user's policy, which gives the structure
             (its own weights are replaced).
         verify: check every byte against its SHA-256 while loading.
+        kernel: ``reference``, or an instruction set of this processor; None takes the best.
+        threads: of the C++ kernels; None follows ``torch.get_num_threads()``.
 
     Raises:
         NotAnArtifactError: the directory is not an artifact.
         ArtifactError: something is missing, extra, misshaped or damaged; names it.
-        ResourceError: the device is not available.
+        ResourceError: the device or the kernel is not available, or more threads than cores.
     """
     if device != "cpu":
         raise ResourceError(
@@ -260,7 +276,7 @@ def load(
         )
     artifact = read_artifact(Path(directory), verify=verify)
     try:
-        return _rebuild(artifact, policy)
+        return _rebuild(artifact, policy, _Run(kernel, threads))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"{directory}: omega_config.json does not fit the tensors: "
@@ -268,7 +284,15 @@ def load(
         ) from error
 
 
-def _rebuild(artifact: Artifact, policy: Policy | None) -> QuantizedPolicy:
+@dataclass(frozen=True)
+class _Run:
+    """How the linears of a policy multiply."""
+
+    kernel: str | None
+    threads: int | None
+
+
+def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedPolicy:
     config = artifact.config
     family = str(config["policy"]["family"])
     target = _structure(family, config, artifact, policy)
@@ -280,7 +304,8 @@ def _rebuild(artifact: Artifact, policy: Policy | None) -> QuantizedPolicy:
     recipe = Recipe.model_validate(config["recipe"])
     for item in config["sites"]:
         record = SiteRecord.parse(item)
-        linear = _load_linear(record, recipe, remaining, target)
+        linear = _load_linear(record, recipe, remaining, target, run)
+        linear.prepare()
         install(target.module, record.site.linears, linear)
     if config["embedding"] is not None:
         path = str(config["embedding"]["path"])
@@ -316,7 +341,11 @@ def _require_table(policy: Policy) -> HasStepTable:
 
 
 def _load_linear(
-    record: SiteRecord, recipe: Recipe, tensors: dict[str, Tensor], policy: Policy
+    record: SiteRecord,
+    recipe: Recipe,
+    tensors: dict[str, Tensor],
+    policy: Policy,
+    run: _Run,
 ) -> QuantizedLinear:
     """One site's module, from exactly the tensors that its recipe and the policy's shapes imply."""
     name = record.site.name
@@ -381,6 +410,8 @@ def _load_linear(
         bias=bias,
         group=group,
         clock=policy.clock,
+        kernel=run.kernel,
+        threads=run.threads,
     )
 
 
@@ -395,12 +426,12 @@ def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give the module's unquantized parameters and buffers their tensors, all of them."""
     quantized = {
-        f"{path}.{kind}"
+        path
         for path, child in module.named_modules()
         if isinstance(child, QuantizedLinear | QuantizedEmbedding)
-        for kind, _ in child.named_buffers()
     }
-    expected = {k: v for k, v in module.state_dict().items() if k not in quantized}
+    state = module.state_dict()
+    expected = {k: v for k, v in state.items() if k.rpartition(".")[0] not in quantized}
     missing, extra = sorted({*expected} - {*tensors}), sorted({*tensors} - {*expected})
     if missing or extra:
         raise ArtifactError(f"tensors do not fit the policy: missing {missing}, extra {extra}")

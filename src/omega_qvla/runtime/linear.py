@@ -3,6 +3,10 @@
 The module holds the packed integers, the scales, the block transform and the bias, and nothing
 else: there is no dequantized weight to fall back to.  It may stand for several fused linears, whose
 outputs it concatenates (``splits``).
+
+The integers are kept once.  As made or loaded they are row-major words (``weight_packed``); for the
+C++ kernels they are brought into panels (``prepare``) and the words are given up, to be made again
+from the panels when the module is saved.
 """
 
 from __future__ import annotations
@@ -16,10 +20,19 @@ from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock
 from omega_qvla.quantization.site import QuantizedSite
-from omega_qvla.runtime.kernels import reference
+from omega_qvla.runtime.kernels import cpu, reference
+
+REFERENCE = "reference"
 
 _SAME_TIME = 1e-6
 """Flow times closer than this are one time."""
+_REMEMBERED = 256
+"""Distinct flow times whose scale is kept; a sampler visits ten."""
+
+
+def best_kernel() -> str:
+    """The kernel that is taken here when none is asked for."""
+    return cpu.instruction_set() or REFERENCE
 
 
 class QuantizedLinear(nn.Module):
@@ -38,6 +51,13 @@ class QuantizedLinear(nn.Module):
         bias: [N], or None.
         group: input channels per weight scale, or None.
         clock: tells the flow time when scales are per step.
+        kernel: ``reference``, or the name of an instruction set (``cpu.instruction_sets()``); None
+            takes the best there is.
+        threads: for the C++ kernels; None follows ``torch.get_num_threads()``.
+
+    Raises:
+        ResourceError: a kernel this machine cannot run, or more threads than cores.
+        PolicyError: the kernel asked for cannot do this layer.
     """
 
     def __init__(
@@ -55,11 +75,13 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None,
         group: int | None,
         clock: FlowClock,
+        kernel: str | None = None,
+        threads: int | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, sum(splits)
         self.splits, self.group, self.activation_bits = splits, group, activation_bits
-        self.weight_packed: Tensor
+        self.weight_packed: Tensor | None
         self.weight_scale: Tensor
         self.transform: Tensor | None
         self.permutation: Tensor | None
@@ -75,6 +97,9 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self._clock = clock
         self._schedule = _Schedule(activation_step_times, activation_scale)
+        self.threads = None if threads is None else cpu.check_threads(threads)
+        self.kernel = self._choose(kernel)
+        self._packed: cpu.PackedLinear | None = None
 
     @classmethod
     def from_site(cls, quantized: QuantizedSite, clock: FlowClock) -> QuantizedLinear:
@@ -95,6 +120,49 @@ class QuantizedLinear(nn.Module):
             clock=clock,
         )
 
+    def _choose(self, kernel: str | None) -> str:
+        """The kernel that will run, by name."""
+        assert self.weight_packed is not None
+        bits = 8 if self.weight_packed.dtype == torch.int8 else 4
+        possible = self.weight_packed.device.type == "cpu" and cpu.supports(
+            self.group, bits, self.activation_bits
+        )
+        if kernel is None:
+            return best_kernel() if possible else REFERENCE
+        if kernel != REFERENCE and not possible:
+            raise PolicyError(
+                f"kernel {kernel!r} multiplies 4-bit weights on the CPU, in groups of a multiple "
+                f"of 4; this layer has {bits}-bit weights, group {self.group}, on "
+                f"{self.weight_packed.device}"
+            )
+        if kernel != REFERENCE:
+            cpu.path_number(kernel)
+        return kernel
+
+    def prepare(self) -> None:
+        """Bring the weight into the kernel's layout now rather than at the first call."""
+        if self.kernel == REFERENCE or self._packed is not None:
+            return
+        assert self.weight_packed is not None
+        self._packed = cpu.PackedLinear(
+            self.weight_packed,
+            self.weight_scale,
+            columns=self._width(),
+            group=self.group,
+            transform=self.transform if self._fused() else None,
+            bias=self.bias,
+            activation_bits=self.activation_bits,
+            path=self.kernel,
+        )
+        self.weight_packed = None
+
+    def stored(self) -> dict[str, Tensor]:
+        """The module's tensors as an artifact holds them, by kind."""
+        tensors = dict(self.named_buffers())
+        if self._packed is not None:
+            tensors["weight_packed"] = self._packed.words()
+        return tensors
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N].
 
@@ -105,19 +173,32 @@ class QuantizedLinear(nn.Module):
             raise ObservationError(
                 f"a quantized linear of {self.in_features} inputs got {list(x.shape)}"
             )
-        q, scale = self.quantize_input(x.reshape(-1, self.in_features).to(torch.float32))
-        y = reference.scaled_matmul(q, self.integers(), self.weight_scale, self.group) * scale
-        if self.bias is not None:
-            y = y + self.bias
+        rows = x.reshape(-1, self.in_features).to(torch.float32)
+        y = self._multiply_reference(rows) if self.kernel == REFERENCE else self._multiply(rows)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        """Rows [M, K] float32 → [M, N] float32, by the C++ kernels."""
+        self.prepare()
+        assert self._packed is not None
+        if not self._fused():
+            rows = self._transformed(rows)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        scale = None
+        if self.activation_scale is not None:
+            scale = self._schedule.at(self._clock.time)
+        threads = torch.get_num_threads() if self.threads is None else self.threads
+        return self._packed(rows, scale, min(threads, cpu.available_cores()))
+
+    def _multiply_reference(self, rows: Tensor) -> Tensor:
+        q, scale = self.quantize_input(rows)
+        y = reference.scaled_matmul(q, self.integers(), self.weight_scale, self.group) * scale
+        return y if self.bias is None else y + self.bias
 
     def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [M, K] float32 → (int8 [M, K'], scale [M, 1] or scalar)."""
-        if self.permutation is not None:
-            missing = self.permutation.shape[0] - rows.shape[-1]
-            rows = torch.nn.functional.pad(rows, (0, missing)).index_select(1, self.permutation)
-        if self.transform is not None:
-            rows = reference.transform_blocks(rows, self.transform)
+        rows = self._transformed(rows)
         missing = self._padded_width() - rows.shape[-1]
         if missing:
             rows = torch.nn.functional.pad(rows, (0, missing))
@@ -129,13 +210,39 @@ class QuantizedLinear(nn.Module):
 
     def integers(self) -> Tensor:
         """The weight integers as int8 [N, K'], unpacked for this call."""
-        if self.weight_packed.dtype == torch.int8:
-            return self.weight_packed
-        return reference.unpack_words(self.weight_packed)
+        words = self.weight_packed if self._packed is None else self._packed.words()
+        assert words is not None
+        return words if words.dtype == torch.int8 else reference.unpack_words(words)
+
+    def _transformed(self, rows: Tensor) -> Tensor:
+        """Rows [M, K] permuted and transformed, [M, K']."""
+        if self.permutation is not None:
+            missing = self.permutation.shape[0] - rows.shape[-1]
+            rows = torch.nn.functional.pad(rows, (0, missing)).index_select(1, self.permutation)
+        if self.transform is not None:
+            rows = reference.transform_blocks(rows, self.transform)
+        return rows
+
+    def _fused(self) -> bool:
+        """Whether the kernel transforms as well; it knows one block size and no permutation."""
+        if self.permutation is not None:
+            return False
+        return self.transform is None or self.transform.shape[-1] == cpu.BLOCK
+
+    def _width(self) -> int:
+        """Columns the kernel is given: transformed ones where it does not transform itself."""
+        if self.transform is None or self._fused():
+            return self.in_features
+        return self.transform.shape[0] * self.transform.shape[1]
 
     def _padded_width(self) -> int:
-        per_word = 1 if self.weight_packed.dtype == torch.int8 else 8
-        return self.weight_packed.shape[1] * per_word
+        """Columns of the row-major weight, fillers included."""
+        if self.weight_packed is not None and self.weight_packed.dtype == torch.int8:
+            return self.weight_packed.shape[1]
+        width = self.in_features
+        if self.transform is not None:
+            width = self.transform.shape[0] * self.transform.shape[1]
+        return -(-width // 8) * 8
 
 
 class QuantizedEmbedding(nn.Module):
@@ -158,17 +265,26 @@ class _Schedule:
     """Static scales over flow time: exact at calibrated times, linear between, flat beyond."""
 
     def __init__(self, times: Tensor | None, scales: Tensor | None) -> None:
+        self._known: dict[float | None, Tensor] = {}
+        self._points: list[tuple[float, float]] = []
         if times is None or scales is None:
-            self._points: list[tuple[float, float]] = []
             return
         pairs = zip(times.tolist(), scales.tolist(), strict=True)
         self._points = sorted((float(t), float(s)) for t, s in pairs)
 
     def at(self, time: float | None) -> Tensor:
         """The scale at flow time t (any time when there is a single calibrated step)."""
+        found = self._known.get(time)
+        if found is None:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            found = self._known[time] = torch.tensor(self._interpolate(time))
+        return found
+
+    def _interpolate(self, time: float | None) -> float:
         points = self._points
         if len(points) == 1:
-            return torch.tensor(points[0][1])
+            return points[0][1]
         if time is None:
             raise PolicyError(
                 "a linear with one scale per denoising step ran outside any; enter "
@@ -176,15 +292,15 @@ class _Schedule:
             )
         upper = bisect_left(points, (time, -1.0))
         if upper == 0:
-            return torch.tensor(points[0][1])
+            return points[0][1]
         if upper == len(points):
-            return torch.tensor(points[-1][1])
+            return points[-1][1]
         (t0, s0), (t1, s1) = points[upper - 1], points[upper]
         if time - t0 <= _SAME_TIME:  # stored in float32, a time may come out a little lower
-            return torch.tensor(s0)
+            return s0
         if t1 - time <= _SAME_TIME:
-            return torch.tensor(s1)
-        return torch.tensor(s0 + (s1 - s0) * (time - t0) / (t1 - t0))
+            return s1
+        return s0 + (s1 - s0) * (time - t0) / (t1 - t0)
 
 
 def _stored_transform(quantized: QuantizedSite) -> Tensor | None:

@@ -3,9 +3,13 @@
 Three steps, as every kernel does them:
 
 1. transform: x' = x T per block of B input channels, in float32;
-2. quantize: q = clamp(round(x'/s), -2^(b-1), 2^(b-1) - 1), halves to even, s per row or given;
+2. quantize: q = clamp(round(x'·(1/s)), -2^(b-1), 2^(b-1) - 1), halves to even, s per row or
+   given; the reciprocal is rounded to float32 first, as kernels that multiply by it do;
 3. multiply: Σ_k q[m,k] w[n,k] in int32, from weights that stay packed eight to a word in memory
    and are unpacked for the duration of one call.
+
+The transform's sums are those of the linear algebra library; the C++ kernels add in the order of k.
+Given equal x', all integers are equal.
 
 Products of 4-bit integers are at most 64 in magnitude, so int32 sums are exact for any K below
 2^25.
@@ -40,7 +44,7 @@ def row_scales(x: Tensor, bits: int) -> Tensor:
 def quantize_rows(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Round x [M, K] to int8 integers of ``bits`` bits with scale [M, 1] or a scalar tensor."""
     limit = 2 ** (bits - 1)
-    return (x / scale).round_().clamp_(-limit, limit - 1).to(torch.int8)
+    return (x * scale.reciprocal()).round_().clamp_(-limit, limit - 1).to(torch.int8)
 
 
 def unpack_words(packed: Tensor) -> Tensor:
