@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from omega_qvla.api import quantize
 from omega_qvla.artifact import preflight, read_artifact, verify_artifact
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import (
+    ObservationError,
     OmegaError,
     PolicyError,
     RecipeError,
@@ -48,7 +50,12 @@ from omega_qvla.evaluation.sweep import (
     run_sweep,
     write_json,
 )
-from omega_qvla.policies.loading import builtin_directory, load_policy, policy_structure
+from omega_qvla.policies.loading import (
+    builtin_directory,
+    load_policy,
+    policy_structure,
+    stream_policy,
+)
 from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
@@ -125,7 +132,8 @@ class Quantize(_Common):
     recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = "omega-w4a4"
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
     calibration: Annotated[
-        str | None, tyro.conf.arg(help="npz file or builtin:NAME; the policy's own by default")
+        str | None,
+        tyro.conf.arg(help="npz file, builtin:NAME or random:COUNT; the policy's own by default"),
     ] = None
     device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
     resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
@@ -142,13 +150,16 @@ class Quantize(_Common):
             screen.memory(report, f"{self.policy} with {recipe.name}, predicted")
             _write(self.json, report)
             return 0
-        policy = load_policy(self.policy)
         if not recipe.realizable:
             raise RecipeError(
                 f"recipe {recipe.name!r} is a simulation: its activation scales differ along the "
                 "contraction, so there are no integers to save. See it in `omega-qvla compare`"
             )
-        observations = Observations.load(self.calibration or _default_calibration(self.policy))
+        # A recipe that cascades runs on its own results, which needs the whole policy in memory.
+        policy = load_policy(self.policy) if recipe.cascade else stream_policy(self.policy)
+        observations = _calibration(self.calibration or _default_calibration(self.policy), policy)
+        if (self.calibration or "").startswith("random:"):
+            screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
         preflight(self.out, predict(policy, recipe)["total_bytes"])
         work = self.out.with_name(f".{self.out.name}.journal")
         with screen.bar(f"quantizing with {recipe.name}") as step:
@@ -273,7 +284,7 @@ class Compare(_Simulation, _Common):
         journals = _Journals(
             self.out / "journals",
             {
-                "weights": weights_fingerprint(policy.module),
+                "weights": weights_fingerprint(policy),
                 "calibration": comparison.calibration.fingerprint,
             },
         )
@@ -430,6 +441,7 @@ class _Bars(AbstractContextManager["_Bars"]):
         )
         self._tasks: dict[str, Any] = {}
         self._tenths: dict[str, int] = {}
+        self._started: dict[str, float] = {}
 
     def __enter__(self) -> _Bars:
         self._bars.start()
@@ -447,7 +459,15 @@ class _Bars(AbstractContextManager["_Bars"]):
         tenth = 10 * done // max(total, 1)
         if tenth != self._tenths.get(label):
             self._tenths[label] = tenth
-            self._screen.say(f"{label}: {done}/{total}")
+            self._screen.say(f"{label}: {done}/{total}{self._times(label, done, total)}")
+
+    def _times(self, label: str, done: int, total: int) -> str:
+        """Time used and, as soon as that takes minutes, what is left if it goes on like this."""
+        elapsed = monotonic() - self._started.setdefault(label, monotonic())
+        if elapsed < 60 or not done:
+            return ""
+        left = elapsed * (total - done) / done
+        return f", {elapsed / 60:.0f} min elapsed, about {left / 60:.0f} min left"
 
 
 class _SingleBar(AbstractContextManager[Callable[[int, int, str], None]]):
@@ -556,10 +576,24 @@ def _covered_sites(policy: Pi05Policy, recipe: Recipe) -> list[str]:
     ]
 
 
+def _calibration(source: str, policy: Pi05Policy) -> Observations:
+    """Observations by name; ``random:COUNT`` is noise in the shape the policy wants."""
+    scheme, _, count = source.partition(":")
+    if scheme != "random":
+        return Observations.load(source)
+    if not count.isdecimal() or int(count) < 1:
+        raise ObservationError(f"{source!r}: give a number of observations, as in random:8")
+    config = policy.config
+    return Observations.random(config.cameras, config.state_dim, count=int(count))
+
+
 def _default_calibration(policy: str) -> str:
     if policy.startswith("builtin:"):
         return policy
-    raise PolicyError(f"{policy} brings no calibration data; give some with --calibration FILE.npz")
+    raise PolicyError(
+        f"{policy} brings no calibration data; give some with --calibration FILE.npz, or "
+        "random:8 to measure speed and memory only"
+    )
 
 
 def _checkpoint_bytes(source: str) -> int | None:

@@ -124,7 +124,8 @@ class Recipe(_Frozen):
         adaptive_norm: ``table`` replaces the adaptive-norm linears by their exact values at the
             denoising times of ``table_step_counts`` (interpolated elsewhere); ``keep`` leaves them.
         table_step_counts: step counts that are exact, besides the policy's own.
-        embedding_bits: 8 stores token embeddings as integers with one scale per row.
+        embedding_bits: 8 stores token embeddings as integers with one scale per row, 4 with one
+            per 64 columns.
         cascade: calibrate later sites with the earlier ones already quantized.
         observations: at most this many calibration observations are used.
         seed: seeds sampling noise and row sampling of calibration.
@@ -138,7 +139,7 @@ class Recipe(_Frozen):
     action_head: Scheme | None = None
     adaptive_norm: Literal["table", "keep"] = "keep"
     table_step_counts: tuple[Annotated[int, Field(ge=1)], ...] = (4, 5, 8, 10, 16)
-    embedding_bits: Literal[8, 16] = 16
+    embedding_bits: Literal[4, 8, 16] = 16
     cascade: bool = True
     observations: int = Field(default=64, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**62)

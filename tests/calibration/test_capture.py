@@ -94,7 +94,7 @@ def test_capture_removes_its_hooks_and_numbers_observations_as_asked() -> None:
     with pytest.raises(NonFiniteError, match="observation 9"):
         capture(stage, states, [ONCE], module, clock, lambda _: 0, numbers=[4, 9])
     assert not module.once._forward_pre_hooks
-    found = capture(stage, states[:1], [ONCE], module, clock, lambda _: 0)
+    found, _ = capture(stage, states[:1], [ONCE], module, clock, lambda _: 0)
     assert found["once"].count == 1 and not module.once._forward_pre_hooks
 
 

@@ -151,7 +151,7 @@ def test_truncated_weights_are_refused(written: Path) -> None:
     ("source", "expected"),
     [
         ("builtin:other", "known: tiny-pi05"),
-        ("random:other", "known: pi05, tiny-pi05"),
+        ("random:other", "known: pi05, pi05-libero, tiny-pi05"),
         ("nowhere", r"no policy at 'nowhere'.*builtin:tiny-pi05"),
         ("", "config.json"),
     ],

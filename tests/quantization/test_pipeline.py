@@ -26,6 +26,8 @@ from omega_qvla.errors import (
     ResumeError,
 )
 from omega_qvla.policies.base import sites_of
+from omega_qvla.policies.checkpoints.openpi import write_openpi
+from omega_qvla.policies.loading import load_policy, random_policy, stream_policy
 from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.quantization import pipeline
 from omega_qvla.quantization.journal import HEADER, Journal, discard_journal
@@ -135,9 +137,9 @@ def test_the_given_policy_is_not_modified(
     policy: Pi05Policy, observations: Observations, noise: np.ndarray
 ) -> None:
     before = policy.sample_actions(observations[0], noise)
-    fingerprint = pipeline.weights_fingerprint(policy.module)
+    fingerprint = pipeline.weights_fingerprint(policy)
     oq.quantize(policy, observations)
-    assert pipeline.weights_fingerprint(policy.module) == fingerprint
+    assert pipeline.weights_fingerprint(policy) == fingerprint
     assert np.array_equal(policy.sample_actions(observations[0], noise), before)
     assert len(sites_of(policy)) == SITES
 
@@ -162,7 +164,7 @@ def test_a_width_that_is_no_multiple_of_the_block_is_padded_and_matches(
     assert fc2.in_features == 72 and fc2.weight.integers.shape == (64, 128)
     quantized = oq.quantize(policy, observations, default_recipe)
     integers = quantized.sample_actions(observations[0], noise)
-    simulated = result.simulated.sample_actions(observations[0], noise)
+    simulated = pipeline.simulate(policy, result).sample_actions(observations[0], noise)
     exact = policy.sample_actions(observations[0], noise)
     # The two differ by float32 rounding, but a rounding that falls on the other side of a tie
     # moves one activation by a whole step; ten times less than the quantization error is allowed.
@@ -427,3 +429,33 @@ def test_more_observations_than_the_recipe_wants_are_thinned_evenly(
     result = quantize_policy(policy, observations, recipe)
     assert result.observations == 2
     assert result.calibration == Observations([observations[0], observations[2]]).fingerprint
+
+
+def test_a_streamed_policy_gives_the_bytes_of_one_in_memory(tmp_path: Path) -> None:
+    """Layer by layer from the checkpoint file, sites read back from the journal."""
+    source, written = random_policy("tiny-pi05"), tmp_path / "checkpoint"
+    write_openpi(source, written)
+    config = source.config
+    observations = Observations.random(config.cameras, config.state_dim, count=2, size=84)
+    recipe = Recipe.load("omega-w4a4")
+
+    def manifest(name: str, policy: Pi05Policy) -> bytes:
+        work = tmp_path / f"{name}.journal"
+        quantized = oq.quantize(policy, observations, recipe, work_directory=work)
+        assert policy.store is None or all(p.is_meta for p in policy.module.parameters())
+        quantized.save_pretrained(tmp_path / name)
+        return (tmp_path / name / "manifest.json").read_bytes()
+
+    assert manifest("mapped", stream_policy(written)) == manifest("read", load_policy(written))
+    assert manifest("seeded", stream_policy("random:tiny-pi05")) == manifest("drawn", source)
+
+
+def test_a_streamed_policy_refuses_recipes_that_need_all_of_it(tmp_path: Path) -> None:
+    policy = stream_policy("random:tiny-pi05")
+    config = policy.config
+    observations = Observations.random(config.cameras, config.state_dim, count=1, size=84)
+    cascading = Recipe.load("omega-w4a4").model_copy(update={"cascade": True})
+    with pytest.raises(PolicyError, match=r"cascade.*load_policy"):
+        quantize_policy(policy, observations, cascading)
+    with pytest.raises(PolicyError, match="simulation"):
+        quantize_policy(policy, observations, Recipe.load("omega-paper"))

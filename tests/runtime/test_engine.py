@@ -28,8 +28,9 @@ from omega_qvla.policies.base import euler_times, linears_of, sites_of
 from omega_qvla.policies.checkpoints.openpi import write_openpi
 from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.recipe import Recipe
+from omega_qvla.runtime.embedding import QuantizedEmbedding
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
-from omega_qvla.runtime.linear import QuantizedEmbedding, QuantizedLinear
+from omega_qvla.runtime.linear import QuantizedLinear
 from omega_qvla.runtime.memory import predict
 
 LANGUAGE = "paligemma_with_expert.paligemma.model.language_model"
@@ -232,14 +233,27 @@ def test_paper_scope_leaves_everything_else_as_it_is(
     assert rows["vision"]["bytes"] == 2 * rows["vision"]["reference_bytes"]  # float32 here
 
 
-def test_the_embedding_is_int8_within_half_a_step(
-    quantized: QuantizedPolicy, small_policy: Pi05Policy
+@pytest.mark.parametrize(("bits", "dtype", "columns"), [(8, torch.int8, 1), (4, torch.int32, 64)])
+def test_the_embedding_is_integers_within_half_a_step_of_what_is_not_clipped(
+    small_policy: Pi05Policy,
+    few: Observations,
+    tmp_path: Path,
+    bits: int,
+    dtype: torch.dtype,
+    columns: int,
 ) -> None:
-    embedding = quantized.policy.module.embed_tokens
-    assert isinstance(embedding, QuantizedEmbedding) and embedding.weight.dtype == torch.int8
+    recipe = Recipe.load("rtn").model_copy(update={"embedding_bits": bits})
+    oq.quantize(small_policy, few, recipe).save_pretrained(tmp_path / "out")
+    embedding = oq.load(tmp_path / "out").policy.module.embed_tokens
+    assert isinstance(embedding, QuantizedEmbedding) and embedding.weight.dtype == dtype
     exact = small_policy.module.embed_tokens.weight
     found = embedding(torch.arange(exact.shape[0]))
-    assert bool(((found - exact).abs() <= 0.5001 * embedding.weight_scale.unsqueeze(1)).all())
+    scale = embedding.weight_scale.float().reshape(exact.shape[0], -1)
+    step = scale if columns == 1 else scale.repeat_interleave(columns, 1)[:, : exact.shape[1]]
+    inside = exact.abs() <= (2 ** (bits - 1) - 1) * step
+    assert inside.float().mean() > 0.8
+    assert bool(((found - exact).abs() <= 0.5001 * step)[inside].all())
+    assert embedding(torch.zeros((2, 3), dtype=torch.int64)).shape == (2, 3, exact.shape[1])
 
 
 def test_the_step_table_is_exact_at_its_counts_and_close_between(

@@ -19,8 +19,9 @@ from torch import Tensor
 from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.errors import ObservationError, PolicyError, ResourceError
 from omega_qvla.policies.base import FlowClock
+from omega_qvla.runtime.embedding import QuantizedEmbedding
 from omega_qvla.runtime.kernels import cpu, reference
-from omega_qvla.runtime.linear import QuantizedEmbedding, QuantizedLinear, best_kernel
+from omega_qvla.runtime.linear import QuantizedLinear, best_kernel
 
 RELATIVE = 1e-5
 
@@ -220,7 +221,7 @@ def test_static_scales_outside_any_step_are_refused() -> None:
 
 def test_an_embedding_expands_only_the_rows_looked_up() -> None:
     rows = torch.tensor([[1, -2], [127, 0]], dtype=torch.int8)
-    embedding = QuantizedEmbedding(rows, torch.tensor([0.5, 2.0]))
+    embedding = QuantizedEmbedding(rows, torch.tensor([0.5, 2.0]), width=rows.shape[1])
     found = embedding(torch.tensor([[1, 0, 1]]))
     assert found.tolist() == [[[254.0, 0.0], [0.5, -1.0], [254.0, 0.0]]]
 

@@ -115,6 +115,30 @@ class Observations(Sequence[Observation]):
             raise ObservationError(f"cannot read observations from {path}: {error}") from error
         return cls(_unstack(arrays, split, str(path)))
 
+    @classmethod
+    def random(
+        cls,
+        cameras: Sequence[str],
+        state_dim: int,
+        *,
+        count: int = 8,
+        size: int = 224,
+        seed: int = 0,
+    ) -> Observations:
+        """Noise in the form of observations: it exercises a policy, it calibrates nothing real."""
+        generator = np.random.default_rng(seed)
+        return cls(
+            {
+                "images": {
+                    name: generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                    for name in cameras
+                },
+                "state": generator.uniform(-1.0, 1.0, state_dim).astype(np.float32),
+                "prompt": f"put object {index} into the left drawer and close it",
+            }
+            for index in range(count)
+        )
+
     def save_npz(self, path: str | Path) -> None:
         """Write in the layout ``from_npz`` reads; same content, same bytes."""
         arrays: dict[str, np.ndarray] = {}

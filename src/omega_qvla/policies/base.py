@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.weight_store import WeightStore
 
 Observation = Mapping[str, Any]
 """One observation as the robot (or the user's own module) provides it."""
@@ -66,11 +67,13 @@ class Stage:
         name: for progress lines and error messages.
         run: maps the state of one observation to the state after this stage.
         sites: the sites executed inside, in execution order.
+        reads: dotted paths of the modules whose parameters it computes with.
     """
 
     name: str
     run: Callable[[State], State]
     sites: tuple[QuantizationSite, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 @dataclass
@@ -101,6 +104,8 @@ class Policy(Protocol):
     family: str
     clock: FlowClock
     dropped_parameters: int
+    store: WeightStore | None
+    """Where parameters without values of their own are; None when all are in memory."""
 
     @property
     def module(self) -> nn.Module:

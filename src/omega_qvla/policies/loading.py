@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from omega_qvla.errors import PolicyError, ResourceError
-from omega_qvla.policies.checkpoints.openpi import CONFIG, read_openpi
+from omega_qvla.policies.checkpoints.openpi import CONFIG, read_openpi, stream_openpi
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_parameters
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 from omega_qvla.policies.processing import (
@@ -19,12 +19,13 @@ from omega_qvla.policies.processing import (
     NormalizationStatistics,
     Quantiles,
 )
+from omega_qvla.policies.weight_store import SeededWeights, materialize
 
 BUILTIN = {"tiny-pi05": "tiny_pi05"}
 """Embedded policies and their folder under ``assets``."""
 
-RANDOM = ("pi05", "tiny-pi05")
-"""Shapes that ``random:`` offers."""
+RANDOM = ("pi05", "pi05-libero", "tiny-pi05")
+"""Shapes that ``random:`` offers; ``pi05-libero`` is pi0.5 with 2 cameras and horizon 10."""
 
 
 def load_policy(source: str | Path) -> Pi05Policy:
@@ -38,12 +39,30 @@ def load_policy(source: str | Path) -> Pi05Policy:
         PolicyError: unknown name, not a policy directory, or weights that do not fit.
         ResourceError: not enough memory for a random policy of that size.
     """
+    scheme, _, name = str(source).partition(":")
+    if scheme == "random":
+        return random_policy(name)
+    return read_openpi(_directory(source))
+
+
+def stream_policy(source: str | Path) -> Pi05Policy:
+    """The policy ``load_policy`` loads, its weights read layer by layer while it is quantized.
+
+    Raises:
+        PolicyError: as ``load_policy``.
+    """
+    scheme, _, name = str(source).partition(":")
+    if scheme == "random":
+        return stream_random(name)
+    return stream_openpi(_directory(source))
+
+
+def _directory(source: str | Path) -> Path:
+    """The folder of a policy in openpi's layout."""
     text = str(source)
     scheme, _, name = text.partition(":")
     if scheme == "builtin":
-        return read_openpi(builtin_directory(name))
-    if scheme == "random":
-        return random_policy(name)
+        return builtin_directory(name)
     directory = Path(source)
     if not directory.is_dir():
         raise PolicyError(
@@ -60,7 +79,7 @@ def load_policy(source: str | Path) -> Pi05Policy:
             f"{text!r} has no {CONFIG}: it is not a policy directory this version reads "
             "(openpi layout with config.json, tokenizer.json and assets/*/norm_stats.json)"
         )
-    return read_openpi(directory)
+    return directory
 
 
 def policy_skeleton(
@@ -105,7 +124,11 @@ def random_structure(name: str) -> Pi05Policy:
     """
     if name not in RANDOM:
         raise PolicyError(f"unknown random policy {name!r}; known: {', '.join(RANDOM)}")
-    config = Pi05Config.full() if name == "pi05" else Pi05Config.tiny(vocabulary=259)
+    config = {
+        "pi05": Pi05Config.full(),
+        "pi05-libero": Pi05Config.full(horizon=10, cameras=2),
+        "tiny-pi05": Pi05Config.tiny(vocabulary=259),
+    }[name]
     config = config.model_copy(update={"prompt_length": 256})
     with torch.device("meta"):
         module = Pi05Module(config)
@@ -125,17 +148,24 @@ def random_policy(name: str, *, seed: int = 0) -> Pi05Policy:
         PolicyError: unknown name.
         ResourceError: not enough memory.
     """
-    structure = random_structure(name)
-    module = structure.module
-    _require_memory(4 * sum(p.numel() for p in module.parameters()), name)
-    module.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.02
-            parameter.normal_(0.0, spread, generator=generator)
-            parameter.copy_(parameter.to(torch.bfloat16))
-    return structure
+    policy = stream_random(name, seed=seed)
+    _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), name)
+    assert policy.store is not None
+    materialize(policy.module, policy.store)
+    policy.store = None
+    return policy
+
+
+def stream_random(name: str, *, seed: int = 0) -> Pi05Policy:
+    """The policy ``random_policy`` makes, its tensors drawn when they are read.
+
+    Raises:
+        PolicyError: unknown name.
+    """
+    policy = random_structure(name)
+    shapes = {key: parameter.shape for key, parameter in policy.module.named_parameters()}
+    policy.store = SeededWeights(shapes, seed)
+    return policy
 
 
 def _unit_quantiles(width: int) -> Quantiles:

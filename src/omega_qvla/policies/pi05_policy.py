@@ -21,7 +21,7 @@ from omega_qvla.policies.pi05 import (
     remove_modulation,
     sample_chunk,
 )
-from omega_qvla.policies.pi05_stages import component_of, pi05_stages
+from omega_qvla.policies.pi05_stages import MODULATION_PATHS, component_of, pi05_stages
 from omega_qvla.policies.processing import (
     NormalizationStatistics,
     Tokenizer,
@@ -34,6 +34,7 @@ from omega_qvla.policies.processing import (
     resize_with_padding,
 )
 from omega_qvla.policies.step_table import StepTable
+from omega_qvla.policies.weight_store import WeightStore, hold
 
 Modulation = Callable[[Tensor], Tensor]
 """Flow times [T] → adaptive-norm modulation [T, norms, 3, D]."""
@@ -105,6 +106,8 @@ class Pi05Policy:
         modulation: replaces the network's own adaptive-norm branch (a quantized policy stores a
             table over flow time instead of the dense layers).
         dropped_parameters: how many parameters the checkpoint held that inference never reads.
+        store: where the parameters are that have no values in the module; such a policy can be
+            quantized layer by layer but not run.
     """
 
     family = "pi05"
@@ -116,12 +119,14 @@ class Pi05Policy:
         *,
         modulation: Modulation | None = None,
         dropped_parameters: int = 0,
+        store: WeightStore | None = None,
     ) -> None:
         self.module = module.eval().requires_grad_(False)
         self.processor = processor
         self.config = module.config
         self.clock = FlowClock()
         self.dropped_parameters = dropped_parameters
+        self.store = store
         self._modulation = modulation or module.step_modulation
         self.step_table: StepTable | None = None
         self._schedules: dict[int, Tensor] = {}
@@ -143,7 +148,9 @@ class Pi05Policy:
 
     def tabulate_modulation(self, step_counts: Iterable[int]) -> StepTable:
         """The adaptive norms as a table, exact for these step counts and the policy's own."""
-        return StepTable.tabulate(self._modulation, {*step_counts, self.steps})
+        norms = (name for name, _ in self.module.named_modules() if name.endswith(".dense"))
+        with hold(self.module, self.store, (*MODULATION_PATHS, *norms)):
+            return StepTable.tabulate(self._modulation, {*step_counts, self.steps})
 
     def clone(self) -> Pi05Policy:
         """A structural copy that shares every tensor: modules may be replaced in it freely."""
@@ -152,6 +159,7 @@ class Pi05Policy:
             copy.deepcopy(self.module, shared),
             self.processor,
             dropped_parameters=self.dropped_parameters,
+            store=self.store,
         )
 
     def use_step_table(self, table: StepTable) -> None:

@@ -21,6 +21,9 @@ from omega_qvla.policies.base import (
 )
 from omega_qvla.policies.pi05 import Pi05Module
 
+MODULATION_PATHS = ("time_mlp_in", "time_mlp_out")
+"""What turns flow time into the condition of the adaptive norms."""
+
 
 def component_of(parameter: str) -> str:
     """The part of the policy a parameter (or a site's tensor) belongs to, for memory tables."""
@@ -76,8 +79,9 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
     """
     config = module.config
     root = "paligemma_with_expert"
-    vision = f"{root}.paligemma.model.vision_tower.vision_model.encoder.layers"
-    backbone = f"{root}.paligemma.model.language_model.layers"
+    tower = f"{root}.paligemma.model.vision_tower.vision_model"
+    language = f"{root}.paligemma.model.language_model"
+    vision, backbone = f"{tower}.encoder.layers", f"{language}.layers"
     expert = f"{root}.gemma_expert.model.layers"
 
     def patches(state: State) -> State:
@@ -93,9 +97,9 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
             tokens = module.vision_model.encoder.layers[i](state["image_tokens"])
             return {**state, "image_tokens": tokens}
 
-        return Stage(
-            f"vision layer {i}", run, _layer_sites(f"{vision}.{i}", "vision", _SIGLIP_GROUPS)
-        )
+        path = f"{vision}.{i}"
+        sites = _layer_sites(path, "vision", _SIGLIP_GROUPS)
+        return Stage(f"vision layer {i}", run, sites, (path,))
 
     def project(state: State) -> State:
         normed = module.vision_model.post_layernorm(state["image_tokens"])
@@ -111,9 +115,8 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
             return {**state, "prefix": out, "cache": (*state["cache"], kv)}
 
         groups = _LAST_LAYER_GROUPS if i == config.depth - 1 else _GEMMA_GROUPS
-        return Stage(
-            f"backbone layer {i}", run, _layer_sites(f"{backbone}.{i}", "backbone", groups)
-        )
+        path = f"{backbone}.{i}"
+        return Stage(f"backbone layer {i}", run, _layer_sites(path, "backbone", groups), (path,))
 
     def trajectory(state: State) -> State:
         """The full-precision expert over the quantized prefix fixes what each step will see."""
@@ -145,16 +148,20 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
                     )
             return {**state, "hidden": tuple(hidden)}
 
-        sites = _layer_sites(f"{expert}.{i}", "action_head", _GEMMA_GROUPS, per_step=True)
-        return Stage(f"action expert layer {i}", run, sites)
+        path = f"{expert}.{i}"
+        sites = _layer_sites(path, "action_head", _GEMMA_GROUPS, per_step=True)
+        return Stage(f"action expert layer {i}", run, sites, (path,))
 
     projector_path = f"{root}.paligemma.model.multi_modal_projector.linear"
     projector_site = QuantizationSite(projector_path, (projector_path,), "projector")
+    project_reads = (f"{tower}.post_layernorm", projector_path, f"{language}.embed_tokens")
+    expert_reads = (f"{root}.gemma_expert.model", *MODULATION_PATHS, "action_in_proj")
+    expert_reads = (*expert_reads, "action_out_proj")
     return [
-        Stage("patches", patches),
+        Stage("patches", patches, reads=(f"{tower}.embeddings",)),
         *(vision_layer(i) for i in range(config.vision.depth)),
-        Stage("projector", project, (projector_site,)),
+        Stage("projector", project, (projector_site,), project_reads),
         *(backbone_layer(i) for i in range(config.depth)),
-        Stage("denoising trajectory", trajectory),
+        Stage("denoising trajectory", trajectory, reads=expert_reads),
         *(expert_layer(i) for i in range(config.depth)),
     ]

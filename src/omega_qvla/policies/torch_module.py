@@ -21,6 +21,7 @@ from omega_qvla.policies.base import (
     Stage,
     State,
 )
+from omega_qvla.policies.weight_store import WeightStore
 
 Sampler = Callable[[nn.Module, Any, Any, FlowClock], Any]
 """(module, observation, noise, clock) → actions."""
@@ -69,6 +70,7 @@ class TorchPolicy:
         self.backbone, self.action_head = backbone, action_head
         self.step_module = step_module
         self.dropped_parameters = 0
+        self.store: WeightStore | None = None  # all parameters of the user's module are in memory
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
         self._sites = _match_sites(module, backbone, action_head)
         if step_module is not None and step_module not in dict(module.named_modules()):

@@ -7,6 +7,10 @@ it will really see, and its rounding can compensate the errors that already happ
 (the baselines as published) all statistics come from the full-precision policy.
 
 Every finished site goes into the journal before the next one starts.
+
+A policy with a weight store (``policies/weight_store.py``) is quantized in a fraction of its size:
+a stage's parameters are in memory while the stage is at work, and finished sites are on disk, in
+the journal, from where they are read again one by one.
 """
 
 from __future__ import annotations
@@ -16,9 +20,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import overload
 
 import torch
-from torch import nn
 
 from omega_qvla.calibration.capture import SiteStatistics, capture
 from omega_qvla.calibration.observations import as_observations
@@ -34,9 +38,10 @@ from omega_qvla.policies.base import (
     sites_of,
 )
 from omega_qvla.policies.step_table import HasStepTable, StepTable
+from omega_qvla.policies.weight_store import hold, named_values
 from omega_qvla.quantization.embedding import QuantizedRows, quantize_rows
 from omega_qvla.quantization.journal import Journal
-from omega_qvla.quantization.simulation import SimulatedLinear, install
+from omega_qvla.quantization.simulation import SimulatedEmbedding, SimulatedLinear, install
 from omega_qvla.quantization.site import QuantizedSite, needs_statistics, quantize_site
 from omega_qvla.recipe import Recipe
 
@@ -51,18 +56,16 @@ class Quantization:
     Attributes:
         recipe: what was done.
         sites: quantized sites in execution order.
-        embedding: int8 token embedding, or None where it stays as it is.
+        embedding: token embedding as integers, or None where it stays as it is.
         step_table: adaptive-norm modulation over flow time, or None where the dense layers stay.
-        simulated: a policy that computes with the dequantized values.
         calibration: fingerprint of the observations that were used.
         observations: how many there were.
     """
 
     recipe: Recipe
-    sites: tuple[QuantizedSite, ...]
+    sites: Sequence[QuantizedSite]
     embedding: QuantizedRows | None
     step_table: StepTable | None
-    simulated: Policy
     calibration: str
     observations: int
 
@@ -87,7 +90,8 @@ def quantize_policy(
     Raises:
         ObservationError: there are no observations, or one does not fit the policy.
         NonFiniteError: NaN or Inf in a weight or an activation.
-        PolicyError: the recipe covers no site of this policy, or a site was never reached.
+        PolicyError: the recipe covers no site of this policy, or a site was never reached; or the
+            policy is streamed and the recipe needs all of it at once.
         ResumeError: the journal belongs to other inputs.
     """
     given = as_observations(observations)
@@ -99,7 +103,9 @@ def quantize_policy(
             f"recipe {recipe.name!r} covers no part of this {policy.family} policy; its sites are "
             f"in {sorted({site.component for site in sites_of(policy)})}"
         )
-    _require_finite_weights(policy.module)
+    if policy.store is not None:
+        _require_streamable(recipe)
+    _require_finite_weights(policy)
     calibration = used.fingerprint
     opened = None if journal is None else journal(journal_header(policy, calibration, recipe))
     working = policy.clone()
@@ -111,21 +117,34 @@ def quantize_policy(
     ]
     stages = list(working.stages())
     for number, stage in enumerate(stages):
-        work.quantize_stage(stage, states)
-        if number + 1 < len(stages):
-            with torch.no_grad():
-                states = [stage.run(state) for state in states]
-    if not recipe.cascade:
-        work.install_all()
+        with hold(working.module, working.store, stage.reads):
+            after = work.quantize_stage(stage, states)
+            if number + 1 < len(stages):
+                states = after or _advance(stage, states)
     return Quantization(
         recipe=recipe,
-        sites=tuple(work.finished),
+        sites=work.finished,
         embedding=embedding,
         step_table=_tabulate(policy, recipe),
-        simulated=working,
         calibration=calibration,
         observations=len(used),
     )
+
+
+def simulate(policy: Policy, quantization: Quantization) -> Policy:
+    """A copy of ``policy`` that computes in floating point with the dequantized values."""
+    target = policy.clone()
+    for quantized in quantization.sites:
+        _install_simulation(target, quantized)
+    if quantization.embedding is not None:
+        rows = quantization.embedding
+        install(target.module, [rows.path], SimulatedEmbedding(rows))
+    return target
+
+
+def _install_simulation(policy: Policy, quantized: QuantizedSite) -> None:
+    simulated = SimulatedLinear(quantized, policy.clock)
+    install(policy.module, quantized.site.linears, simulated)
 
 
 def journal_header(policy: Policy, calibration: str, recipe: Recipe) -> dict[str, str]:
@@ -139,26 +158,44 @@ def journal_header(policy: Policy, calibration: str, recipe: Recipe) -> dict[str
         "recipe": recipe.content_hash,
         "policy": description.hexdigest(),
         "sites": hashlib.sha256(json.dumps(sites).encode()).hexdigest(),
-        "weights": weights_fingerprint(policy.module),
+        "weights": weights_fingerprint(policy),
         "calibration": calibration,
         "library": version("omega-qvla"),
         "torch": torch.__version__,
     }
 
 
-def weights_fingerprint(module: nn.Module) -> str:
+def weights_fingerprint(policy: Policy) -> str:
     """SHA-256 over names, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in sorted((*module.named_parameters(), *module.named_buffers())):
+    for name, tensor in named_values(policy.module, policy.store):
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _require_finite_weights(module: nn.Module) -> None:
+def _advance(stage: Stage, states: Sequence[State]) -> list[State]:
+    with torch.no_grad():
+        return [stage.run(state) for state in states]
+
+
+def _require_streamable(recipe: Recipe) -> None:
+    reason = None
+    if recipe.cascade:
+        reason = "calibrates later layers on quantized earlier ones (cascade)"
+    if not recipe.realizable:
+        reason = "is a simulation in floating point"
+    if reason is not None:
+        raise PolicyError(
+            f"recipe {recipe.name!r} {reason}, which needs the whole policy in memory; load it "
+            "with load_policy instead of stream_policy"
+        )
+
+
+def _require_finite_weights(policy: Policy) -> None:
     """Before anything runs: a bad weight would show first in activations far away from it."""
-    for path, parameter in module.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+    for path, parameter in named_values(policy.module, policy.store):
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             name, _, kind = path.rpartition(".")
             raise NonFiniteError(f"{kind} of {name!r} has NaN or Inf; the checkpoint is damaged")
 
@@ -178,32 +215,35 @@ class _Work:
         self.policy, self.recipe, self.journal, self.progress = policy, recipe, journal, progress
         self.numbers = numbers
         self.index = {site.name: i for i, site in enumerate(covered)}
-        self.finished: list[QuantizedSite] = []
+        self.done: list[QuantizationSite] = []
+        self.finished: Sequence[QuantizedSite] = []
+        if journal is not None and policy.store is not None:
+            self.finished = _StoredSites(journal, self.done)
 
-    def quantize_stage(self, stage: Stage, states: Sequence[State]) -> None:
-        """Quantize the covered sites of one stage."""
+    def quantize_stage(self, stage: Stage, states: Sequence[State]) -> list[State] | None:
+        """Quantize the covered sites of one stage.
+
+        Returns:
+            The states after the stage, if it ran with the weights that later stages are to see.
+        """
         sites = [site for site in stage.sites if site.name in self.index]
         if self.recipe.cascade:
             for site in sites:
-                quantized = self._one(site, lambda s: self._measure(stage, states, [s])[s.name])
+                quantized = self._one(site, lambda s: self._measure(stage, states, [s])[0][s.name])
                 self._install(quantized)
-            return
+            return None
         missing = [site for site in sites if self._stored(site) is None]
-        measured = self._measure(stage, states, missing) if missing else {}
+        measured, after = self._measure(stage, states, missing)
         for site in sites:
-            self._one(site, lambda s: measured[s.name])
-
-    def install_all(self) -> None:
-        """Replace all quantized sites by their simulation."""
-        for quantized in self.finished:
-            self._install(quantized)
+            self._one(site, lambda s: measured.pop(s.name))
+        return after
 
     def _one(
         self,
         site: QuantizationSite,
         measure: Callable[[QuantizationSite], SiteStatistics | None],
     ) -> QuantizedSite:
-        self.progress(len(self.finished), len(self.index), site.name)
+        self.progress(len(self.done), len(self.index), site.name)
         quantized = self._stored(site)
         if quantized is None:
             scheme = self.recipe.scheme(site.component)
@@ -212,7 +252,9 @@ class _Work:
             quantized = quantize_site(site, linears, scheme, measure(site))
             if self.journal is not None:
                 self.journal.store(self.index[site.name], quantized)
-        self.finished.append(quantized)
+        self.done.append(site)
+        if isinstance(self.finished, list):
+            self.finished.append(quantized)
         return quantized
 
     def _stored(self, site: QuantizationSite) -> QuantizedSite | None:
@@ -220,7 +262,7 @@ class _Work:
 
     def _measure(
         self, stage: Stage, states: Sequence[State], sites: Sequence[QuantizationSite]
-    ) -> dict[str, SiteStatistics | None]:
+    ) -> tuple[dict[str, SiteStatistics | None], list[State] | None]:
         wanted = []
         for site in sites:
             scheme = self.recipe.scheme(site.component)
@@ -228,8 +270,8 @@ class _Work:
                 wanted.append(site)
         nothing: dict[str, SiteStatistics | None] = {site.name: None for site in sites}
         if not wanted:
-            return nothing
-        return nothing | capture(
+            return nothing, None
+        found, after = capture(
             stage,
             states,
             wanted,
@@ -238,19 +280,42 @@ class _Work:
             lambda site: self.recipe.seed + self.index[site.name],
             self.numbers,
         )
+        return nothing | found, after
 
     def _install(self, quantized: QuantizedSite) -> None:
-        simulated = SimulatedLinear(quantized, self.policy.clock)
-        install(self.policy.module, quantized.site.linears, simulated)
+        _install_simulation(self.policy, quantized)
+
+
+class _StoredSites(Sequence[QuantizedSite]):
+    """Finished sites as the journal has them, read when they are asked for."""
+
+    def __init__(self, journal: Journal, sites: Sequence[QuantizationSite]) -> None:
+        self._journal, self._sites = journal, sites
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @overload
+    def __getitem__(self, index: int) -> QuantizedSite: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[QuantizedSite]: ...
+    def __getitem__(self, index: int | slice) -> QuantizedSite | Sequence[QuantizedSite]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        site = self._journal.load(index, self._sites[index])
+        if site is None:
+            raise IndexError(index)
+        return site
 
 
 def _quantize_embedding(policy: Policy, recipe: Recipe) -> QuantizedRows | None:
-    if recipe.embedding_bits != 8 or not isinstance(policy, HasEmbedding):
+    bits = recipe.embedding_bits
+    if bits == 16 or not isinstance(policy, HasEmbedding):
         return None
     path = policy.embedding_path
-    rows = quantize_rows(path, policy.module.get_parameter(f"{path}.weight").detach())
-    simulated = nn.Embedding.from_pretrained(rows.dequantize(), freeze=True)
-    install(policy.module, [path], simulated)
+    with hold(policy.module, policy.store, [path]):
+        rows = quantize_rows(path, policy.module.get_parameter(f"{path}.weight").detach(), bits)
+    install(policy.module, [path], SimulatedEmbedding(rows))
     return rows
 
 

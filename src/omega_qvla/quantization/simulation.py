@@ -20,6 +20,7 @@ from omega_qvla.quantization.activations import (
     per_token_scale,
     round_activations,
 )
+from omega_qvla.quantization.embedding import QuantizedRows
 from omega_qvla.quantization.site import QuantizedSite, transform_rows
 
 
@@ -63,6 +64,18 @@ class SimulatedLinear(nn.Module):
         if time not in self._scales:
             self._scales[time] = interpolate_scales(times, scales, time)
         return self._scales[time]
+
+
+class SimulatedEmbedding(nn.Module):
+    """Token embedding that dequantizes the rows looked up."""
+
+    def __init__(self, rows: QuantizedRows) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Token ids [...] → float32 [..., D]."""
+        return self._rows.lookup(token_ids)
 
 
 def install(module: nn.Module, linears: Sequence[str], replacement: nn.Module) -> None:

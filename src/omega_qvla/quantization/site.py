@@ -98,7 +98,8 @@ def quantize_site(
         site: the site.
         linears: its full-precision linears, in the site's order.
         scheme: what to do.
-        statistics: of the site's input; None is allowed if ``needs_statistics`` is false.
+        statistics: of the site's input; None is allowed if ``needs_statistics`` is false.  Their
+            second moment is used up.
 
     Raises:
         NonFiniteError: a weight is NaN or Inf; names the linear.
@@ -161,7 +162,7 @@ def _stack(site: QuantizationSite, linears: Sequence[nn.Linear]) -> tuple[Tensor
 
 
 def _hessian(statistics: SiteStatistics, transform: BlockTransform | None) -> Tensor:
-    moment = statistics.second_moment / max(statistics.count, 1)
+    moment = statistics.take_moment()
     return moment if transform is None else transform.second_moment(moment)
 
 

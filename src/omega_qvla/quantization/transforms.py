@@ -193,6 +193,17 @@ def bfloat16_representable(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).to(torch.float32)
 
 
+def _symmetrize(matrix: Tensor, tile: int = 2048) -> Tensor:
+    """(M + Mᵀ)/2 in place, tile by tile: at K = 16384 every copy would be a gigabyte."""
+    for i in range(0, matrix.shape[0], tile):
+        for j in range(i, matrix.shape[0], tile):
+            upper, lower = matrix[i : i + tile, j : j + tile], matrix[j : j + tile, i : i + tile]
+            mean = (upper + lower.t()) / 2
+            upper.copy_(mean)
+            lower.copy_(mean.t())
+    return matrix
+
+
 @dataclass(frozen=True)
 class BlockTransform:
     """An invertible block-diagonal transform T of an input space.
@@ -252,7 +263,8 @@ class BlockTransform:
             )
         half = self._multiply(moment, self.matrix)
         out = self._multiply(half.t(), self.matrix)
-        return (out + out.t()) / 2
+        del half
+        return _symmetrize(out)
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.width:

@@ -292,6 +292,7 @@ def _coupling(hessian: Tensor, damping: float) -> tuple[Tensor | None, Tensor, s
             normal.diagonal()[dead] = 1.0
             normal.diagonal().add_(damped)
             coupling = _row_normalised_inverse_factor(normal)
+            del normal
             if coupling is not None:
                 note = f"damping raised from {damping:g} to {damped:g}" if raises else None
                 return coupling, dead, note
@@ -307,20 +308,36 @@ def _coupling(hessian: Tensor, damping: float) -> tuple[Tensor | None, Tensor, s
 
 def _row_normalised_inverse_factor(hessian: Tensor) -> Tensor | None:
     """U_ik / U_ii of H⁻¹ = UᵀU for a symmetric [K, K], or None if H is not positive definite."""
-    flipped = hessian.flip(0, 1)
-    lower, info = torch.linalg.cholesky_ex(flipped)
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if int(info) != 0:
         return None
     upper = lower.flip(0, 1)
-    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    del lower
+    factor = _invert_upper(upper)
     probe = torch.ones(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     probe[1::2] = -1.0
     residual = hessian @ (factor.t() @ (factor @ probe)) - probe
     # A NaN residual fails this comparison too.
     if not bool(residual.norm() <= 1e-2 * probe.norm()):
         return None
-    return factor / factor.diagonal().unsqueeze(-1)
+    return factor.div_(factor.diagonal().clone().unsqueeze(-1))
+
+
+def _invert_upper(upper: Tensor, tile: int = 2048) -> Tensor:
+    """Inverse X of an upper triangular R [K, K], in place, a column of tiles at a time.
+
+    From X R = 1:  X_jj = R_jj⁻¹,  X_{<j,j} = -X_{<j,<j} R_{<j,j} X_jj, where X_{<j,<j} stands where
+    R_{<j,<j} stood.  Nothing but a column of tiles is ever copied.
+    """
+    for start in range(0, upper.shape[0], tile):
+        end = min(start + tile, upper.shape[0])
+        diagonal = upper[start:end, start:end]
+        identity = torch.eye(end - start, dtype=upper.dtype, device=upper.device)
+        diagonal.copy_(torch.linalg.solve_triangular(diagonal, identity, upper=True))
+        if start:
+            above = upper[:start, start:end]
+            above.copy_((upper[:start, :start] @ above) @ diagonal).neg_()
+    return upper
 
 
 def proxy_loss(weight: Tensor, quantized: QuantizedWeight | Tensor, hessian: Tensor) -> float:

@@ -25,11 +25,13 @@ from omega_qvla.errors import ArtifactError, NotRealizableError, PolicyError, Re
 from omega_qvla.policies.base import Observation, Policy, QuantizationSite, linears_of
 from omega_qvla.policies.loading import policy_skeleton
 from omega_qvla.policies.step_table import HasStepTable, StepTable
-from omega_qvla.quantization.pipeline import Quantization
+from omega_qvla.policies.weight_store import materialize
+from omega_qvla.quantization.pipeline import Quantization, simulate
 from omega_qvla.quantization.simulation import SimulatedLinear, install
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.card import model_card
-from omega_qvla.runtime.linear import QuantizedEmbedding, QuantizedLinear
+from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
+from omega_qvla.runtime.linear import QuantizedLinear
 from omega_qvla.runtime.memory import memory_report, narrowed, reference_parameters
 
 _STEP_TABLE = "step_table"
@@ -189,8 +191,8 @@ class QuantizedPolicy:
 class SimulatedPolicy:
     """A quantized policy in floating point: to be compared with, never to be shipped."""
 
-    def __init__(self, quantization: Quantization) -> None:
-        self.policy = quantization.simulated
+    def __init__(self, policy: Policy, quantization: Quantization) -> None:
+        self.policy = simulate(policy, quantization)
         self.recipe = quantization.recipe
 
     def __getattr__(self, name: str) -> Any:
@@ -224,7 +226,7 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
     Realizable recipes give integers; the others their simulation.
     """
     if not quantization.recipe.realizable:
-        return SimulatedPolicy(quantization)
+        return SimulatedPolicy(policy, quantization)
     config = _config(policy, quantization)
     target = policy.clone()
     for site in quantization.sites:
@@ -232,9 +234,12 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
         install(target.module, site.site.linears, linear)
     if quantization.embedding is not None:
         rows = quantization.embedding
-        install(target.module, [rows.path], QuantizedEmbedding(rows.integers, rows.scale))
+        install(target.module, [rows.path], QuantizedEmbedding.from_rows(rows))
     if quantization.step_table is not None:
         _require_table(target).use_step_table(quantization.step_table)
+    if target.store is not None:
+        materialize(target.module, target.store)
+        target.store = None
     return QuantizedPolicy(target, config)
 
 
@@ -309,11 +314,13 @@ def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedP
         install(target.module, record.site.linears, linear)
     if config["embedding"] is not None:
         path = str(config["embedding"]["path"])
-        rows = remaining.pop(f"{path}.weight"), remaining.pop(f"{path}.weight_scale")
-        shape = target.module.get_parameter(f"{path}.weight").shape
-        _require(f"{path}.weight", rows[0], torch.int8, shape)
-        _require(f"{path}.weight_scale", rows[1], torch.float32, shape[:1])
-        install(target.module, [path], QuantizedEmbedding(*rows))
+        count, width = target.module.get_parameter(f"{path}.weight").shape
+        layout = embedding_layout(config["embedding"]["bits"], count, width)
+        table = {
+            kind: _require(f"{path}.{kind}", remaining.pop(f"{path}.{kind}"), dtype, shape)
+            for kind, (dtype, shape) in layout.items()
+        }
+        install(target.module, [path], QuantizedEmbedding(**table, width=width))
     _assign(target.module, remaining)
     target.module.eval().requires_grad_(False)
     return QuantizedPolicy(target, config, artifact.content_hash)
@@ -474,7 +481,7 @@ def _config(policy: Policy, quantization: Quantization) -> dict[str, Any]:
         ],
         "embedding": None
         if quantization.embedding is None
-        else {"path": quantization.embedding.path, "bits": 8},
+        else {"path": quantization.embedding.path, "bits": quantization.embedding.bits},
         "adaptive_norm": "keep" if quantization.step_table is None else "table",
         "reference_parameters": reference_parameters(policy),
     }

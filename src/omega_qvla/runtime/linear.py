@@ -245,22 +245,6 @@ class QuantizedLinear(nn.Module):
         return -(-width // 8) * 8
 
 
-class QuantizedEmbedding(nn.Module):
-    """Token embedding stored as int8 rows with one scale each; only looked-up rows are expanded."""
-
-    def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
-        super().__init__()
-        self.weight: Tensor
-        self.weight_scale: Tensor
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Token ids [...] → float32 [..., D]."""
-        rows = self.weight[token_ids].to(torch.float32)
-        return rows * self.weight_scale[token_ids].unsqueeze(-1)
-
-
 class _Schedule:
     """Static scales over flow time: exact at calibrated times, linear between, flat beyond."""
 

@@ -7,6 +7,7 @@ reported beside ours and labelled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from omega_qvla.artifact.packing import packed_width
 from omega_qvla.policies.base import PAPER_SCOPE, HasEmbedding, Policy, linears_of, sites_of
 from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.recipe import Recipe, Scheme
+from omega_qvla.runtime.embedding import embedding_layout
 
 DEAD = "never read at inference"
 OVERHEAD = "file headers, manifest, processor"
@@ -101,8 +103,9 @@ def predict(policy: Policy, recipe: Recipe) -> MemorySummary:
         component, path = policy.component_of(name), name.rpartition(".")[0]
         if path in quantized or (table is not None and component == _STEP_TABLE_COMPONENT):
             continue
-        rows_only = parameter.numel() + 4 * parameter.shape[0]
-        size = rows_only if path == embedding else narrowed(parameter).nbytes
+        size = narrowed(parameter).nbytes
+        if path == embedding:
+            size = _embedding_bytes(recipe.embedding_bits, *parameter.shape)
         used.add(component, size, linear=False)
     if table is not None:
         used.add(_STEP_TABLE_COMPONENT, table.times.nbytes + table.values.nbytes, linear=False)
@@ -115,8 +118,13 @@ def _step_table(policy: Policy, recipe: Recipe) -> StepTable | None:
     return policy.tabulate_modulation(recipe.table_step_counts)
 
 
+def _embedding_bytes(bits: int, rows: int, width: int) -> int:
+    layout = embedding_layout(bits, rows, width)
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+
+
 def _embedding(policy: Policy, recipe: Recipe) -> str | None:
-    if recipe.embedding_bits != 8 or not isinstance(policy, HasEmbedding):
+    if recipe.embedding_bits == 16 or not isinstance(policy, HasEmbedding):
         return None
     return policy.embedding_path
 

@@ -7,6 +7,7 @@ openpi keeps sizes in its training code) and ``tokenizer.json`` (a closed vocabu
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -14,10 +15,16 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.checkpoints.strict import assign_strictly, read_tensors
+from omega_qvla.policies.checkpoints.strict import (
+    assign_strictly,
+    check_headers,
+    read_headers,
+    read_tensors,
+)
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_keys
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 from omega_qvla.policies.processing import NormalizationStatistics, load_tokenizer
+from omega_qvla.policies.weight_store import MappedWeights
 
 WEIGHTS, CONFIG, TOKENIZER, STATISTICS = (
     "model.safetensors",
@@ -35,20 +42,44 @@ def read_openpi(directory: Path) -> Pi05Policy:
     Raises:
         PolicyError: a file is missing or invalid, or the weights do not fit the configuration.
     """
+    module, processor = _read_structure(directory)
+    config = module.config
+    tensors = read_tensors(directory / WEIGHTS)
+    if _EMBEDDING not in tensors and _TIED_HEAD in tensors:
+        tensors[_EMBEDDING] = tensors.pop(_TIED_HEAD)  # tied: converters keep one of the names
+    assign_strictly(module, tensors, dropped=dropped_keys(config), where=str(directory / WEIGHTS))
+    dropped = sum(tensors[name].numel() for name in dropped_keys(config) & set(tensors))
+    return Pi05Policy(module, processor, dropped_parameters=dropped)
+
+
+def stream_openpi(directory: Path) -> Pi05Policy:
+    """The policy ``read_openpi`` reads, its weights left in the file until they are used.
+
+    Raises:
+        PolicyError: as ``read_openpi``, except that NaN and Inf are found when they are read.
+    """
+    module, processor = _read_structure(directory)
+    path, dead = directory / WEIGHTS, dropped_keys(module.config)
+    headers, aliases = read_headers(path), {}
+    if _EMBEDDING not in headers and _TIED_HEAD in headers:
+        headers[_EMBEDDING] = headers.pop(_TIED_HEAD)
+        aliases[_EMBEDDING] = _TIED_HEAD
+    check_headers(module, headers, dropped=dead, where=str(path))
+    dropped = sum(math.prod(headers[name].shape) for name in dead & set(headers))
+    store = MappedWeights(path, aliases)
+    return Pi05Policy(module, processor, dropped_parameters=dropped, store=store)
+
+
+def _read_structure(directory: Path) -> tuple[Pi05Module, Pi05Processor]:
+    """A module on the meta device, and the processor."""
     config = parse_config(_read(directory / CONFIG), str(directory / CONFIG))
     processor = Pi05Processor(
         config,
         NormalizationStatistics.parse(_read(_statistics_path(directory)), STATISTICS),
         load_tokenizer(_parse_json(directory / TOKENIZER), TOKENIZER),
     )
-    tensors = read_tensors(directory / WEIGHTS)
-    if _EMBEDDING not in tensors and _TIED_HEAD in tensors:
-        tensors[_EMBEDDING] = tensors.pop(_TIED_HEAD)  # tied: converters keep one of the names
     with torch.device("meta"):
-        module = Pi05Module(config)
-    assign_strictly(module, tensors, dropped=dropped_keys(config), where=str(directory / WEIGHTS))
-    dropped = sum(tensors[name].numel() for name in dropped_keys(config) & set(tensors))
-    return Pi05Policy(module, processor, dropped_parameters=dropped)
+        return Pi05Module(config), processor
 
 
 def write_openpi(

@@ -1,0 +1,128 @@
+"""Weights that stay where they are until somebody computes with them.
+
+Full-size pi0.5 takes 13 GB in float32, more than the machines it is quantized on should need.  Its
+module is therefore built on the meta device, without memory, and a *store* gives the value of any
+parameter by name.  ``hold`` puts the parameters below some paths into the module while a piece of
+the network runs, and takes them out again: what is resident is one layer.
+
+Two stores exist: safetensors files, read through a memory map that is closed after every tensor;
+and seeded random values, drawn tensor by tensor, so that a random policy of full size never exists
+as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from omega_qvla.errors import PolicyError
+
+
+class WeightStore(Protocol):
+    """Parameters by name."""
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, float32, owned by the caller."""
+        ...
+
+
+class MappedWeights:
+    """Parameters in a safetensors file.
+
+    Args:
+        path: the file.
+        aliases: names under which the file holds a parameter, where they differ.
+    """
+
+    def __init__(self, path: Path, aliases: Mapping[str, str] | None = None) -> None:
+        self._path, self._aliases = path, dict(aliases or {})
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, float32.
+
+        Raises:
+            PolicyError: the file cannot be read any more.
+        """
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                stored = file.get_tensor(self._aliases.get(name, name))
+                return stored.to(torch.float32, copy=True)
+        except (OSError, SafetensorError) as error:
+            raise PolicyError(f"cannot read {name} from {self._path}: {error}") from error
+
+
+class SeededWeights:
+    """Normal random parameters of given shapes, rounded to bfloat16 as checkpoints are stored.
+
+    Every tensor has a generator of its own, seeded by ``seed`` and its name, so that its values do
+    not depend on which tensors were read before.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], seed: int) -> None:
+        self._shapes, self._seed = dict(shapes), seed
+
+    def read(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
+        drawn = torch.empty(tuple(shape)).normal_(0.0, spread, generator=generator)
+        return drawn.to(torch.bfloat16).to(torch.float32)
+
+
+@contextmanager
+def hold(module: nn.Module, store: WeightStore | None, paths: Iterable[str]) -> Iterator[None]:
+    """Give the parameters below ``paths`` their values for as long as the block runs.
+
+    Parameters that have values already are left alone, and so is everything when there is no store.
+    """
+    given: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        if store is not None:
+            for owner, kind, name in _absent(module, paths):
+                given.append((owner, kind, getattr(owner, kind)))
+                setattr(owner, kind, nn.Parameter(store.read(name), requires_grad=False))
+        yield
+    finally:
+        for owner, kind, placeholder in given:
+            setattr(owner, kind, placeholder)
+
+
+def materialize(module: nn.Module, store: WeightStore) -> None:
+    """Give all parameters that have no values theirs, for good."""
+    for owner, kind, name in _absent(module, [""]):
+        setattr(owner, kind, nn.Parameter(store.read(name), requires_grad=False))
+
+
+def named_values(module: nn.Module, store: WeightStore | None) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers in order of name, one at a time in memory where a store has them.
+
+    Raises:
+        PolicyError: a tensor has no value and there is no store.
+    """
+    for name, tensor in sorted((*module.named_parameters(), *module.named_buffers())):
+        if not tensor.is_meta:
+            yield name, tensor.detach()
+        elif store is not None:
+            yield name, store.read(name)
+        else:
+            raise PolicyError(f"{name} has no value: this policy is only a structure")
+
+
+def _absent(module: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str, str]]:
+    """Parameters without values as (owner, name in the owner, full name), each once."""
+    found: dict[str, tuple[nn.Module, str, str]] = {}
+    for path in paths:
+        for prefix, owner in module.get_submodule(path).named_modules(prefix=path):
+            for kind, parameter in owner.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    name = f"{prefix}.{kind}" if prefix else kind
+                    found[name] = (owner, kind, name)
+    return list(found.values())
