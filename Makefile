@@ -10,6 +10,7 @@ EPISODES ?=
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EMULATOR := $(VENV)/.emulator
 
 # Two threads at most, and idle ones sleep: spinning costs a factor of seven when cores are shared.
 export OMP_NUM_THREADS ?= 2
@@ -17,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint format train clean
+.PHONY: setup demo test lint format bench train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -36,10 +37,15 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) tools/rendering.sh | 
 	sh tools/rendering.sh $(BIN)/python
 	@touch $@
 
+# Tests run the Arm kernels too, in an emulator; without it they say that they did not.
+$(EMULATOR): tools/emulator.sh | $(BIN)/python
+	sh tools/emulator.sh
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/omega-qvla demo --out $(OUT)/demo $(if $(EPISODES),--episodes $(EPISODES))
 
-test: $(STAMP)
+test: $(STAMP) $(EMULATOR)
 	$(BIN)/python -m pytest -q
 
 lint: $(STAMP)
@@ -54,6 +60,11 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# One thread, every layer shape; about ten minutes on an idle machine.
+bench: $(STAMP)
+	@mkdir -p $(OUT)
+	$(BIN)/omega-qvla bench kernels --json $(OUT)/kernels.json --figure $(OUT)/kernels.png
 
 train: $(STAMP)
 	$(BIN)/omega-qvla train tiny-pi05 --out $(OUT)/tiny-pi05

@@ -93,6 +93,7 @@ struct Avx2 {
     const __m256i nibble = _mm256_set1_epi8(15);
     for (int64_t j = 0; j < steps; ++j)
       for (int64_t h = 0; h < 2; ++h) {
+        __builtin_prefetch(units + j * kUnit + kUnpackSteps * kUnit, 0, 2);
         const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(units + j * kUnit + h * 32));
         uint8_t* to = out + (h * kUnpackSteps + j) * 64;
         _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_and_si256(v, nibble));
@@ -116,6 +117,7 @@ struct Avx2 {
           w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w));
           w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + 32));
         } else {
+          __builtin_prefetch(w + kPrefetch);
           const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
           w0 = _mm256_and_si256(v, nibble);
           w1 = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);

@@ -82,6 +82,7 @@ struct Avx512Vnni {
   static void unpack(const uint8_t* units, int64_t steps, uint8_t* out) {
     const __m512i nibble = _mm512_set1_epi8(15);
     for (int64_t j = 0; j < steps; ++j) {
+      __builtin_prefetch(units + j * kUnit + kUnpackSteps * kUnit, 0, 2);
       const __m512i v = _mm512_loadu_si512(units + j * kUnit);
       _mm512_store_si512(out + j * 128, _mm512_and_si512(v, nibble));
       _mm512_store_si512(out + j * 128 + 64, _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble));
@@ -104,6 +105,7 @@ struct Avx512Vnni {
         w1 = _mm512_load_si512(w + 64);
         w += 128;
       } else {
+        __builtin_prefetch(w + kPrefetch);
         const __m512i v = _mm512_loadu_si512(w);
         w0 = _mm512_and_si512(v, nibble);
         w1 = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);

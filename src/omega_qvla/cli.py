@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any, Literal
@@ -41,6 +42,16 @@ from omega_qvla.evaluation.comparison import (
     full_footprint,
     stress_twin,
 )
+from omega_qvla.evaluation.kernel_speed import (
+    SHAPES,
+    machine_name,
+    measure_bandwidth,
+    measure_contention,
+    measure_peaks,
+    measure_shape,
+    summarise,
+)
+from omega_qvla.evaluation.policy_speed import Subject, measure_policies
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.sweep import (
     ClosedLoop,
@@ -61,9 +72,17 @@ from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.report.figure import comparison_figure
+from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.report.table import Table as TextTable
-from omega_qvla.report.table import comparison_table, human_bytes, task_table
+from omega_qvla.report.table import (
+    comparison_table,
+    human_bytes,
+    kernel_table,
+    policy_table,
+    task_table,
+)
 from omega_qvla.runtime.engine import load
+from omega_qvla.runtime.kernels.cpu import available_cores
 from omega_qvla.runtime.linear import best_kernel
 from omega_qvla.runtime.memory import predict
 from omega_qvla.training.tiny_pi05 import rebuild
@@ -174,6 +193,82 @@ class Quantize(_Common):
         quantized.save_pretrained(self.out)
         discard_journal(work)
         return Inspect(directory=self.out, json=self.json).run(screen)
+
+
+@dataclass(frozen=True)
+class Bench(_Common):
+    """Measure kernels or a whole policy, W4A4 against what PyTorch offers."""
+
+    what: Positional[Literal["kernels", "policy"]] = tyro.MISSING
+    policy: Annotated[str, tyro.conf.arg(help="for `policy`: in full precision")] = (
+        "builtin:tiny-pi05"
+    )
+    artifact: Annotated[
+        Path | None, tyro.conf.arg(help="for `policy`: the same policy as a W4A4 artifact")
+    ] = None
+    kernel: Annotated[
+        str | None, tyro.conf.arg(help="for `policy`: integer kernel; the best by default")
+    ] = None
+    threads: Annotated[int, tyro.conf.arg(help="threads of every peer")] = 1
+    rounds: Annotated[int, tyro.conf.arg(help="turns that every peer takes")] = 9
+    sites: Annotated[str, tyro.conf.arg(help="for `kernels`: only sites containing this")] = ""
+    figure: Annotated[Path | None, tyro.conf.arg(help="for `kernels`: roofline as PNG")] = None
+    device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
+
+    def run(self, screen: Screen) -> int:
+        _require_cpu(self.device)
+        if self.rounds < 1:
+            raise RecipeError(f"--rounds {self.rounds}: at least one is needed")
+        return self._kernels(screen) if self.what == "kernels" else self._policy(screen)
+
+    def _kernels(self, screen: Screen) -> int:
+        if self.figure is not None and self.json is None:
+            raise RecipeError("--figure is drawn from the saved JSON: give --json FILE as well")
+        shapes = [shape for shape in SHAPES if self.sites in shape.site]
+        if not shapes:
+            known = ", ".join(dict.fromkeys(shape.site for shape in SHAPES))
+            raise RecipeError(f"no site contains {self.sites!r}; sites: {known}")
+        peaks = measure_peaks(self.threads)
+        rows: list[dict[str, Any]] = []
+        with screen.bar("measuring") as step:
+            for done, shape in enumerate(shapes):
+                step(done, len(shapes), shape.site)
+                rows += measure_shape(shape, rounds=self.rounds, threads=self.threads, peaks=peaks)
+        summary = summarise(rows)
+        document = {
+            **_measurement(self.threads),
+            "peak_gmacs": {name: rate / 1e9 for name, rate in peaks.items()},
+            "memory_gbytes": measure_bandwidth(self.threads) / 1e9,
+            "int8_engine": torch.backends.quantized.engine,
+            "rows": rows,
+            "summary": summary,
+            "contention": [
+                measure_contention(calls=400, threads=threads)
+                for threads in range(1, available_cores() + 1)
+            ],
+        }
+        screen.table(kernel_table(summary))
+        for entry in document["contention"]:
+            screen.say(
+                f"{entry['threads']} thread(s), a call of {entry['idle_p50_us']:.0f} µs: p99 "
+                f"{entry['idle_p99_us']:.0f} µs idle, {entry['busy_p99_us']:.0f} µs with every "
+                "core busy"
+            )
+        _write(self.json, document)
+        if self.figure is not None and self.json is not None:
+            roofline_figure(self.json, self.figure)
+        return 0
+
+    def _policy(self, screen: Screen) -> int:
+        subjects = [Subject(self.policy, "fp32", self.policy, self.threads)]
+        if self.artifact is not None:
+            source = str(self.artifact)
+            subjects.append(Subject(self.policy, "w4a4", source, self.threads, self.kernel))
+        with screen.bars() as bars:
+            rows = measure_policies(subjects, rounds=self.rounds, progress=bars)
+        screen.table(policy_table(rows))
+        _write(self.json, {**_measurement(self.threads), "rows": rows})
+        return 0
 
 
 @dataclass(frozen=True)
@@ -338,6 +433,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Train, tyro.conf.subcommand("train")]
 )
 
@@ -574,6 +670,17 @@ def _covered_sites(policy: Pi05Policy, recipe: Recipe) -> list[str]:
         for site in stage.sites
         if recipe.scheme(site.component) is not None
     ]
+
+
+def _measurement(threads: int) -> dict[str, Any]:
+    """What every benchmark says of itself."""
+    return {
+        "schema": 1,
+        "machine": machine_name(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "library": version("omega-qvla"),
+    }
 
 
 def _calibration(source: str, policy: Pi05Policy) -> Observations:

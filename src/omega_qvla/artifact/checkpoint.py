@@ -22,6 +22,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ from omega_qvla.artifact.shards import (
 from omega_qvla.artifact.strict_json import JsonError, canonical, parse_object
 from omega_qvla.errors import ArtifactError, NotAnArtifactError, ResourceError
 
-MAX_SHARD_BYTES = 2 << 30
+MAX_SHARD_BYTES = 512 << 20
+_HASHING_THREADS = 2
 _BLOCK = 4096  # files take whole blocks
 _WRONG_HASH = "its bytes do not have the SHA-256 of the manifest"
 
@@ -362,12 +364,18 @@ def _read(folder: ContainedDirectory, root: Path, check_hash: _HashCheck) -> Art
         _raise_first(check_hash(file, manifest, {}))
         if name.startswith(f"{PROCESSOR}/"):
             processor[name.removeprefix(f"{PROCESSOR}/")] = file.read(limit_of(name))
-    tensors: dict[str, Tensor] = {}
+    shards: list[tuple[OpenFile, dict[str, Span]]] = []
     for name in manifest.shards:
         file = _open_sized(folder, name, manifest)
         spans = read_header(file)
         _raise_first(_strictness_failures(name, spans, manifest.tensors_in(name)))
-        _raise_first(check_hash(file, manifest, spans))
+        shards.append((file, spans))
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing releases the interpreter
+        hashed = pool.map(lambda shard: list(check_hash(shard[0], manifest, shard[1])), shards)
+        for failures in hashed:
+            _raise_first(iter(failures))
+    tensors: dict[str, Tensor] = {}
+    for file, spans in shards:
         _raise_first(find_nonfinite(file, spans))
         tensors |= map_tensors(file, spans)
     return Artifact(

@@ -324,22 +324,27 @@ def _digest(file: OpenFile, begin: int, end: int) -> str:
 
 
 def map_tensors(file: OpenFile, spans: Mapping[str, Span]) -> dict[str, Tensor]:
-    """Tensors over a private mapping of the file; the mapping lives as long as any of them.
+    """Tensors over private mappings of the file, one each.
+
+    A tensor that is dropped gives its pages back: whoever repacks weights one by one never holds
+    the file and the result together.
 
     Raises:
         DamageError: the file cannot be mapped.
     """
     try:
-        mapping = mmap.mmap(file.descriptor, file.size, access=mmap.ACCESS_COPY)
+        return {name: _tensor(file, span) for name, span in spans.items()}
     except (OSError, ValueError) as error:
         raise DamageError(file.name, f"cannot be mapped: {error}") from error
-    return {name: _tensor(mapping, span) for name, span in spans.items()}
 
 
-def _tensor(mapping: mmap.mmap, span: Span) -> Tensor:
+def _tensor(file: OpenFile, span: Span) -> Tensor:
     dtype = DTYPES[span.spec.dtype]
     if span.begin == span.end:
         return torch.empty(span.spec.shape, dtype=dtype)
+    first = span.begin - span.begin % mmap.ALLOCATIONGRANULARITY  # mappings begin at whole pages
+    length = span.end - first
+    mapping = mmap.mmap(file.descriptor, length, access=mmap.ACCESS_COPY, offset=first)
     count = math.prod(span.spec.shape)
-    flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=span.begin)
+    flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=span.begin - first)
     return flat.reshape(span.spec.shape)

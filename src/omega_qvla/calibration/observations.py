@@ -134,9 +134,9 @@ class Observations(Sequence[Observation]):
                     for name in cameras
                 },
                 "state": generator.uniform(-1.0, 1.0, state_dim).astype(np.float32),
-                "prompt": f"put object {index} into the left drawer and close it",
+                "prompt": "open the door",  # words that every tokenizer here knows
             }
-            for index in range(count)
+            for _ in range(count)
         )
 
     def save_npz(self, path: str | Path) -> None:

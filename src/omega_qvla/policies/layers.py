@@ -78,18 +78,35 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """An embedding table; on the meta device without the random start it could not have anyway.
+
+    (Drawing it there would import PyTorch's compiler, which takes longer than loading a policy.)
+    """
+    table = torch.empty((count, width))
+    return nn.Embedding(count, width, _weight=table if table.is_meta else table.normal_())
+
+
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """[B, T, h·d] → [B, h, T, d]."""
     return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of [B, h, T, d] over [B, kv_heads, S, d] → [B, T, h·d]; mask: True may be seen."""
-    groups = query.shape[-3] // key.shape[-3]
+    """Attention of [B, h, T, d] over [B, kv_heads, S, d] → [B, T, h·d]; mask: True may be seen.
+
+    Heads that share keys become further query rows of one head: nothing is copied per head.
+    """
+    heads, tokens = query.shape[-3:-1]
+    kv_heads = key.shape[-3]
+    groups = heads // kv_heads
     if groups > 1:
-        key = key.repeat_interleave(groups, dim=-3)
-        value = value.repeat_interleave(groups, dim=-3)
+        query = query.reshape(*query.shape[:-3], kv_heads, groups * tokens, query.shape[-1])
+        if mask is not None and mask.shape[-2] == tokens and tokens > 1:
+            mask = torch.cat([mask] * groups, dim=-2)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    if groups > 1:
+        out = out.reshape(*out.shape[:-3], heads, tokens, out.shape[-1])
     return out.transpose(-3, -2).flatten(-2)
 
 
@@ -203,7 +220,7 @@ class SiglipEmbeddings(nn.Module):
     def __init__(self, width: int, image_size: int, patch_size: int) -> None:
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
-        self.position_embedding = nn.Embedding((image_size // patch_size) ** 2, width)
+        self.position_embedding = embedding((image_size // patch_size) ** 2, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [-1, 1] → tokens [B, patches, D]."""

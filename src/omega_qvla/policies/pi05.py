@@ -43,6 +43,7 @@ from omega_qvla.policies.layers import (
     RotaryAttention,
     SiglipVisionModel,
     adaptive_rms_norm,
+    embedding,
     rotary_table,
 )
 
@@ -243,7 +244,7 @@ class Pi05Module(nn.Module):
         model.vision_tower.vision_model = SiglipVisionModel(**vision.model_dump())
         model.multi_modal_projector = _Node()
         model.multi_modal_projector.linear = nn.Linear(vision.width, config.backbone.width)
-        language.embed_tokens = nn.Embedding(config.vocabulary, config.backbone.width)
+        language.embed_tokens = embedding(config.vocabulary, config.backbone.width)
         language.layers = nn.ModuleList(
             [BackboneLayer(config.backbone) for _ in range(config.depth - 1)]
             + [LastBackboneLayer(config.backbone)]

@@ -5,9 +5,10 @@ The caller decides how to print; nothing here knows a terminal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omega_qvla.report.results import Result, load_results
 
@@ -151,3 +152,47 @@ def _cells(row: Sequence[str]) -> list[str]:
 def _join(cells: Sequence[str], widths: Sequence[int]) -> str:
     padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
     return "| " + " | ".join(padded) + " |"
+
+
+def kernel_table(summary: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per site of ``bench kernels``: sums over its layers."""
+    header = ("layers of", "GMAC/s", "vs torch fp32", "vs torch int8", "of peak", "of vpmaddubsw")
+    rows = tuple(
+        (
+            entry["site"],
+            f"{entry['gmacs']:.0f}",
+            f"{entry['vs_fp32']:.1f}×",
+            f"{entry['vs_int8_dynamic']:.2f}×",
+            _percent(entry.get("share_of_peak")),
+            _percent(entry.get("share_of_vpmaddubsw_peak")),
+        )
+        for entry in summary
+    )
+    return Table(header, rows)
+
+
+def policy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per precision of ``bench policy``."""
+    header = ("policy", "precision", "kernel", "vision ms", "prefix ms", "denoise ms", "chunk ms")
+    header += ("peak resident", "load s", "checkpoint", "weights read")
+    return Table(
+        header,
+        tuple(
+            (
+                row["policy"],
+                row["precision"],
+                row["kernel"],
+                *(f"{row[part]:.0f}" for part in ("vision_ms", "prefix_ms", "denoise_ms")),
+                f"{row['total_ms']:.0f}",
+                MISSING if row["peak_rss_bytes"] is None else human_bytes(row["peak_rss_bytes"]),
+                f"{row['load_s']:.1f}",
+                human_bytes(row["checkpoint_bytes"]),
+                human_bytes(row["weight_bytes_read"]),
+            )
+            for row in rows
+        ),
+    )
+
+
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else f"{share:.0%}"

@@ -301,7 +301,9 @@ def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedP
     config = artifact.config
     family = str(config["policy"]["family"])
     target = _structure(family, config, artifact, policy)
+    # The artifact gives its tensors away: one that has been repacked must not stay mapped.
     remaining = dict(artifact.tensors)
+    artifact.tensors.clear()
     if config["adaptive_norm"] == "table":
         times = remaining.pop(f"{_STEP_TABLE}.times")
         values = remaining.pop(f"{_STEP_TABLE}.values")

@@ -156,6 +156,10 @@ class QuantizedLinear(nn.Module):
         )
         self.weight_packed = None
 
+    def packed_tensors(self) -> list[Tensor]:
+        """What the kernels hold in their own layout, beside the module's buffers."""
+        return [] if self._packed is None else [self._packed.panels]
+
     def stored(self) -> dict[str, Tensor]:
         """The module's tensors as an artifact holds them, by kind."""
         tensors = dict(self.named_buffers())

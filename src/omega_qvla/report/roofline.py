@@ -1,0 +1,103 @@
+"""The roofline of measured kernels, drawn from ``bench kernels --json`` alone.
+
+Every mark is one layer: how many multiply-adds it does for each byte of weight that has to come
+from memory (to the right: more rows share a weight), and how many a second it reached.  No mark can
+lie above the roof: the slope is the measured memory bandwidth, the flat part what the instructions
+can do with operands in registers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omega_qvla.report.results import ReportError
+
+_BYTES_PER_WEIGHT = {"torch fp32": 4.0, "torch int8 dynamic": 1.0}
+_OURS = 0.5
+_NEEDED = ("rows", "peak_gmacs", "memory_gbytes", "machine", "threads")
+_STYLE = {
+    "torch fp32": ("#999999", "s", "torch fp32"),
+    "torch int8 dynamic": ("#E69F00", "D", "torch int8 dynamic"),
+}
+_OUR_COLOUR = "#0072B2"
+_RC = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "savefig.dpi": 150,
+}
+
+
+def roofline_figure(json_path: str | Path, png_path: str | Path) -> Path:
+    """Draw a saved kernel benchmark.
+
+    Raises:
+        ReportError: the file is not one, or matplotlib is not installed.
+    """
+    document = _read(Path(json_path))
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+        figure_module = importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ReportError("figures need matplotlib: pip install 'omega-qvla[report]'") from error
+    with matplotlib.rc_context(_RC):
+        figure = figure_module.Figure(figsize=(8.5, 5.2), layout="constrained")
+        axes = figure.subplots()
+        _draw_roofs(axes, document)
+        _draw_marks(axes, document["rows"])
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("multiply-adds per byte of weight")
+        axes.set_ylabel("10⁹ multiply-adds per second")
+        threads = document["threads"]
+        axes.set_title(f"Quantized linears on {document['machine']}, {threads} thread(s)")
+        axes.legend(loc="lower right", frameon=False)
+        figure.savefig(png_path)
+    return Path(png_path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        complete = all(key in document for key in _NEEDED)
+    except (OSError, ValueError, TypeError) as error:
+        raise ReportError(f"cannot read {path}: {error}") from error
+    if not complete:
+        raise ReportError(f"{path} is not what `omega-qvla bench kernels --json` writes")
+    return document
+
+
+def _draw_roofs(axes: Any, document: Mapping[str, Any]) -> None:
+    bandwidth = document["memory_gbytes"]
+    for name, peak in document["peak_gmacs"].items():
+        if name == "generic":
+            continue
+        corner = peak / bandwidth
+        axes.plot([1, corner, 5000], [bandwidth, peak, peak], color="#444444", linewidth=1)
+        axes.annotate(f"{name}: {peak:.0f}", (5000, peak), ha="right", va="bottom", color="#444444")
+    axes.annotate(
+        f"memory: {bandwidth:.0f} GB/s", (2.6, 2.9 * bandwidth), rotation=38, color="#444444"
+    )
+
+
+def _draw_marks(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        colour, marker, label = _STYLE.get(kernel, (_OUR_COLOUR, "o", f"W4A4 ({kernel})"))
+        size = _BYTES_PER_WEIGHT.get(kernel, _OURS)
+        mine = [row for row in rows if row["kernel"] == kernel]
+        axes.scatter(
+            [row["M"] / size for row in mine],
+            [row["gmacs"] for row in mine],
+            s=22,
+            color=colour,
+            marker=marker,
+            label=label,
+            alpha=0.8,
+            linewidths=0,
+        )
