@@ -95,27 +95,33 @@ static inline uint32_t gather(uint64_t bytes) {
 
 constexpr uint32_t kZeros = 0x88888888u;  // eight weights of zero
 
-void to_panels(const uint32_t* words, int64_t N, int64_t K, int64_t padded, uint8_t* panels) {
+static void one_panel(const uint32_t* words, int64_t N, int64_t K, int64_t padded, int64_t p, uint8_t* panel) {
   const int64_t width = (K + 7) / 8;
-  for (int64_t p = 0; p * kPanel < N; ++p)
-    for (int64_t w = 0; w < padded / 8; ++w)
-      for (int64_t o = 0; o < 16; ++o) {
-        const int64_t low = p * kPanel + o, high = low + 16;
-        const uint32_t a = low < N && w < width ? words[low * width + w] : kZeros;
-        const uint32_t b = high < N && w < width ? words[high * width + w] : kZeros;
-        const uint64_t both = spread(a) | spread(b) << 4;
-        uint8_t* unit = panels + (p * (padded / 4) + 2 * w) * kUnit + 4 * o;
-        __builtin_memcpy(unit, &both, 4);
-        const uint32_t second = static_cast<uint32_t>(both >> 32);
-        __builtin_memcpy(unit + kUnit, &second, 4);
-      }
+  for (int64_t w = 0; w < padded / 8; ++w)
+    for (int64_t o = 0; o < 16; ++o) {
+      const int64_t low = p * kPanel + o, high = low + 16;
+      const uint32_t a = low < N && w < width ? words[low * width + w] : kZeros;
+      const uint32_t b = high < N && w < width ? words[high * width + w] : kZeros;
+      const uint64_t both = spread(a) | spread(b) << 4;
+      uint8_t* unit = panel + 2 * w * kUnit + 4 * o;
+      __builtin_memcpy(unit, &both, 4);
+      const uint32_t second = static_cast<uint32_t>(both >> 32);
+      __builtin_memcpy(unit + kUnit, &second, 4);
+    }
 }
 
-void from_panels(const uint8_t* panels, int64_t N, int64_t K, int64_t padded, uint32_t* words) {
+void to_panels(const uint32_t* words, int64_t N, int64_t K, int64_t padded, int threads, uint8_t* panels) {
+  const int64_t bytes = padded / 4 * kUnit;
+  const Phase phase{(N + kPanel - 1) / kPanel,
+                    [&](int64_t p) { one_panel(words, N, K, padded, p, panels + p * bytes); }};
+  run_phases(&phase, 1, threads);
+}
+
+void from_panels(const uint8_t* panels, int64_t N, int64_t K, int64_t padded, int threads, uint32_t* words) {
   const int64_t width = (K + 7) / 8;
   // Nibbles past the end of a row are stored as 0.
   const uint32_t last = K % 8 ? (1u << 4 * (K % 8)) - 1 : 0xffffffffu;
-  for (int64_t n = 0; n < N; ++n)
+  const Phase phase{N, [&](int64_t n) {
     for (int64_t w = 0; w < width; ++w) {
       const uint8_t* unit = panels + (n / kPanel * (padded / 4) + 2 * w) * kUnit + 4 * (n % 16);
       uint32_t first, second;
@@ -124,6 +130,8 @@ void from_panels(const uint8_t* panels, int64_t N, int64_t K, int64_t padded, ui
       const uint64_t both = first | static_cast<uint64_t>(second) << 32;
       words[n * width + w] = gather(n % kPanel < 16 ? both : both >> 4) & (w + 1 == width ? last : 0xffffffffu);
     }
+  }};
+  run_phases(&phase, 1, threads);
 }
 
 }  // namespace w4a4

@@ -110,32 +110,33 @@ PyObject* linear(PyObject*, PyObject* const* a, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-template <void (*convert)(const void*, int64_t, int64_t, int64_t, void*)>
+template <void (*convert)(const void*, int64_t, int64_t, int64_t, int, void*)>
 PyObject* conversion(PyObject*, PyObject* const* a, Py_ssize_t count) {
-  if (count != 5) {
-    PyErr_SetString(PyExc_TypeError, "takes (source, N, K, padded, target)");
+  if (count != 6) {
+    PyErr_SetString(PyExc_TypeError, "takes (source, N, K, padded, threads, target)");
     return nullptr;
   }
   const void* source = address<const void>(a[0]);
   const int64_t N = PyLong_AsLongLong(a[1]), K = PyLong_AsLongLong(a[2]), padded = PyLong_AsLongLong(a[3]);
-  void* target = address<void>(a[4]);
+  const int threads = static_cast<int>(PyLong_AsLong(a[4]));
+  void* target = address<void>(a[5]);
   if (PyErr_Occurred()) return nullptr;
-  if (N < 0 || K < 0 || padded < K || padded % w4a4::kRowAlign) {
+  if (threads < 1 || N < 0 || K < 0 || padded < K || padded % w4a4::kRowAlign) {
     PyErr_SetString(PyExc_ValueError, "sizes do not fit together");
     return nullptr;
   }
   Py_BEGIN_ALLOW_THREADS
-  convert(source, N, K, padded, target);
+  convert(source, N, K, padded, threads, target);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
 
-void pack(const void* words, int64_t N, int64_t K, int64_t padded, void* panels) {
-  w4a4::to_panels(static_cast<const uint32_t*>(words), N, K, padded, static_cast<uint8_t*>(panels));
+void pack(const void* words, int64_t N, int64_t K, int64_t padded, int threads, void* panels) {
+  w4a4::to_panels(static_cast<const uint32_t*>(words), N, K, padded, threads, static_cast<uint8_t*>(panels));
 }
 
-void unpack(const void* panels, int64_t N, int64_t K, int64_t padded, void* words) {
-  w4a4::from_panels(static_cast<const uint8_t*>(panels), N, K, padded, static_cast<uint32_t*>(words));
+void unpack(const void* panels, int64_t N, int64_t K, int64_t padded, int threads, void* words) {
+  w4a4::from_panels(static_cast<const uint8_t*>(panels), N, K, padded, threads, static_cast<uint32_t*>(words));
 }
 
 // All paths in order of preference, as (name, runs here).

@@ -92,7 +92,7 @@ extern const Path kNeonDot;
 void run(const Path& path, const Problem& problem, int threads);
 
 // Row-major words of eight nibbles [N, ceil(K/8)] to panels and back; `padded` as in Problem.
-void to_panels(const uint32_t* words, int64_t N, int64_t K, int64_t padded, uint8_t* panels);
-void from_panels(const uint8_t* panels, int64_t N, int64_t K, int64_t padded, uint32_t* words);
+void to_panels(const uint32_t* words, int64_t N, int64_t K, int64_t padded, int threads, uint8_t* panels);
+void from_panels(const uint8_t* panels, int64_t N, int64_t K, int64_t padded, int threads, uint32_t* words);
 
 }  // namespace w4a4

@@ -70,7 +70,7 @@ from omega_qvla.artifact.shards import (
 from omega_qvla.artifact.strict_json import JsonError, canonical, parse_object
 from omega_qvla.errors import ArtifactError, NotAnArtifactError, ResourceError
 
-MAX_SHARD_BYTES = 512 << 20
+MAX_SHARD_BYTES = 256 << 20
 _HASHING_THREADS = 2
 _BLOCK = 4096  # files take whole blocks
 _WRONG_HASH = "its bytes do not have the SHA-256 of the manifest"

@@ -71,10 +71,11 @@ def measure_policies(
         cpu.check_threads(subject.threads)
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(context, subject)) for subject in subjects]
-        for done, worker in enumerate(workers):
-            progress("loading", done, len(workers))
-            worker.ready()
+        workers = []
+        for done, subject in enumerate(subjects):  # one after the other: loading is measured too
+            progress("loading", done, len(subjects))
+            workers.append(stack.enter_context(_Worker(context, subject)))
+            workers[-1].ready()
         times: list[list[dict[str, float]]] = [[] for _ in workers]
         for number in range(rounds + 1):  # the first round warms up
             progress("measuring", number, rounds + 1)

@@ -189,14 +189,16 @@ def pack_panels(words: Tensor, columns: int, padded: int) -> Tensor:
     """Row-major words int32 [N, ceil(K/8)] → uint8 [panels, padded/4, 64]."""
     panels = -(-words.shape[0] // PANEL)
     out = torch.empty((panels, padded // 4, _UNIT), dtype=torch.uint8)
-    _require().pack(words.data_ptr(), words.shape[0], columns, padded, out.data_ptr())
+    threads = available_cores()  # once per layer and load: it cannot be in anybody's way for long
+    _require().pack(words.data_ptr(), words.shape[0], columns, padded, threads, out.data_ptr())
     return out
 
 
 def unpack_panels(panels: Tensor, rows: int, columns: int, padded: int) -> Tensor:
     """The inverse of ``pack_panels``."""
     out = torch.empty((rows, -(-columns // 8)), dtype=torch.int32)
-    _require().unpack(panels.data_ptr(), rows, columns, padded, out.data_ptr())
+    threads = available_cores()
+    _require().unpack(panels.data_ptr(), rows, columns, padded, threads, out.data_ptr())
     return out
 
 
