@@ -145,3 +145,40 @@ def test_compare_without_episodes_writes_rows_table_and_picture(
     assert rows[1]["checkpoint_bytes"] < rows[0]["checkpoint_bytes"]
     assert (out / "comparison.png").stat().st_size > 10_000
     assert "rtn" in capsys.readouterr().out
+
+
+def test_bench_policy_measures_both_precisions(artifact: Path, tmp_path: Path) -> None:
+    target = tmp_path / "bench.json"
+    assert (
+        run("bench", "policy", "--artifact", str(artifact), "--rounds", "1", "--json", str(target))
+        == 0
+    )
+    document = json.loads(target.read_text())
+    assert [row["precision"] for row in document["rows"]] == ["fp32", "w4a4"]
+    assert document["threads"] == 1 and document["machine"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "status"),
+    [
+        (("kernels", "--sites", "nowhere"), "sites: pi0.5 expert", 2),
+        (("kernels", "--figure", "x.png"), "--json FILE", 2),
+        (("policy", "--rounds", "0"), "at least one", 2),
+        (("policy", "--threads", "999"), "cores", 3),
+        (("policy", "--device", "cuda"), "cpu", 3),
+    ],
+)
+def test_bench_refuses_what_it_cannot_measure(
+    arguments: tuple[str, ...], expected: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("bench", *arguments) == status
+    assert expected in capsys.readouterr().err
+
+
+def test_random_observations_need_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize = ("quantize", "random:tiny-pi05", "--out", str(tmp_path / "out"))
+    assert run(*quantize, "--calibration", "random:many") == 2
+    assert "random:8" in capsys.readouterr().err
+    assert run(*quantize, "--calibration", "random:1", "--recipe", "rtn") == 0
