@@ -18,17 +18,25 @@ struct Avx512Vnni {
   static constexpr int kRows = 12;
   static constexpr int64_t kTransformRows = 6;
 
+  // T stays as it is stored.  bfloat16 is the upper half of a float32, so of 32 neighbouring columns
+  // the even ones are shifted up and the odd ones masked; the sums are put in order at the end.
   template <int R>
-  static inline void transform_tile(const float* x, int64_t ldx, const float* T, float* y, int64_t ldy) {
-    __m512 acc[R][4];
+  static inline void transform_tile(const float* x, int64_t ldx, const uint16_t* T, float* y, int64_t ldy) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    __m512 acc[R][4];  // even and odd columns of the first 32, then of the last
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
     for (int k = 0; k < kBlock; ++k) {
       __m512 t[4];
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) t[c] = _mm512_loadu_ps(T + k * kBlock + c * 16);
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) {
+        const __m512i pairs = _mm512_loadu_si512(T + k * kBlock + c * 32);
+        __builtin_prefetch(T + (k + kBlock) * kBlock + c * 32);  // the next block's
+        t[2 * c] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        t[2 * c + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const __m512 v = _mm512_set1_ps(x[r * ldx + k]);
@@ -36,13 +44,19 @@ struct Avx512Vnni {
         for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_fmadd_ps(v, t[c], acc[r][c]);
       }
     }
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) _mm512_storeu_ps(y + r * ldy + c * 16, acc[r][c]);
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) {
+        const __m512 even = acc[r][2 * c], odd = acc[r][2 * c + 1];
+        _mm512_storeu_ps(y + r * ldy + c * 32, _mm512_permutex2var_ps(even, first, odd));
+        _mm512_storeu_ps(y + r * ldy + c * 32 + 16, _mm512_permutex2var_ps(even, last, odd));
+      }
   }
 
-  static void transform(int64_t rows, const float* x, int64_t ldx, const float* T, float* y, int64_t ldy) {
+  static void transform(int64_t rows, const float* x, int64_t ldx, const uint16_t* T, float* y, int64_t ldy) {
     switch (rows) {
       case 1: return transform_tile<1>(x, ldx, T, y, ldy);
       case 2: return transform_tile<2>(x, ldx, T, y, ldy);

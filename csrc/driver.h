@@ -3,7 +3,7 @@
 //
 // An `Isa` provides
 //   kRows                                  rows of a multiplication tile
-//   transform(rows, x, ldx, T, y, ldy)     y[r, :] = x[r, 0:64] T, rows <= kTransformRows
+//   transform(rows, x, ldx, T, y, ldy)     y[r, :] = x[r, 0:64] T (bfloat16), rows <= kTransformRows
 //   abs_max(y, n)                          largest magnitude
 //   quantize(y, n, inverse, low, high, q)  clamp, then round halves to even
 //   unpack(units, steps, out)              nibbles to bytes, in the order its tile reads them
@@ -14,20 +14,12 @@
 //   fold(acc, ws, sum, first)              sum[32] (+)= float(acc) * ws
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline float bf16_to_float(uint16_t v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
-
 // Transform rows [m0, m1) block by block into y [m1 - m0, ldy].
 template <class Isa>
-static void transform_rows(const Problem& p, int64_t m0, int64_t m1, float* T, float* y, int64_t ldy) {
+static void transform_rows(const Problem& p, int64_t m0, int64_t m1, float* y, int64_t ldy) {
   const int64_t blocks = (p.K + kBlock - 1) / kBlock;
   for (int64_t b = 0; b < blocks; ++b) {
-    const uint16_t* source = p.transform + b * kBlock * kBlock;
-    for (int64_t i = 0; i < kBlock * kBlock; ++i) T[i] = bf16_to_float(source[i]);
+    const uint16_t* T = p.transform + b * kBlock * kBlock;
     const int64_t width = least(kBlock, p.K - b * kBlock);
     for (int64_t m = m0; m < m1; m += Isa::kTransformRows) {
       const int64_t rows = least(Isa::kTransformRows, m1 - m);
@@ -47,13 +39,12 @@ static void transform_rows(const Problem& p, int64_t m0, int64_t m1, float* T, f
 
 template <class Isa>
 static void quantize_rows(const Problem& p, int64_t m0, int64_t m1, float* scratch) {
-  float* T = scratch;
-  float* y = scratch + kBlock * kBlock;
+  float* y = scratch;
   const int64_t ldy = p.padded + kBlock;  // not a power of two, so that rows do not share cache sets
   const int64_t width = p.transform ? (p.K + kBlock - 1) / kBlock * kBlock : p.K;
   for (int64_t c = m0; c < m1; c += kRowChunk) {
     const int64_t end = least(c + kRowChunk, m1);
-    if (p.transform) transform_rows<Isa>(p, c, end, T, y, ldy);
+    if (p.transform) transform_rows<Isa>(p, c, end, y, ldy);
     for (int64_t m = c; m < end; ++m) {
       const float* row = p.transform ? y + (m - c) * ldy : p.x + m * p.ldx;
       float scale;
@@ -95,12 +86,12 @@ static void accumulate(const Problem& p, const uint8_t* panel, int64_t k0, int64
   for (int64_t s0 = 0; s0 < steps; s0 += kUnpackSteps) {
     const int64_t count = least(kUnpackSteps, steps - s0);
     const uint8_t* units = panel + (k0 / 4 + s0) * kUnit;
-    // Unpacking into L1 pays as soon as two tiles read the same weights.
-    if (tiles > 1) Isa::unpack(units, count, unpacked);
+    // Unpacking into L1 pays as soon as three tiles read the same weights.
+    if (tiles > 2) Isa::unpack(units, count, unpacked);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t r0 = t * p.M / tiles, r1 = (t + 1) * p.M / tiles;
       const int8_t* a = p.q + r0 * p.ldq + k0 + 4 * s0;
-      if (tiles > 1) tile_of<Isa, true>(r1 - r0, a, p.ldq, unpacked, count, widen, acc + r0 * kPanel);
+      if (tiles > 2) tile_of<Isa, true>(r1 - r0, a, p.ldq, unpacked, count, widen, acc + r0 * kPanel);
       else           tile_of<Isa, false>(r1 - r0, a, p.ldq, units, count, widen, acc + r0 * kPanel);
     }
   }

@@ -7,15 +7,22 @@
 namespace w4a4 {
 namespace {
 
+static inline float widened(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
 struct Generic {
   static constexpr int kRows = 4;
   static constexpr int64_t kTransformRows = 4;
 
-  static void transform(int64_t rows, const float* x, int64_t ldx, const float* T, float* y, int64_t ldy) {
+  static void transform(int64_t rows, const float* x, int64_t ldx, const uint16_t* T, float* y, int64_t ldy) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t n = 0; n < kBlock; ++n) {
         float sum = 0.0f;
-        for (int64_t k = 0; k < kBlock; ++k) sum = std::fma(x[r * ldx + k], T[k * kBlock + n], sum);
+        for (int64_t k = 0; k < kBlock; ++k) sum = std::fma(x[r * ldx + k], widened(T[k * kBlock + n]), sum);
         y[r * ldy + n] = sum;
       }
   }

@@ -17,14 +17,15 @@ struct NeonDot {
   static constexpr int64_t kTransformRows = 4;
 
   template <int R>
-  static inline void transform_tile(const float* x, int64_t ldx, const float* T, float* y, int64_t ldy) {
+  static inline void transform_tile(const float* x, int64_t ldx, const uint16_t* T, float* y, int64_t ldy) {
     for (int n = 0; n < kBlock; n += 16) {
       float32x4_t acc[R][4];
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < 4; ++c) acc[r][c] = vdupq_n_f32(0.0f);
       for (int k = 0; k < kBlock; ++k) {
         float32x4_t t[4];
-        for (int c = 0; c < 4; ++c) t[c] = vld1q_f32(T + k * kBlock + n + 4 * c);
+        for (int c = 0; c < 4; ++c)  // bfloat16 is the upper half of a float32
+          t[c] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(T + k * kBlock + n + 4 * c), 16));
         for (int r = 0; r < R; ++r)
           for (int c = 0; c < 4; ++c) acc[r][c] = vfmaq_n_f32(acc[r][c], t[c], x[r * ldx + k]);
       }
@@ -33,7 +34,7 @@ struct NeonDot {
     }
   }
 
-  static void transform(int64_t rows, const float* x, int64_t ldx, const float* T, float* y, int64_t ldy) {
+  static void transform(int64_t rows, const float* x, int64_t ldx, const uint16_t* T, float* y, int64_t ldy) {
     switch (rows) {
       case 1: return transform_tile<1>(x, ldx, T, y, ldy);
       case 2: return transform_tile<2>(x, ldx, T, y, ldy);

@@ -70,13 +70,13 @@ struct Path {
 // How far ahead of their use weights are asked for, in bytes.  They come from memory at every call,
 // and the processor's own prefetching ends at every page; asking past the end does no harm.
 constexpr int64_t kPrefetch = 2048;
-constexpr int64_t kRowChunk = 24;         // rows transformed together, so that T is expanded once
+constexpr int64_t kRowChunk = 24;         // rows transformed together, so that T is read once
 constexpr int64_t kUnpackSteps = 128;     // units unpacked at a time: 16 KB of weights in L1
 constexpr int64_t kUnpackedBytes = kUnpackSteps * 2 * kUnit;
 
 inline int64_t scratch_floats(const Problem& p) {
   const int64_t rows = p.M < kRowChunk ? p.M : kRowChunk;
-  return kBlock * kBlock + rows * (p.padded + kBlock);
+  return rows * (p.padded + kBlock);
 }
 
 extern const Path kGeneric;
