@@ -3,7 +3,9 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -20,6 +22,8 @@ namespace {
 
 constexpr int kMaxPhases = 4;
 constexpr int kSpins = 1500;  // about 20 microseconds
+
+using Clock = std::chrono::steady_clock;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -39,7 +43,9 @@ struct Job {
   std::atomic<int64_t> done[kMaxPhases];
   std::atomic<int> seats;  // workers still wanted
 
-  void help() {
+  // Work on items until all are done; returns how long it had to wait for others' items.
+  Clock::duration help() {
+    Clock::duration waited{};
     for (int p = 0; p < count; ++p) {
       for (;;) {
         const int64_t item = next[p].fetch_add(1, std::memory_order_relaxed);
@@ -47,15 +53,58 @@ struct Job {
         phases[p].work(item);
         done[p].fetch_add(1, std::memory_order_acq_rel);
       }
+      if (done[p].load(std::memory_order_acquire) == items[p]) continue;
+      const Clock::time_point begin = Clock::now();
       for (int spin = 0; done[p].load(std::memory_order_acquire) < items[p]; ++spin)
         if (spin < kSpins) pause(); else sched_yield();
+      waited += Clock::now() - begin;
+    }
+    return waited;
+  }
+};
+
+void run_alone(const Phase* phases, int count) {
+  for (int p = 0; p < count; ++p)
+    for (int64_t item = 0; item < phases[p].items; ++item) phases[p].work(item);
+}
+
+// Whether help is worth asking for.  A worker that another process interrupts in the middle of an
+// item makes the caller wait for a whole time slice, many times what a call takes; on a busy machine
+// that would happen again and again.  So after one such wait the next calls are made alone, twice
+// as many after each further one, and half as many again after a long spell without any.
+class Trust {
+ public:
+  bool ask() {
+    int alone = alone_.load(std::memory_order_relaxed);
+    while (alone > 0)
+      if (alone_.compare_exchange_weak(alone, alone - 1, std::memory_order_relaxed)) return false;
+    return true;
+  }
+
+  void learn(Clock::duration worked, Clock::duration waited) {
+    if (waited > worked + kLate) {
+      const int calls = penalty_.load(std::memory_order_relaxed);
+      alone_.store(calls, std::memory_order_relaxed);
+      penalty_.store(std::min(2 * calls, kLongest), std::memory_order_relaxed);
+      good_.store(0, std::memory_order_relaxed);
+    } else if (good_.fetch_add(1, std::memory_order_relaxed) + 1 >= kSpell) {
+      good_.store(0, std::memory_order_relaxed);
+      penalty_.store(std::max(penalty_.load(std::memory_order_relaxed) / 2, kShortest),
+                     std::memory_order_relaxed);
     }
   }
+
+ private:
+  // Longer than an item of any path takes beyond the caller's own share, shorter than a time slice.
+  static constexpr Clock::duration kLate = std::chrono::microseconds(200);
+  static constexpr int kShortest = 64, kLongest = 4096, kSpell = 256;  // calls
+  std::atomic<int> alone_{0}, penalty_{kShortest}, good_{0};
 };
 
 class Pool {
  public:
   void run(const Phase* phases, int count, int threads) {
+    if (!trust_.ask()) return run_alone(phases, count);
     auto job = std::make_shared<Job>();
     job->phases = phases;
     job->count = count;
@@ -74,7 +123,9 @@ class Pool {
       asleep = asleep_;
     }
     if (asleep > 0) wake_.notify_all();
-    job->help();
+    const Clock::time_point begin = Clock::now();
+    const Clock::duration waited = job->help();
+    trust_.learn(Clock::now() - begin - waited, waited);
   }
 
  private:
@@ -100,6 +151,7 @@ class Pool {
     }
   }
 
+  Trust trust_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::shared_ptr<Job> job_;
@@ -120,11 +172,7 @@ void make_pool() {
 }  // namespace
 
 void run_phases(const Phase* phases, int count, int threads) {
-  if (threads <= 1) {
-    for (int p = 0; p < count; ++p)
-      for (int64_t item = 0; item < phases[p].items; ++item) phases[p].work(item);
-    return;
-  }
+  if (threads <= 1) return run_alone(phases, count);
   std::call_once(made, make_pool);
   pool->run(phases, count, threads);
 }

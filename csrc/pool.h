@@ -2,8 +2,9 @@
 //
 // Work is a range of items claimed one by one.  The caller claims items too and only ever waits for
 // items that a worker has begun, never for a worker to wake up: on a busy machine a call takes no
-// longer than it would on one thread.  Workers spin briefly, because the next call of a network
-// usually follows at once, then sleep.  After fork() the child starts with an empty pool.
+// longer than it would on one thread, unless a worker is interrupted in the middle of an item.  After
+// that happened, calls are made alone for a while.  Workers spin briefly, because the next call of a
+// network usually follows at once, then sleep.  After fork() the child starts with an empty pool.
 #pragma once
 #include <cstdint>
 #include <functional>
