@@ -51,6 +51,7 @@ from omega_qvla.evaluation.kernel_speed import (
     measure_shape,
     summarise,
 )
+from omega_qvla.evaluation.llama_cpp import Ggml
 from omega_qvla.evaluation.policy_speed import Subject, measure_policies
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.sweep import (
@@ -206,8 +207,12 @@ class Bench(_Common):
     artifact: Annotated[
         Path | None, tyro.conf.arg(help="for `policy`: the same policy as a W4A4 artifact")
     ] = None
-    kernel: Annotated[
-        str | None, tyro.conf.arg(help="for `policy`: integer kernel; the best by default")
+    kernel: Annotated[str | None, tyro.conf.arg(help="our integer kernel; the best by default")] = (
+        None
+    )
+    llama_cpp: Annotated[
+        Path | None,
+        tyro.conf.arg(help="for `kernels`: folder of llama.cpp's libraries, to measure its Q4_0"),
     ] = None
     threads: Annotated[int, tyro.conf.arg(help="threads of every peer")] = 1
     rounds: Annotated[int, tyro.conf.arg(help="turns that every peer takes")] = 9
@@ -229,21 +234,30 @@ class Bench(_Common):
             known = ", ".join(dict.fromkeys(shape.site for shape in SHAPES))
             raise RecipeError(f"no site contains {self.sites!r}; sites: {known}")
         peaks = measure_peaks(self.threads)
+        ggml = None if self.llama_cpp is None else Ggml(self.llama_cpp)
         rows: list[dict[str, Any]] = []
         with screen.bar("measuring") as step:
             for done, shape in enumerate(shapes):
                 step(done, len(shapes), shape.site)
-                rows += measure_shape(shape, rounds=self.rounds, threads=self.threads, peaks=peaks)
+                rows += measure_shape(
+                    shape,
+                    rounds=self.rounds,
+                    threads=self.threads,
+                    peaks=peaks,
+                    kernel=self.kernel,
+                    llama_cpp=ggml,
+                )
         summary = summarise(rows)
         document = {
             **_measurement(self.threads),
             "peak_gmacs": {name: rate / 1e9 for name, rate in peaks.items()},
             "memory_gbytes": measure_bandwidth(self.threads) / 1e9,
             "int8_engine": torch.backends.quantized.engine,
+            "llama_cpp": None if ggml is None else ggml.version,
             "rows": rows,
             "summary": summary,
             "contention": [
-                measure_contention(calls=400, threads=threads)
+                measure_contention(calls=400, threads=threads, kernel=self.kernel)
                 for threads in range(1, available_cores() + 1)
             ],
         }

@@ -58,7 +58,7 @@ def test_a_summary_adds_up_times_and_work() -> None:
         return {
             "site": "s", "M": macs, "N": 1, "K": 1, "kernel": kernel, "median_us": microseconds,
             "gmacs": gmacs, "vs_fp32": 8.0 if macs == 1000 else 2.0, "vs_int8_dynamic": 1.0,
-            "share_of_peak": gmacs / 10, "share_of_vpmaddubsw_peak": None,
+            "share_of_peak": gmacs / 10, "share_of_vpmaddubsw_peak": None, "vs_llama_cpp": None,
         }  # fmt: skip
 
     rows = [row("ours", 1000, 1.0), row("ours", 3000, 2.0), row("torch fp32", 1000, 8.0)]
@@ -66,7 +66,7 @@ def test_a_summary_adds_up_times_and_work() -> None:
     assert entry["gmacs"] == pytest.approx(4000 / 3.0 / 1e3)
     assert entry["vs_fp32"] == pytest.approx((8.0 * 1.0 + 2.0 * 2.0) / 3.0)
     assert entry["share_of_peak"] == pytest.approx(entry["gmacs"] / 10)
-    assert "share_of_vpmaddubsw_peak" not in entry
+    assert "share_of_vpmaddubsw_peak" not in entry and "vs_llama_cpp" not in entry
 
 
 @needs_kernels

@@ -24,11 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import ResourceError
+from omega_qvla.evaluation.llama_cpp import LLAMA_CPP, Q4_0_BYTES_PER_WEIGHT, Ggml
 from omega_qvla.evaluation.timing import medians, percentile, take_turns
 from omega_qvla.runtime.kernels import cpu
 
 COLD_BYTES = 96 << 20
 """Weights a peer walks through: three times the largest cache of common machines."""
+
+
+_RATIOS = (
+    "vs_fp32",
+    "vs_int8_dynamic",
+    "vs_llama_cpp",
+    "share_of_peak",
+    "share_of_vpmaddubsw_peak",
+)
 
 
 @dataclass(frozen=True)
@@ -89,23 +99,34 @@ def measure_shape(
     rounds: int,
     threads: int,
     peaks: dict[str, float],
+    kernel: str | None = None,
+    llama_cpp: Ggml | None = None,
     cold_bytes: int = COLD_BYTES,
 ) -> list[dict[str, Any]]:
     """Rows of one shape, one per peer (keys: docs/json.md).
 
+    Args:
+        peaks: multiply-adds per second by instruction set.
+        kernel: our instruction set; the best one when None.
+        llama_cpp: llama.cpp's libraries, to have its 4-bit path as a further peer.
+
     Raises:
-        ResourceError: the C++ kernels are not installed, or more threads than cores.
+        ResourceError: the C++ kernels are not installed or this processor lacks the one asked for,
+            or more threads than cores.
     """
-    name = _require_kernel()
+    name = kernel or _require_kernel()
     cpu.check_threads(threads)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((shape.M, shape.K), generator=generator)
     with _torch_threads(threads):
         calls = {
-            name: _ours(shape, rows, threads, generator, cold_bytes),
+            name: _ours(shape, rows, threads, generator, cold_bytes, kernel),
             "torch fp32": _float(shape, rows, cold_bytes),
             "torch int8 dynamic": _int8_dynamic(shape, rows, cold_bytes),
         }
+        if llama_cpp is not None and llama_cpp.supports(shape.K):
+            copies = _copies(shape.N * shape.K * Q4_0_BYTES_PER_WEIGHT, cold_bytes)
+            calls[LLAMA_CPP] = llama_cpp.linear(rows, shape.N, copies=copies, threads=threads)
         found = medians(take_turns(calls, rounds=rounds, warm_up=2))
     macs = shape.M * shape.N * shape.K
     return [
@@ -124,6 +145,7 @@ def measure_shape(
             "gmacs": macs / seconds / 1e9,
             "vs_fp32": found["torch fp32"] / seconds,
             "vs_int8_dynamic": found["torch int8 dynamic"] / seconds,
+            "vs_llama_cpp": found[LLAMA_CPP] / seconds if LLAMA_CPP in found else None,
             "share_of_peak": macs / seconds / peaks[name] if kernel == name else None,
             "share_of_vpmaddubsw_peak": macs / seconds / peaks["avx2"]
             if kernel == name and "avx2" in peaks
@@ -158,33 +180,35 @@ def machine_name() -> str:
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ratios over all layers of a site: sums of medians, as a policy would add them up."""
-    ours = [row for row in rows if not row["kernel"].startswith("torch")]
+    peers = ("torch fp32", "torch int8 dynamic", LLAMA_CPP)
+    ours = [row for row in rows if row["kernel"] not in peers]
     summary = []
     for site in dict.fromkeys(row["site"] for row in ours):
         mine = [row for row in ours if row["site"] == site]
         total = sum(row["median_us"] for row in mine)
         macs = sum(row["M"] * row["N"] * row["K"] for row in mine)
         entry: dict[str, Any] = {"site": site, "gmacs": macs / total / 1e3}
-        for key in ("vs_fp32", "vs_int8_dynamic"):
-            entry[key] = sum(row[key] * row["median_us"] for row in mine) / total
-        for key in ("share_of_peak", "share_of_vpmaddubsw_peak"):
+        for key in _RATIOS:
             if all(row[key] is not None for row in mine):
                 entry[key] = sum(row[key] * row["median_us"] for row in mine) / total
         summary.append(entry)
     return summary
 
 
-def measure_contention(*, calls: int, threads: int) -> dict[str, Any]:
+def measure_contention(*, calls: int, threads: int, kernel: str | None = None) -> dict[str, Any]:
     """Latency of a call of about 0.3 ms, alone and with every core kept busy by other processes.
 
     The caller sleeps between calls, as a robot's control loop does.
+
+    Raises:
+        ResourceError: as ``measure_shape``.
     """
     _require_kernel()
     cpu.check_threads(threads)
     generator = torch.Generator().manual_seed(0)
     shape = Shape("contention", 10, 4096, 1024, static=True)
     rows = torch.randn((shape.M, shape.K), generator=generator)
-    call = _ours(shape, rows, threads, generator, 8 << 20)
+    call = _ours(shape, rows, threads, generator, 8 << 20, kernel)
     idle = _latencies(call, calls)
     context = multiprocessing.get_context("spawn")
     others = [context.Process(target=_burn, daemon=True) for _ in range(cpu.available_cores())]
@@ -247,7 +271,12 @@ def _copies(weight_bytes: float, cold_bytes: int) -> int:
 
 
 def _ours(
-    shape: Shape, rows: Tensor, threads: int, generator: torch.Generator, cold_bytes: int
+    shape: Shape,
+    rows: Tensor,
+    threads: int,
+    generator: torch.Generator,
+    cold_bytes: int,
+    kernel: str | None = None,
 ) -> Callable[[], Tensor]:
     blocks = -(-shape.K // cpu.BLOCK)
     width = blocks * cpu.BLOCK
@@ -262,6 +291,7 @@ def _ours(
             columns=shape.K,
             group=shape.group,
             transform=torch.randn((blocks, cpu.BLOCK, cpu.BLOCK), generator=generator).bfloat16(),
+            path=kernel,
         )
         for _ in range(_copies(shape.N * width / 2, cold_bytes))
     ]

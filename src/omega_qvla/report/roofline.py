@@ -16,12 +16,13 @@ from typing import Any
 
 from omega_qvla.report.results import ReportError
 
-_BYTES_PER_WEIGHT = {"torch fp32": 4.0, "torch int8 dynamic": 1.0}
+_BYTES_PER_WEIGHT = {"torch fp32": 4.0, "torch int8 dynamic": 1.0, "llama.cpp Q4_0": 18 / 32}
 _OURS = 0.5
 _NEEDED = ("rows", "peak_gmacs", "memory_gbytes", "machine", "threads")
 _STYLE = {
     "torch fp32": ("#999999", "s", "torch fp32"),
     "torch int8 dynamic": ("#E69F00", "D", "torch int8 dynamic"),
+    "llama.cpp Q4_0": ("#009E73", "^", "llama.cpp Q4_0"),
 }
 _OUR_COLOUR = "#0072B2"
 _RC = {

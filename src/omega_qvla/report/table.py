@@ -156,13 +156,15 @@ def _join(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def kernel_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     """One line per site of ``bench kernels``: sums over its layers."""
-    header = ("layers of", "GMAC/s", "vs torch fp32", "vs torch int8", "of peak", "of vpmaddubsw")
+    header = ("layers of", "GMAC/s", "vs torch fp32", "vs torch int8", "vs llama.cpp Q4_0")
+    header += ("of peak", "of vpmaddubsw")
     rows = tuple(
         (
             entry["site"],
             f"{entry['gmacs']:.0f}",
             f"{entry['vs_fp32']:.1f}×",
             f"{entry['vs_int8_dynamic']:.2f}×",
+            f"{entry['vs_llama_cpp']:.1f}×" if "vs_llama_cpp" in entry else MISSING,
             _percent(entry.get("share_of_peak")),
             _percent(entry.get("share_of_vpmaddubsw_peak")),
         )
