@@ -194,7 +194,7 @@ def bfloat16_representable(x: Tensor) -> Tensor:
 
 
 def _symmetrize(matrix: Tensor, tile: int = 2048) -> Tensor:
-    """(M + Mᵀ)/2 in place, tile by tile: at K = 16384 every copy would be a gigabyte."""
+    """(M + Mᵀ)/2 in place, tile by tile."""
     for i in range(0, matrix.shape[0], tile):
         for j in range(i, matrix.shape[0], tile):
             upper, lower = matrix[i : i + tile, j : j + tile], matrix[j : j + tile, i : i + tile]
@@ -256,15 +256,24 @@ class BlockTransform:
         return self._multiply(weight, inverse_transpose)
 
     def second_moment(self, moment: Tensor) -> Tensor:
-        """Second moment Σ xᵀx [width, width] of inputs → of transformed inputs, Tᵀ H T [K, K]."""
+        """Second moment Σ xᵀx [width, width] of inputs → of transformed inputs, Tᵀ H T [K, K].
+
+        ``moment``, float32 or float64, is used up: at K = 16384 every copy would be a gigabyte.
+        """
         if moment.shape != (self.width, self.width):
             raise ValueError(
                 f"the second moment must be [{self.width}, {self.width}], got {list(moment.shape)}"
             )
-        half = self._multiply(moment, self.matrix)
-        out = self._multiply(half.t(), self.matrix)
-        del half
-        return _symmetrize(out)
+        moment = pad_to_block(pad_to_block(moment, self.block).t(), self.block).t()
+        if self.permutation is not None:
+            moment = moment[self.permutation][:, self.permutation]
+        blocks = [slice(i, i + self.block) for i in range(0, self.padded_width, self.block)]
+        matrices = self.matrix.to(moment.dtype)
+        for block, matrix in zip(blocks, matrices, strict=True):
+            moment[:, block] = moment[:, block] @ matrix
+        for block, matrix in zip(blocks, matrices, strict=True):
+            moment[block] = matrix.t() @ moment[block]
+        return _symmetrize(moment)
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.width:

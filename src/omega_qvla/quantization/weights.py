@@ -24,6 +24,7 @@ chunks to bound memory.
 
 Precision: factorization and weights in float64 up to K = 1024, above that in float32, where the
 factor is accepted only if H⁻¹ = Uᵀ U holds on a probe vector; otherwise float64 is used after all.
+The Hessian is reversed, factored and inverted in one matrix: at K = 16384 each is a gigabyte.
 """
 
 from __future__ import annotations
@@ -287,15 +288,17 @@ def _coupling(hessian: Tensor, damping: float) -> tuple[Tensor | None, Tensor, s
     dtypes = (torch.float64,) if narrow else (torch.float32, torch.float64)
     for raises in range(MAX_DAMPING_RAISES + 1):
         damped = damping * 10.0**raises
+        added = torch.full_like(diagonal, damped, dtype=torch.float64)
+        added[dead] += 1.0
         for dtype in dtypes:
-            normal = hessian.to(dtype) / mean
-            normal.diagonal()[dead] = 1.0
-            normal.diagonal().add_(damped)
-            coupling = _row_normalised_inverse_factor(normal)
-            del normal
-            if coupling is not None:
+            normal = hessian.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            normal.div_(mean)
+            normal.diagonal().add_(added.to(dtype))
+            factor = _inverse_factor(normal)
+            if factor is not None and _inverts(factor, hessian, mean, added):
                 note = f"damping raised from {damping:g} to {damped:g}" if raises else None
-                return coupling, dead, note
+                return factor.div_(factor.diagonal().clone().unsqueeze(-1)), dead, note
+            del normal, factor
     return (
         None,
         dead,
@@ -306,21 +309,55 @@ def _coupling(hessian: Tensor, damping: float) -> tuple[Tensor | None, Tensor, s
     )
 
 
-def _row_normalised_inverse_factor(hessian: Tensor) -> Tensor | None:
-    """U_ik / U_ii of H⁻¹ = UᵀU for a symmetric [K, K], or None if H is not positive definite."""
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if int(info) != 0:
-        return None
-    upper = lower.flip(0, 1)
-    del lower
-    factor = _invert_upper(upper)
-    probe = torch.ones(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+def _inverse_factor(hessian: Tensor) -> Tensor | None:
+    """U of H⁻¹ = UᵀU for a symmetric [K, K], in its place, or None if H is not positive definite."""
+    reverse_(hessian)
+    info = torch.empty((), dtype=torch.int32, device=hessian.device)
+    # The upper factor of the symmetric matrix's transpose is, read by rows, the lower one.
+    transposed = hessian.t()
+    torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, info))
+    return None if int(info) != 0 else _invert_upper(reverse_(hessian))
+
+
+def _inverts(factor: Tensor, hessian: Tensor, mean: float, added: Tensor) -> bool:
+    """Whether H⁻¹ = UᵀU holds on a probe vector, H being ``hessian`` / mean + diag(added).
+
+    In float64 whatever U is stored in: a single strong direction shared by all channels makes H
+    thousands of times larger along it, and a float32 product would lose more digits here than the
+    factor has lost.
+    """
+    probe = torch.ones(hessian.shape[0], dtype=torch.float64, device=hessian.device)
     probe[1::2] = -1.0
-    residual = hessian @ (factor.t() @ (factor @ probe)) - probe
+    inverse = _transposed_product(factor, _product(factor, probe))
+    residual = _product(hessian, inverse) / mean + added * inverse - probe
     # A NaN residual fails this comparison too.
-    if not bool(residual.norm() <= 1e-2 * probe.norm()):
-        return None
-    return factor.div_(factor.diagonal().clone().unsqueeze(-1))
+    return bool(residual.norm() <= 1e-2 * probe.norm())
+
+
+def _product(matrix: Tensor, vector: Tensor, rows: int = 1024) -> Tensor:
+    """matrix [K, K] times a float64 vector, widened a few rows at a time."""
+    return torch.cat([part.to(torch.float64) @ vector for part in matrix.split(rows)])
+
+
+def _transposed_product(matrix: Tensor, vector: Tensor, rows: int = 1024) -> Tensor:
+    """The transpose of matrix [K, K] times a float64 vector, widened a few rows at a time."""
+    total = torch.zeros_like(vector)
+    for part, of_rows in zip(matrix.split(rows), vector.split(rows), strict=True):
+        total += part.to(torch.float64).t() @ of_rows
+    return total
+
+
+def reverse_(matrix: Tensor, chunk: int = 1 << 22) -> Tensor:
+    """Reverse the order of rows and of columns of a contiguous matrix, in place."""
+    flat = matrix.view(-1)  # both orders reversed are all elements in reverse
+    count = flat.shape[0]
+    for start in range(0, count // 2, chunk):
+        end = min(start + chunk, count // 2)
+        head, tail = flat[start:end], flat[count - end : count - start]
+        flipped = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(flipped)
+    return matrix
 
 
 def _invert_upper(upper: Tensor, tile: int = 2048) -> Tensor:
