@@ -310,13 +310,13 @@ def _coupling(hessian: Tensor, damping: float) -> tuple[Tensor | None, Tensor, s
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    """U of H⁻¹ = UᵀU for a symmetric [K, K], in its place, or None if H is not positive definite."""
-    reverse_(hessian)
+    """U of H⁻¹ = UᵀU for a symmetric [K, K], in its place; None if H is not positive definite."""
+    _reverse(hessian)
     info = torch.empty((), dtype=torch.int32, device=hessian.device)
     # The upper factor of the symmetric matrix's transpose is, read by rows, the lower one.
     transposed = hessian.t()
     torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, info))
-    return None if int(info) != 0 else _invert_upper(reverse_(hessian))
+    return None if int(info) != 0 else _invert_upper(_reverse(hessian))
 
 
 def _inverts(factor: Tensor, hessian: Tensor, mean: float, added: Tensor) -> bool:
@@ -347,7 +347,7 @@ def _transposed_product(matrix: Tensor, vector: Tensor, rows: int = 1024) -> Ten
     return total
 
 
-def reverse_(matrix: Tensor, chunk: int = 1 << 22) -> Tensor:
+def _reverse(matrix: Tensor, chunk: int = 1 << 22) -> Tensor:
     """Reverse the order of rows and of columns of a contiguous matrix, in place."""
     flat = matrix.view(-1)  # both orders reversed are all elements in reverse
     count = flat.shape[0]
