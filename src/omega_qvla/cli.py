@@ -67,7 +67,7 @@ from omega_qvla.policies.loading import (
     policy_structure,
     stream_policy,
 )
-from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.native import HasEmbodiments, NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe, Scope
@@ -154,6 +154,9 @@ class Quantize(_Common):
         str | None,
         tyro.conf.arg(help="npz file, builtin:NAME or random:COUNT; the policy's own by default"),
     ] = None
+    embodiment: Annotated[
+        int | None, tyro.conf.arg(help="GR00T: keep the layers of this robot only; all by default")
+    ] = None
     device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
     resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="only predict the memory table")] = False
@@ -162,7 +165,7 @@ class Quantize(_Common):
         _require_cpu(self.device)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         if self.dry_run:
-            policy = policy_structure(self.policy)
+            policy = _of_embodiment(policy_structure(self.policy), self.embodiment)
             sites = [{"name": name} for name in _covered_sites(policy, recipe)]
             content = recipe.model_dump(mode="json")
             report = _inspection(predict(policy, recipe), content, sites, best_kernel())
@@ -176,6 +179,7 @@ class Quantize(_Common):
             )
         # A recipe that cascades runs on its own results, which needs the whole policy in memory.
         policy = load_policy(self.policy) if recipe.cascade else stream_policy(self.policy)
+        policy = _of_embodiment(policy, self.embodiment)
         observations = _calibration(self.calibration or _default_calibration(self.policy), policy)
         if (self.calibration or "").startswith("random:"):
             screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
@@ -661,6 +665,17 @@ def _inspection(
     memory: Mapping[str, Any], recipe: Mapping[str, Any], sites: Sequence[Any], kernel: str
 ) -> dict[str, Any]:
     return {"schema": 1, **memory, "recipe": recipe, "kernel": kernel, "sites": list(sites)}
+
+
+def _of_embodiment(policy: NativePolicy, embodiment: int | None) -> NativePolicy:
+    """The policy with the layers of one robot, or as it is."""
+    if embodiment is None:
+        return policy
+    if not isinstance(policy, HasEmbodiments):
+        raise PolicyError(
+            f"a {policy.family} policy has no layers per embodiment; leave --embodiment out"
+        )
+    return policy.keep_embodiments((embodiment,), embodiment)
 
 
 def _covered_sites(policy: NativePolicy, recipe: Recipe) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 
 Modulation = Callable[[Tensor], Tensor]
 """Flow times [T] → adaptive-norm modulation [T, norms, parts, D]."""
+
+
+@runtime_checkable
+class HasEmbodiments(Protocol):
+    """A policy with layers of its own for every kind of robot."""
+
+    def keep_embodiments(
+        self, embodiments: Sequence[int], embodiment: int | None = None
+    ) -> NativePolicy:
+        """The same policy without the layers of other embodiments."""
+        ...
 
 
 class NativePolicy(ABC):
