@@ -172,6 +172,23 @@ def test_one_embodiment_alone_gives_the_same_actions_in_fewer_bytes(
     assert ours["reference_bytes"] == all_three["reference_bytes"]
 
 
+def test_loaded_embodiments_stay_in_16_bits_and_act_the_same(tmp_path: Path) -> None:
+    """Widening the one matrix that is used is exact, so not a bit of the actions may change."""
+    policy = load_policy("random:tiny-gr00t")
+    size = policy.config.vision.image_size
+    one = Observations.random(policy.config.cameras, 4, count=1, size=size)
+    result = oq.quantize(policy, one, "rtn")
+    result.save_pretrained(tmp_path / "out")
+    loaded = oq.load(tmp_path / "out")
+    stack = loaded.policy.module.get_parameter("action_head.action_encoder.W2.W")
+    assert stack.dtype == torch.bfloat16
+    start = np.zeros(policy.noise_shape, np.float32)
+    assert np.array_equal(
+        loaded.sample_actions(one[0], start), result.sample_actions(one[0], start)
+    )
+    assert loaded.memory_report() == result.memory_report()
+
+
 def test_embodiments_are_chosen_before_quantizing(quantized: QuantizedPolicy) -> None:
     with pytest.raises(PolicyError, match="before quantizing"):
         quantized.policy.keep_embodiments((1,))
