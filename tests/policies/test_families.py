@@ -10,6 +10,8 @@ import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import HasEmbedding, linears_of, sites_of
+from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
+from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
 from omega_qvla.policies.loading import RANDOM, policy_skeleton, policy_structure
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.step_table import HasStepTable
@@ -70,6 +72,20 @@ def test_a_random_policy_is_the_same_for_the_same_name_and_acts(name: str) -> No
     assert chunk.shape == (first.config.horizon, first.config.robot_action_dim)
     assert np.isfinite(chunk).all()
     assert first.prompt_tokens(observation) > 2 * first.config.tokens_per_image
+
+
+def test_padding_of_the_action_vector_is_no_part_of_a_chunk(
+    small_gr00t: NativePolicy, few: Observations, noise: np.ndarray
+) -> None:
+    config = small_gr00t.config.model_copy(update={"robot_action_dim": 3})
+    module = small_gr00t.clone().module
+    module.config = config
+    statistics = identity_statistics(config)
+    processor = Gr00tProcessor(config, statistics, small_gr00t.processor.tokenizer)
+    policy = Gr00tN15Policy(module, processor)
+    whole = small_gr00t.sample_normalized(few[0], noise)
+    assert torch.equal(policy.sample_normalized(few[0], noise), whole[:, :3])
+    assert policy.sample_actions(few[0], noise).shape == (4, 3)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -210,10 +210,14 @@ class NativePolicy(ABC):
         steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """One chunk in the network's normalized units, [horizon, action_dim] float32."""
+        """One chunk in the network's normalized units, [horizon, robot_action_dim] float32.
+
+        What the network puts into the padding beyond the robot's own dimensions is no action.
+        """
         seen = self.see(observation)
         start = self._noise(noise, generator)
-        return self.denoise(self.read(seen), start, self.steps if steps is None else steps)[0]
+        chunk = self.denoise(self.read(seen), start, self.steps if steps is None else steps)[0]
+        return chunk[:, : self.config.robot_action_dim]
 
     def sample_actions(
         self,
