@@ -68,7 +68,7 @@ from omega_qvla.policies.loading import (
     policy_structure,
     stream_policy,
 )
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.native import HasEmbodiments, NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe, Scope
@@ -155,6 +155,9 @@ class Quantize(_Common):
         str | None,
         tyro.conf.arg(help="npz file, builtin:NAME or random:COUNT; the policy's own by default"),
     ] = None
+    embodiment: Annotated[
+        int | None, tyro.conf.arg(help="GR00T: keep the layers of this robot only; all by default")
+    ] = None
     device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
     resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="only predict the memory table")] = False
@@ -163,7 +166,7 @@ class Quantize(_Common):
         _require_cpu(self.device)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         if self.dry_run:
-            policy = policy_structure(self.policy)
+            policy = _of_embodiment(policy_structure(self.policy), self.embodiment)
             sites = [{"name": name} for name in _covered_sites(policy, recipe)]
             content = recipe.model_dump(mode="json")
             report = _inspection(predict(policy, recipe), content, sites, best_kernel())
@@ -177,6 +180,7 @@ class Quantize(_Common):
             )
         # A recipe that cascades runs on its own results, which needs the whole policy in memory.
         policy = load_policy(self.policy) if recipe.cascade else stream_policy(self.policy)
+        policy = _of_embodiment(policy, self.embodiment)
         observations = _calibration(self.calibration or _default_calibration(self.policy), policy)
         if (self.calibration or "").startswith("random:"):
             screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
@@ -677,12 +681,23 @@ def _inspection(
     return {"schema": 1, **memory, "recipe": recipe, "kernel": kernel, "sites": list(sites)}
 
 
-def _covered_sites(policy: Pi05Policy, recipe: Recipe) -> list[str]:
+def _of_embodiment(policy: NativePolicy, embodiment: int | None) -> NativePolicy:
+    """The policy with the layers of one robot, or as it is."""
+    if embodiment is None:
+        return policy
+    if not isinstance(policy, HasEmbodiments):
+        raise PolicyError(
+            f"a {policy.family} policy has no layers per embodiment; leave --embodiment out"
+        )
+    return policy.keep_embodiments((embodiment,), embodiment)
+
+
+def _covered_sites(policy: NativePolicy, recipe: Recipe) -> list[str]:
     return [
         site.name
         for stage in policy.stages()
         for site in stage.sites
-        if recipe.scheme(site.component) is not None
+        if recipe.scheme_of(site) is not None
     ]
 
 
@@ -697,7 +712,7 @@ def _measurement(threads: int) -> dict[str, Any]:
     }
 
 
-def _calibration(source: str, policy: Pi05Policy) -> Observations:
+def _calibration(source: str, policy: NativePolicy) -> Observations:
     """Observations by name; ``random:COUNT`` is noise in the shape the policy wants."""
     scheme, _, count = source.partition(":")
     if scheme != "random":
