@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.pi05 import GemmaConfig, Pi05Config, Pi05Module, VisionConfig
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
-from omega_qvla.policies.processing import NormalizationStatistics, Quantiles, WordTokenizer
+from omega_qvla.policies.processing import WordTokenizer
 from omega_qvla.recipe import Recipe
 
 INSTRUCTION = "press the button"

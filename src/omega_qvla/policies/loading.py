@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from omega_qvla.errors import PolicyError, ResourceError
-from omega_qvla.policies.checkpoints.openpi import CONFIG, read_openpi, stream_openpi
+from omega_qvla.policies.checkpoints.choices import Choices
+from omega_qvla.policies.checkpoints.files import UNSAFE_SUFFIXES, unsafe_message
+from omega_qvla.policies.checkpoints.hub import fetch, looks_unpinned, parse_hub_id
+from omega_qvla.policies.checkpoints.layout import reader_for
+from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_parameters
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
-from omega_qvla.policies.processing import (
-    ByteTokenizer,
-    NormalizationStatistics,
-    Quantiles,
-)
+from omega_qvla.policies.processing import ByteTokenizer
 from omega_qvla.policies.weight_store import SeededWeights, materialize
 
 BUILTIN = {"tiny-pi05": "tiny_pi05"}
@@ -28,58 +28,65 @@ RANDOM = ("pi05", "pi05-libero", "tiny-pi05")
 """Shapes that ``random:`` offers; ``pi05-libero`` is pi0.5 with 2 cameras and horizon 10."""
 
 
-def load_policy(source: str | Path) -> Pi05Policy:
+def load_policy(source: str | Path, choices: Choices | None = None) -> Pi05Policy:
     """Load a full-precision policy.
 
     Args:
         source: ``builtin:tiny-pi05``; ``random:pi05`` or ``random:tiny-pi05`` (true shapes,
-            seeded random weights); or a directory in openpi's layout with a ``config.json``.
+            seeded random weights); a directory in the layout of openpi or LeRobot; or such a
+            directory on the hub, ``owner/name@revision`` (docs/checkpoints.md).
+        choices: answers to what the checkpoint does not say.
 
     Raises:
-        PolicyError: unknown name, not a policy directory, or weights that do not fit.
-        ResourceError: not enough memory for a random policy of that size.
+        PolicyError: unknown name, not a policy directory, weights that do not fit, or something
+            the checkpoint does not say.
+        ResourceError: not enough memory for a random policy of that size; a library is missing;
+            the hub cannot be reached.
     """
     scheme, _, name = str(source).partition(":")
     if scheme == "random":
         return random_policy(name)
-    return read_openpi(_directory(source))
+    directory = policy_directory(source)
+    return reader_for(directory).read(directory, choices or Choices())
 
 
-def stream_policy(source: str | Path) -> Pi05Policy:
+def stream_policy(source: str | Path, choices: Choices | None = None) -> Pi05Policy:
     """The policy ``load_policy`` loads, its weights read layer by layer while it is quantized.
 
     Raises:
-        PolicyError: as ``load_policy``.
+        PolicyError, ResourceError: as ``load_policy``.
     """
     scheme, _, name = str(source).partition(":")
     if scheme == "random":
         return stream_random(name)
-    return stream_openpi(_directory(source))
+    directory = policy_directory(source)
+    return reader_for(directory).stream(directory, choices or Choices())
 
 
-def _directory(source: str | Path) -> Path:
-    """The folder of a policy in openpi's layout."""
+def policy_directory(source: str | Path) -> Path:
+    """The folder a policy is in; one on the hub is fetched.
+
+    Raises:
+        PolicyError: there is no such folder.
+        ResourceError: the hub cannot be reached.
+    """
     text = str(source)
     scheme, _, name = text.partition(":")
     if scheme == "builtin":
         return builtin_directory(name)
     directory = Path(source)
-    if not directory.is_dir():
-        raise PolicyError(
-            f"no policy at {text!r}: give a directory, builtin:{'|'.join(BUILTIN)} or "
-            f"random:{'|'.join(RANDOM)}"
-        )
-    if (directory / "omega_config.json").exists():
-        raise PolicyError(
-            f"{text!r} is a quantized artifact; load it with omega_qvla.load, or give the "
-            "full-precision checkpoint it was made from"
-        )
-    if not (directory / CONFIG).exists():
-        raise PolicyError(
-            f"{text!r} has no {CONFIG}: it is not a policy directory this version reads "
-            "(openpi layout with config.json, tokenizer.json and assets/*/norm_stats.json)"
-        )
-    return directory
+    if directory.is_dir():
+        return directory
+    identity = parse_hub_id(text)
+    if identity is not None:
+        return fetch(identity)
+    if directory.suffix in UNSAFE_SUFFIXES and directory.exists():
+        raise PolicyError(unsafe_message([directory]))
+    hint = "; on the hub, pin the revision: owner/name@<commit>" if looks_unpinned(text) else ""
+    raise PolicyError(
+        f"no policy at {text!r}: give a directory, builtin:{'|'.join(BUILTIN)}, "
+        f"random:{'|'.join(RANDOM)}, or owner/name@revision on the hub{hint}"
+    )
 
 
 def policy_skeleton(
@@ -106,14 +113,14 @@ def builtin_directory(name: str) -> Path:
     return Path(str(files("omega_qvla") / "assets" / BUILTIN[name]))
 
 
-def policy_structure(source: str | Path) -> Pi05Policy:
-    """A policy for looking at shapes: a random one costs no memory (its tensors are on meta).
+def policy_structure(source: str | Path, choices: Choices | None = None) -> Pi05Policy:
+    """A policy for looking at shapes: its tensors cost no memory.
 
     Raises:
-        PolicyError: as ``load_policy``.
+        PolicyError, ResourceError: as ``load_policy``.
     """
     scheme, _, name = str(source).partition(":")
-    return random_structure(name) if scheme == "random" else load_policy(source)
+    return random_structure(name) if scheme == "random" else stream_policy(source, choices)
 
 
 def random_structure(name: str) -> Pi05Policy:
