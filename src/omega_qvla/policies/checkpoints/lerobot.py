@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.files import contained_file, read_json
+from omega_qvla.policies.checkpoints.shards import StoredTensors
 from omega_qvla.policies.normalization import MeanStd, Normalization, Range, Unchanged
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -193,6 +194,22 @@ def normalization(step: Step, key: str, width: int) -> Normalization:
         return Range(low=first, high=second, flat_width=margin)
     except ValidationError as error:
         raise PolicyError(f"{step.where}: statistics of {key} are invalid: {error}") from error
+
+
+def without_prefix(stored: StoredTensors, prefix: str) -> StoredTensors:
+    """The tensors under the original's names: LeRobot's prefix, where there is one, taken off.
+
+    Raises:
+        PolicyError: some tensors have the prefix and some have not.
+    """
+    bare = [name for name in stored.headers if not name.startswith(prefix)]
+    if len(bare) == len(stored.headers):
+        return stored
+    if bare:
+        raise PolicyError(
+            f"{stored.where}: some tensors have LeRobot's prefix {prefix!r} and {bare[0]} does not"
+        )
+    return stored.renamed(lambda name: name.removeprefix(prefix))
 
 
 def parse_config(content: Mapping[str, Any], model: type[Any], where: str) -> Any:

@@ -34,6 +34,7 @@ from omega_qvla.policies.checkpoints.lerobot import (
     refuse_adapters,
     renamed_cameras,
     require_step,
+    without_prefix,
 )
 from omega_qvla.policies.checkpoints.paligemma import paligemma_tokenizer
 from omega_qvla.policies.checkpoints.pi05_sizes import (
@@ -123,16 +124,6 @@ def _read_structure(
     processor = _processor(directory, choices, settings, sizes)
     with torch.device("meta"):
         return Pi05Module(processor.config), processor, stored
-
-
-def without_prefix(stored: StoredTensors, prefix: str) -> StoredTensors:
-    """The tensors under openpi's own names.
-
-    LeRobot's ``model.`` is taken off if every tensor has it; published base policies are without.
-    """
-    if not all(name.startswith(prefix) for name in stored.headers):
-        return stored
-    return stored.renamed(lambda name: name.removeprefix(prefix))
 
 
 def _processor(
