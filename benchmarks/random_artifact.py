@@ -14,7 +14,7 @@ import torch
 
 from omega_qvla.policies.base import QuantizationSite, linears_of, sites_of
 from omega_qvla.policies.loading import stream_policy
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.weight_store import hold
 from omega_qvla.quantization.embedding import quantize_rows
 from omega_qvla.quantization.pipeline import Quantization
@@ -29,10 +29,10 @@ _INTEGER_SPREAD = 4.6
 
 
 def random_site(
-    policy: Pi05Policy, site: QuantizationSite, recipe: Recipe, generator: torch.Generator
+    policy: NativePolicy, site: QuantizationSite, recipe: Recipe, generator: torch.Generator
 ) -> QuantizedSite:
     """Random integers and orthogonal blocks where quantization would have put its own."""
-    scheme = recipe.scheme(site.component)
+    scheme = recipe.scheme_of(site)
     assert scheme is not None
     linears = linears_of(policy.module, site)
     width, outputs = linears[0].in_features, sum(linear.out_features for linear in linears)

@@ -10,6 +10,15 @@ import pytest
 import torch
 
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.policies.gr00t_n15 import (
+    PLAIN_PROMPT,
+    Gr00tN15Config,
+    Gr00tN15Module,
+    QwenConfig,
+    TransformerConfig,
+)
+from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
+from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
 from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.pi05 import GemmaConfig, Pi05Config, Pi05Module, VisionConfig
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
@@ -56,6 +65,42 @@ def build_policy(seed: int = 0, **changes: Any) -> Pi05Policy:
     return Pi05Policy(module, Pi05Processor(config, statistics, tokenizer))
 
 
+def build_gr00t(seed: int = 0, **changes: Any) -> Gr00tN15Policy:
+    """A small GR00T policy with random weights and three embodiments, for the same observations."""
+    tokenizer = WordTokenizer.for_instructions([INSTRUCTION])
+    config = Gr00tN15Config(
+        vision=VisionConfig(width=64, hidden=72, heads=2, depth=1, image_size=28),
+        backbone=QwenConfig(width=64, hidden=128, heads=4, kv_heads=2, head_dim=16, depth=2),
+        features=TransformerConfig(width=64, heads=2, depth=1),
+        head=TransformerConfig(width=64, heads=2, depth=2),
+        head_hidden=48,
+        future_tokens=3,
+        positions=8,
+        vocabulary=len(tokenizer.vocabulary),
+        image_token=0,
+        horizon=4,
+        action_dim=4,
+        robot_action_dim=4,
+        state_width=6,
+        state_dim=4,
+        embodiments=(0, 1, 2),
+        embodiment=1,
+        cameras=("base", "wrist"),
+        prompt=PLAIN_PROMPT,
+        prompt_length=32,
+        steps=STEPS,
+    ).model_copy(update=changes)
+    with torch.device("meta"):
+        module = Gr00tN15Module(config)
+    module = module.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+            parameter.normal_(0.0, spread, generator=generator)
+    return Gr00tN15Policy(module, Gr00tProcessor(config, identity_statistics(config), tokenizer))
+
+
 def build_observations(count: int = 3, seed: int = 0) -> Observations:
     """Noise images and random states."""
     source = np.random.default_rng(seed)
@@ -87,6 +132,12 @@ def policy() -> Pi05Policy:
 def small_policy() -> Pi05Policy:
     """The same, shared by tests that only read it."""
     return build_policy()
+
+
+@pytest.fixture(scope="session")
+def small_gr00t() -> Gr00tN15Policy:
+    """A small GR00T N1.5 policy with random weights, shared by tests that only read it."""
+    return build_gr00t()
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ from omega_qvla.policies.loading import (
     policy_structure,
     stream_policy,
 )
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe, Scope
@@ -663,12 +663,12 @@ def _inspection(
     return {"schema": 1, **memory, "recipe": recipe, "kernel": kernel, "sites": list(sites)}
 
 
-def _covered_sites(policy: Pi05Policy, recipe: Recipe) -> list[str]:
+def _covered_sites(policy: NativePolicy, recipe: Recipe) -> list[str]:
     return [
         site.name
         for stage in policy.stages()
         for site in stage.sites
-        if recipe.scheme(site.component) is not None
+        if recipe.scheme_of(site) is not None
     ]
 
 
@@ -683,7 +683,7 @@ def _measurement(threads: int) -> dict[str, Any]:
     }
 
 
-def _calibration(source: str, policy: Pi05Policy) -> Observations:
+def _calibration(source: str, policy: NativePolicy) -> Observations:
     """Observations by name; ``random:COUNT`` is noise in the shape the policy wants."""
     scheme, _, count = source.partition(":")
     if scheme != "random":

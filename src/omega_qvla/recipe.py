@@ -16,7 +16,7 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from omega_qvla.errors import RecipeError
 
 Scope = Literal["all", "paper"]
+
+
+class Site(Protocol):
+    """What a recipe asks of a quantization site."""
+
+    @property
+    def component(self) -> str: ...
+
+    @property
+    def per_step(self) -> bool: ...
 
 
 class _Frozen(BaseModel):
@@ -147,6 +157,20 @@ class Recipe(_Frozen):
     def scheme(self, component: str) -> Scheme | None:
         """The scheme of a component by name."""
         return getattr(self, component)
+
+    def scheme_of(self, site: Site) -> Scheme | None:
+        """The scheme of one site.
+
+        A static scale per step spares a reduction in every step.  A site of the action head that
+        runs once per observation has nothing to spare: its activations are scaled per token.
+        """
+        scheme = self.scheme(site.component)
+        if scheme is None or site.component != "action_head" or site.per_step:
+            return scheme
+        if scheme.activations.scale != "per_step":
+            return scheme
+        per_token = scheme.activations.model_copy(update={"scale": "per_token"})
+        return scheme.model_copy(update={"activations": per_token})
 
     @property
     def realizable(self) -> bool:

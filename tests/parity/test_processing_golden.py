@@ -15,7 +15,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from omega_qvla.policies.images import crop_and_resize, pad_antialiased, pad_lerobot
+from omega_qvla.policies.images import (
+    crop_and_resize,
+    pad_antialiased,
+    pad_lerobot,
+    stretch_bicubic,
+)
 from omega_qvla.policies.normalization import Binary, MeanStd, Quantiles, Range, Simple
 from omega_qvla.policies.processing import discretize_state, format_prompt
 from omega_qvla.policies.tokenizers import QWEN_FILES, QwenTokenizer, eagle_chat
@@ -98,6 +103,15 @@ def test_images_are_what_the_originals_show_the_network(
         levels = torch.from_numpy(golden[f"gr00t.image.{number}.{scale}"]).permute(2, 0, 1)
         found = crop_and_resize(image, SIZE, scale)
         assert torch.allclose(found, levels / 127.5 - 1.0, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("number", range(IMAGES))
+def test_lerobots_groot_images_are_stretched_as_eagle_does(
+    number: int, golden: dict[str, np.ndarray]
+) -> None:
+    found = stretch_bicubic(golden[f"image.{number}"], SIZE)
+    levels = torch.from_numpy(golden[f"groot.image.{number}"]).permute(2, 0, 1)
+    assert torch.allclose(found, levels / 127.5 - 1.0, rtol=0, atol=3e-7)
 
 
 def test_lerobots_prompts_are_ours(golden: dict[str, np.ndarray], texts: dict[str, list]) -> None:

@@ -19,8 +19,7 @@ from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.sweep import Footprint, SweepRow
-from omega_qvla.policies.pi05_outliers import pi05_outlier_pairs
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.outliers import inject_outliers
 from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, load
@@ -54,7 +53,7 @@ class Comparison:
     """
 
     label: str
-    policy: Pi05Policy
+    policy: NativePolicy
     checkpoint_bytes: int | None
     calibration: Observations
     recipes: Sequence[str]
@@ -65,8 +64,8 @@ class Comparison:
 
 
 def stress_twin(
-    policy: Pi05Policy, magnitude: float, *, seed: int = 0, probe: Any | None = None
-) -> Pi05Policy:
+    policy: NativePolicy, magnitude: float, *, seed: int = 0, probe: Any | None = None
+) -> NativePolicy:
     """The same function with outlier channels in backbone, action head and vision tower.
 
     Args:
@@ -85,7 +84,7 @@ def stress_twin(
     )
     twin.module.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    pairs = pi05_outlier_pairs(policy.config, "all")
+    pairs = policy.outlier_pairs("all")
     inject_outliers(twin.module, pairs, magnitude, STRESS_FRACTION, generator)
     if probe is not None:
         noise = torch.randn(policy.noise_shape, generator=generator)
@@ -129,7 +128,7 @@ def _condition_rows(
     condition = condition_name(magnitude)
     probe = comparison.calibration[0]
 
-    def full() -> Pi05Policy:
+    def full() -> NativePolicy:
         return stress_twin(comparison.policy, magnitude, seed=comparison.seed, probe=probe)
 
     def quantized(recipe: Recipe) -> Callable[[], Any]:

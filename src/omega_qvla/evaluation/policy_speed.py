@@ -4,8 +4,8 @@ Full precision and W4A4 are the same engine on the same graph; what differs is t
 precision has a fresh process of its own, so that its peak resident memory is its own, and the
 processes take turns: while one computes a chunk the others sleep.
 
-A chunk is split where the graph is: vision (images to tokens), prefix (tokens through the backbone
-to keys and values) and denoising (all steps of the action expert).
+A chunk is split where the graph is: vision (images to tokens), prefix (tokens through the backbone,
+to all that denoising reads of them) and denoising (all steps of the action head).
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from torch import nn
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError, PolicyError, RecipeError, ResourceError
 from omega_qvla.policies.loading import load_policy
-from omega_qvla.policies.pi05 import sample_chunk
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime.engine import kernels_of, load
 from omega_qvla.runtime.kernels import cpu
 
@@ -147,16 +146,19 @@ def _serve(connection: Connection, subject: Subject) -> None:
         connection.send({"error": text, "exit_status": OmegaError.exit_status})
 
 
-def _load(subject: Subject) -> Pi05Policy:
+def _load(subject: Subject) -> NativePolicy:
     if subject.precision == "fp32":
         return load_policy(subject.source)
     policy = load(subject.source, kernel=subject.kernel, threads=subject.threads).policy
-    if not isinstance(policy, Pi05Policy):
-        raise PolicyError(f"{subject.source} is not a pi0.5 artifact; only those are measured")
+    if not isinstance(policy, NativePolicy):
+        raise PolicyError(
+            f"{subject.source} was made from a module of your own; only policies of this project "
+            "are measured"
+        )
     return policy
 
 
-def _observation(policy: Pi05Policy) -> dict[str, Any]:
+def _observation(policy: NativePolicy) -> dict[str, Any]:
     config = policy.config
     size = config.vision.image_size
     (observation,) = Observations.random(config.cameras, config.state_dim, count=1, size=size)
@@ -164,41 +166,34 @@ def _observation(policy: Pi05Policy) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def time_chunk(policy: Pi05Policy, observation: dict[str, Any]) -> dict[str, float]:
+def time_chunk(policy: NativePolicy, observation: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of the parts of one chunk, observation to actions."""
-    module = policy.module
     begin = perf_counter()
-    pixels, token_ids = policy.processor.encode(observation)
-    images = module.embed_images(pixels)
-    seen = perf_counter()
-    prefix = torch.cat((images, module.embed_text(token_ids)), dim=1)
-    cache, _ = module.prefill(prefix, torch.arange(prefix.shape[1]).unsqueeze(0))
+    seen = policy.see(observation)
+    looked = perf_counter()
+    observed = policy.read(seen)
     filled = perf_counter()
     noise = torch.zeros((1, *policy.noise_shape))
-    schedule = policy.schedule(policy.steps)
-    chunk = sample_chunk(module, cache, prefix.shape[1], noise, schedule, policy.clock)
+    chunk = policy.denoise(observed, noise, policy.steps)
     policy.processor.decode(chunk[0])
     end = perf_counter()
-    parts = (seen - begin, filled - seen, end - filled, end - begin)
+    parts = (looked - begin, filled - looked, end - filled, end - begin)
     return dict(zip(PARTS, (1e3 * part for part in parts), strict=True))
 
 
-def _sizes(policy: Pi05Policy, subject: Subject) -> dict[str, Any]:
+def _sizes(policy: NativePolicy, subject: Subject) -> dict[str, Any]:
     module = policy.module
-    once, every_step = 0, 0
-    for path, child in module.named_modules():
-        held = sum(tensor.nbytes for tensor in _weights(child))
-        if "gemma_expert" in path or path.startswith("action_"):
-            every_step += held
-        elif "embed_tokens" not in path:
-            once += held
+    read = sum(
+        policy.reads_per_chunk(path) * tensor.nbytes
+        for path, child in module.named_modules()
+        for tensor in _weights(child)
+    )
     kernel = "torch" if subject.precision == "fp32" else kernels_of(module)
     return {
         "kernel": kernel,
-        "weight_bytes_read": once + policy.steps * every_step,
+        "weight_bytes_read": round(read),
         "checkpoint_bytes": _checkpoint_bytes(policy, subject.source),
-        "prefix_tokens": len(policy.config.cameras) * policy.config.tokens_per_image
-        + policy.processor.encode(_observation(policy))[1].shape[1],
+        "prefix_tokens": policy.prompt_tokens(_observation(policy)),
         "horizon": policy.config.horizon,
         "steps": policy.steps,
     }
@@ -211,7 +206,7 @@ def _weights(child: nn.Module) -> list[torch.Tensor]:
     return held if packed is None else [*held, *packed()]
 
 
-def _checkpoint_bytes(policy: Pi05Policy, source: str) -> int:
+def _checkpoint_bytes(policy: NativePolicy, source: str) -> int:
     directory = Path(source)
     if directory.is_dir():
         return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

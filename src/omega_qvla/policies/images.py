@@ -2,12 +2,13 @@
 
 The originals differ in ways that are visible to a policy, so each is reproduced as it is:
 
-| function | bilinear resize | rounds | bars | as in |
+| function | resize (bilinear) | rounds | bars | as in |
 |---|---|---|---|---|
 | ``pad_bilinear`` | not antialiased | yes | black | openpi ``image_tools.py``, tensors |
 | ``pad_antialiased`` | antialiased, as Pillow's | yes | black | openpi-client ``image_tools.py`` |
 | ``pad_lerobot`` | not antialiased | no | -3 | LeRobot ``modeling_pi05.py`` |
 | ``crop_and_resize`` | antialiased, after a crop | down | none | Isaac-GR00T ``video.py`` |
+| ``stretch_bicubic`` | bicubic, antialiased | yes | none | LeRobot's groot, Eagle's processor |
 
 LeRobot pads images in [0, 1] with -1 before it maps them to [-1, 1], hence the -3: its policies
 were fine-tuned with such bars, and must see them.
@@ -78,6 +79,23 @@ def crop_and_resize(image: np.ndarray, size: int, scale: float) -> Tensor:
     # Handed to the vision-language model as bytes: scaled by 255 and cut off, not rounded.
     levels = (pixels * 255.0).to(torch.uint8).to(torch.float32)
     return (levels / 255.0 - 0.5) / 0.5
+
+
+def stretch_bicubic(image: np.ndarray, size: int) -> Tensor:
+    """An image uint8 [H, W, 3], resized to a square without regard to its proportions.
+
+    LeRobot's cameras give x/255; its processor takes them back to bytes by cutting off, then
+    Eagle's image processor makes one tile of them.
+
+    Returns:
+        float32 [3, size, size] in [-1, 1].
+    """
+    levels = (_channels_first(image).to(torch.float32) / 255.0 * 255.0).to(torch.uint8)
+    if tuple(levels.shape[1:]) != (size, size):
+        levels = F.interpolate(
+            levels.unsqueeze(0), (size, size), mode="bicubic", align_corners=False, antialias=True
+        )[0]
+    return (levels.to(torch.float32) / 255.0 - 0.5) / 0.5
 
 
 def _channels_first(image: np.ndarray) -> Tensor:

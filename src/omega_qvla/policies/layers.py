@@ -14,8 +14,11 @@ shrunken size in ``tests/parity``); parameter names are the official state-dict 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
@@ -25,6 +28,30 @@ KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of one layer, each [B, kv_heads, T, d]."""
 
 RMS_EPS = 1e-6
+
+
+class VisionConfig(BaseModel):
+    """SigLIP tower sizes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    width: int
+    hidden: int
+    heads: int
+    depth: int
+    image_size: int
+    patch_size: int = 14
+
+    @property
+    def tokens_per_image(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class Node(nn.Module):
+    """A bare node of an official key tree."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 class RMSNorm(nn.Module):
@@ -121,7 +148,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = shared_input(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+        return self.down_proj(self.activate(gate) * up)
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh")
 
 
 class RotaryAttention(nn.Module):

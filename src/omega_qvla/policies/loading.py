@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,17 @@ from typing import Any
 import torch
 
 from omega_qvla.errors import PolicyError, ResourceError
+from omega_qvla.policies import gr00t_n15, pi05
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.files import UNSAFE_SUFFIXES, unsafe_message
 from omega_qvla.policies.checkpoints.hub import fetch, looks_unpinned, parse_hub_id
 from omega_qvla.policies.checkpoints.layout import reader_for
+from omega_qvla.policies.gr00t_n15 import EMBODIMENTS, Gr00tN15Config, Gr00tN15Module
+from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
+from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
-from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_parameters
+from omega_qvla.policies.pi05 import Pi05Config, Pi05Module
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 from omega_qvla.policies.processing import ByteTokenizer
 from omega_qvla.policies.weight_store import SeededWeights, materialize
@@ -24,16 +29,57 @@ from omega_qvla.policies.weight_store import SeededWeights, materialize
 BUILTIN = {"tiny-pi05": "tiny_pi05"}
 """Embedded policies and their folder under ``assets``."""
 
-RANDOM = ("pi05", "pi05-libero", "tiny-pi05")
-"""Shapes that ``random:`` offers; ``pi05-libero`` is pi0.5 with 2 cameras and horizon 10."""
+
+def _pi05(config: Pi05Config) -> Pi05Policy:
+    """The structure of a pi0.5 policy that reads bytes, tensors on the meta device."""
+    config = config.model_copy(update={"prompt_length": 256})
+    with torch.device("meta"):
+        module = Pi05Module(config)
+    statistics = NormalizationStatistics(
+        state=_unit_quantiles(config.state_dim), actions=_unit_quantiles(config.robot_action_dim)
+    )
+    processor = Pi05Processor(config, statistics, ByteTokenizer())
+    return Pi05Policy(module, processor, dropped_parameters=pi05.dropped_parameters(config))
 
 
-def load_policy(source: str | Path, choices: Choices | None = None) -> Pi05Policy:
+def _gr00t(config: Gr00tN15Config, embodiments: int) -> Gr00tN15Policy:
+    """The structure of a GR00T N1.5 policy that reads bytes, tensors on the meta device.
+
+    Its parameters are those of a checkpoint with this many embodiments, of which some are kept.
+    """
+    config = config.model_copy(update={"prompt_length": 256})
+    with torch.device("meta"):
+        module = Gr00tN15Module(config)
+    processor = Gr00tProcessor(config, identity_statistics(config), ByteTokenizer())
+    dropped = gr00t_n15.dropped_parameters(config, embodiments)
+    return Gr00tN15Policy(module, processor, dropped_parameters=dropped)
+
+
+_FAMILIES: Mapping[str, type[NativePolicy]] = {
+    policy.family: policy for policy in (Pi05Policy, Gr00tN15Policy)
+}
+"""Every native family; adding one is a line here and its shapes below."""
+
+_SHAPES: Mapping[str, Callable[[], NativePolicy]] = {
+    "pi05": lambda: _pi05(Pi05Config.full()),
+    "pi05-libero": lambda: _pi05(Pi05Config.full(horizon=10, cameras=2)),
+    "tiny-pi05": lambda: _pi05(Pi05Config.tiny(vocabulary=ByteTokenizer.size)),
+    "gr00t-n1.5": lambda: _gr00t(Gr00tN15Config.full(), EMBODIMENTS),
+    "gr00t-n1.5-libero": lambda: _gr00t(Gr00tN15Config.libero(), EMBODIMENTS),
+    "tiny-gr00t": lambda: _gr00t(Gr00tN15Config.tiny(vocabulary=ByteTokenizer.size), 1),
+}
+
+RANDOM = tuple(_SHAPES)
+"""Shapes that ``random:`` offers; ``-libero`` has 2 cameras, and for pi0.5 horizon 10, for GR00T
+8 steps and one embodiment."""
+
+
+def load_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
     """Load a full-precision policy.
 
     Args:
-        source: ``builtin:tiny-pi05``; ``random:pi05`` or ``random:tiny-pi05`` (true shapes,
-            seeded random weights); a directory in the layout of openpi or LeRobot; or such a
+        source: ``builtin:tiny-pi05``; ``random:`` and one of ``RANDOM`` (true shapes, seeded
+            random weights); a directory in the layout of openpi, LeRobot or GR00T; or such a
             directory on the hub, ``owner/name@revision`` (docs/checkpoints.md).
         choices: answers to what the checkpoint does not say.
 
@@ -50,7 +96,7 @@ def load_policy(source: str | Path, choices: Choices | None = None) -> Pi05Polic
     return reader_for(directory).read(directory, choices or Choices())
 
 
-def stream_policy(source: str | Path, choices: Choices | None = None) -> Pi05Policy:
+def stream_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
     """The policy ``load_policy`` loads, its weights read layer by layer while it is quantized.
 
     Raises:
@@ -91,15 +137,18 @@ def policy_directory(source: str | Path) -> Path:
 
 def policy_skeleton(
     family: str, config: Mapping[str, Any], files: Mapping[str, bytes]
-) -> Pi05Policy:
+) -> NativePolicy:
     """The structure of a policy, without tensors, from what its ``describe`` returned.
 
     Raises:
         PolicyError: the family is unknown to this version, or its description is invalid.
     """
-    if family != Pi05Policy.family:
-        raise PolicyError(f"this version cannot rebuild policies of family {family!r}")
-    return Pi05Policy.skeleton(config, files)
+    if family not in _FAMILIES:
+        raise PolicyError(
+            f"this version cannot rebuild policies of family {family!r}, only of "
+            f"{', '.join(_FAMILIES)}"
+        )
+    return _FAMILIES[family].skeleton(config, files)
 
 
 def builtin_directory(name: str) -> Path:
@@ -113,7 +162,7 @@ def builtin_directory(name: str) -> Path:
     return Path(str(files("omega_qvla") / "assets" / BUILTIN[name]))
 
 
-def policy_structure(source: str | Path, choices: Choices | None = None) -> Pi05Policy:
+def policy_structure(source: str | Path, choices: Choices | None = None) -> NativePolicy:
     """A policy for looking at shapes: its tensors cost no memory.
 
     Raises:
@@ -123,30 +172,18 @@ def policy_structure(source: str | Path, choices: Choices | None = None) -> Pi05
     return random_structure(name) if scheme == "random" else stream_policy(source, choices)
 
 
-def random_structure(name: str) -> Pi05Policy:
+def random_structure(name: str) -> NativePolicy:
     """The structure of a random policy, tensors on the meta device.
 
     Raises:
         PolicyError: unknown name.
     """
-    if name not in RANDOM:
+    if name not in _SHAPES:
         raise PolicyError(f"unknown random policy {name!r}; known: {', '.join(RANDOM)}")
-    config = {
-        "pi05": Pi05Config.full(),
-        "pi05-libero": Pi05Config.full(horizon=10, cameras=2),
-        "tiny-pi05": Pi05Config.tiny(vocabulary=259),
-    }[name]
-    config = config.model_copy(update={"prompt_length": 256})
-    with torch.device("meta"):
-        module = Pi05Module(config)
-    statistics = NormalizationStatistics(
-        state=_unit_quantiles(config.state_dim), actions=_unit_quantiles(config.robot_action_dim)
-    )
-    processor = Pi05Processor(config, statistics, ByteTokenizer())
-    return Pi05Policy(module, processor, dropped_parameters=dropped_parameters(config))
+    return _SHAPES[name]()
 
 
-def random_policy(name: str, *, seed: int = 0) -> Pi05Policy:
+def random_policy(name: str, *, seed: int = 0) -> NativePolicy:
     """A policy of true shapes with seeded random weights; it measures, it does not act.
 
     Weights are rounded to bfloat16, as the published checkpoints are stored.
@@ -163,7 +200,7 @@ def random_policy(name: str, *, seed: int = 0) -> Pi05Policy:
     return policy
 
 
-def stream_random(name: str, *, seed: int = 0) -> Pi05Policy:
+def stream_random(name: str, *, seed: int = 0) -> NativePolicy:
     """The policy ``random_policy`` makes, its tensors drawn when they are read.
 
     Raises:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -40,27 +40,17 @@ from omega_qvla.policies.layers import (
     GatedMLP,
     KeyValue,
     KeyValueProjection,
+    Node,
     RMSNorm,
     RotaryAttention,
     SiglipVisionModel,
+    VisionConfig,
     adaptive_rms_norm,
     embedding,
     rotary_table,
 )
 
 TIME_MIN_PERIOD, TIME_MAX_PERIOD = 4e-3, 4.0
-
-
-class VisionConfig(BaseModel):
-    """SigLIP tower sizes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    width: int
-    hidden: int
-    heads: int
-    depth: int
-    image_size: int
-    patch_size: int = 14
 
 
 class GemmaConfig(BaseModel):
@@ -160,7 +150,7 @@ class Pi05Config(BaseModel):
 
     @property
     def tokens_per_image(self) -> int:
-        return (self.vision.image_size // self.vision.patch_size) ** 2
+        return self.vision.tokens_per_image
 
     @property
     def norms(self) -> int:
@@ -230,14 +220,6 @@ class ExpertLayer(nn.Module):
         return x + gate * self.mlp(normed)
 
 
-class _Node(nn.Module):
-    """A bare node of the official key tree."""
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-
 class Pi05Module(nn.Module):
     """The network: openpi's keys, no dead weights.  All methods accept leading batch dimensions."""
 
@@ -245,10 +227,10 @@ class Pi05Module(nn.Module):
         super().__init__()
         self.config = config
         vision, expert = config.vision, config.expert
-        root, paligemma, model, language = _Node(), _Node(), _Node(), _Node()
-        model.vision_tower = _Node()
+        root, paligemma, model, language = Node(), Node(), Node(), Node()
+        model.vision_tower = Node()
         model.vision_tower.vision_model = SiglipVisionModel(**vision.model_dump())
-        model.multi_modal_projector = _Node()
+        model.multi_modal_projector = Node()
         model.multi_modal_projector.linear = nn.Linear(vision.width, config.backbone.width)
         language.embed_tokens = embedding(config.vocabulary, config.backbone.width)
         language.layers = nn.ModuleList(
@@ -258,8 +240,8 @@ class Pi05Module(nn.Module):
         model.language_model = language
         paligemma.model = model
         root.paligemma = paligemma
-        root.gemma_expert = _Node()
-        root.gemma_expert.model = _Node()
+        root.gemma_expert = Node()
+        root.gemma_expert.model = Node()
         root.gemma_expert.model.layers = nn.ModuleList(
             ExpertLayer(expert) for _ in range(config.depth)
         )

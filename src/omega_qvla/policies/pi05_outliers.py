@@ -8,28 +8,12 @@ one the projector (fc1 → fc2 has a nonlinearity in between and cannot be resca
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
-
+from omega_qvla.policies.outlier_paths import OutlierPath, under
 from omega_qvla.policies.pi05 import Pi05Config
 from omega_qvla.recipe import Scope
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-
-
-class OutlierPath(NamedTuple):
-    """A producer of channels and all linears that read it, as dotted module paths.
-
-    It has the shape ``quantization.outliers`` asks for; policies do not import later rooms.
-    """
-
-    kind: Literal["rms_norm", "layer_norm", "adaptive_norm", "linear"]
-    producer: str
-    consumers: tuple[str, ...]
-
-
-def _under(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{prefix}.{name}" for name in names)
 
 
 def pi05_outlier_pairs(config: Pi05Config, scope: Scope = "paper") -> list[OutlierPath]:
@@ -46,7 +30,7 @@ def pi05_outlier_pairs(config: Pi05Config, scope: Scope = "paper") -> list[Outli
         for i in range(config.vision.depth):
             layer = f"{vision}.encoder.layers.{i}"
             pairs += [
-                OutlierPath("layer_norm", f"{layer}.layer_norm1", _under(layer, _QKV)),
+                OutlierPath("layer_norm", f"{layer}.layer_norm1", under(layer, _QKV)),
                 OutlierPath("layer_norm", f"{layer}.layer_norm2", (f"{layer}.mlp.fc1",)),
             ]
         projector = f"{paligemma}.multi_modal_projector.linear"
@@ -55,20 +39,20 @@ def pi05_outlier_pairs(config: Pi05Config, scope: Scope = "paper") -> list[Outli
         layer = f"{paligemma}.language_model.layers.{i}"
         if i == config.depth - 1:
             pairs.append(
-                OutlierPath("rms_norm", f"{layer}.input_layernorm", _under(layer, _QKV[1:]))
+                OutlierPath("rms_norm", f"{layer}.input_layernorm", under(layer, _QKV[1:]))
             )
             continue
         pairs += [
-            OutlierPath("rms_norm", f"{layer}.input_layernorm", _under(layer, _QKV)),
-            OutlierPath("rms_norm", f"{layer}.post_attention_layernorm", _under(layer, _GATE_UP)),
+            OutlierPath("rms_norm", f"{layer}.input_layernorm", under(layer, _QKV)),
+            OutlierPath("rms_norm", f"{layer}.post_attention_layernorm", under(layer, _GATE_UP)),
             OutlierPath("linear", f"{layer}.mlp.up_proj", (f"{layer}.mlp.down_proj",)),
         ]
     for i in range(config.depth):
         layer = f"paligemma_with_expert.gemma_expert.model.layers.{i}"
         attention, mlp = f"{layer}.input_layernorm.dense", f"{layer}.post_attention_layernorm.dense"
         pairs += [
-            OutlierPath("adaptive_norm", attention, _under(layer, _QKV)),
-            OutlierPath("adaptive_norm", mlp, _under(layer, _GATE_UP)),
+            OutlierPath("adaptive_norm", attention, under(layer, _QKV)),
+            OutlierPath("adaptive_norm", mlp, under(layer, _GATE_UP)),
             OutlierPath("linear", f"{layer}.mlp.up_proj", (f"{layer}.mlp.down_proj",)),
         ]
     return pairs

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +13,19 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
+from omega_qvla.policies.base import Observation, Stage, State
 from omega_qvla.policies.images import FITS
+from omega_qvla.policies.layers import KeyValue
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.normalization import NormalizationStatistics
+from omega_qvla.policies.outlier_paths import OutlierPath
 from omega_qvla.policies.pi05 import (
     Pi05Config,
     Pi05Module,
     remove_modulation,
     sample_chunk,
 )
+from omega_qvla.policies.pi05_outliers import pi05_outlier_pairs
 from omega_qvla.policies.pi05_stages import MODULATION_PATHS, component_of, pi05_stages
 from omega_qvla.policies.processing import (
     Tokenizer,
@@ -33,11 +36,7 @@ from omega_qvla.policies.processing import (
     require_prompt,
     require_state,
 )
-from omega_qvla.policies.step_table import StepTable
-from omega_qvla.policies.weight_store import WeightStore, hold
-
-Modulation = Callable[[Tensor], Tensor]
-"""Flow times [T] → adaptive-norm modulation [T, norms, 3, D]."""
+from omega_qvla.recipe import Scope
 
 
 @dataclass(frozen=True)
@@ -112,94 +111,28 @@ class Pi05Processor:
         return self.statistics.actions.unnormalize(robot)
 
 
-class Pi05Policy:
-    """A pi0.5 policy, full precision or with quantized modules in place of its linears.
-
-    Args:
-        module: the network.
-        processor: conversions to and from the robot's units.
-        modulation: replaces the network's own adaptive-norm branch (a quantized policy stores a
-            table over flow time instead of the dense layers).
-        dropped_parameters: how many parameters the checkpoint held that inference never reads.
-        store: where the parameters are that have no values in the module; such a policy can be
-            quantized layer by layer but not run.
-    """
+class Pi05Policy(NativePolicy):
+    """A pi0.5 policy, full precision or with quantized modules in place of its linears."""
 
     family = "pi05"
-
-    def __init__(
-        self,
-        module: Pi05Module,
-        processor: Pi05Processor,
-        *,
-        modulation: Modulation | None = None,
-        dropped_parameters: int = 0,
-        store: WeightStore | None = None,
-    ) -> None:
-        self.module = module.eval().requires_grad_(False)
-        self.processor = processor
-        self.config = module.config
-        self.clock = FlowClock()
-        self.dropped_parameters = dropped_parameters
-        self.store = store
-        self._modulation = modulation or module.step_modulation
-        self.step_table: StepTable | None = None
-        self._schedules: dict[int, Tensor] = {}
+    module: Pi05Module
+    processor: Pi05Processor
+    config: Pi05Config
+    embedding_path = "paligemma_with_expert.paligemma.model.language_model.embed_tokens"
 
     @property
-    def noise_shape(self) -> tuple[int, int]:
-        """(horizon, action_dim) of the noise ``sample_actions`` starts from."""
-        return self.config.horizon, self.config.action_dim
+    def modulation_shape(self) -> tuple[int, int, int]:
+        return self.config.norms, 3, self.config.expert.width
 
     @property
-    def steps(self) -> int:
-        """Default number of denoising steps."""
-        return self.config.steps
-
-    @property
-    def embedding_path(self) -> str:
-        """Where the token embedding sits in the module."""
-        return "paligemma_with_expert.paligemma.model.language_model.embed_tokens"
-
-    def tabulate_modulation(self, step_counts: Iterable[int]) -> StepTable:
-        """The adaptive norms as a table, exact for these step counts and the policy's own."""
+    def modulation_paths(self) -> Sequence[str]:
         norms = (name for name, _ in self.module.named_modules() if name.endswith(".dense"))
-        with hold(self.module, self.store, (*MODULATION_PATHS, *norms)):
-            return StepTable.tabulate(self._modulation, {*step_counts, self.steps})
+        return (*MODULATION_PATHS, *norms)
 
-    def clone(self) -> Pi05Policy:
-        """A structural copy that shares every tensor: modules may be replaced in it freely."""
-        shared = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
-        return Pi05Policy(
-            copy.deepcopy(self.module, shared),
-            self.processor,
-            dropped_parameters=self.dropped_parameters,
-            store=self.store,
-        )
-
-    def use_step_table(self, table: StepTable) -> None:
-        """Read adaptive-norm modulation from a table; the layers that computed it are removed.
-
-        Raises:
-            ValueError: the table is not of this network's shape.
-        """
-        rows, width = table.times.numel(), self.config.expert.width
-        expected = (rows, self.config.norms, 3, width)
-        fits = table.times.ndim == 1 and rows > 0 and tuple(table.values.shape) == expected
-        if not fits or table.values.dtype != torch.float32:
-            raise ValueError(
-                f"step_table.values is {table.values.dtype} {list(table.values.shape)} with times "
-                f"{list(table.times.shape)}, expected torch.float32 {list(expected)}"
-            )
-        if bool((table.times.diff() >= 0).any()):
-            raise ValueError("step_table.times must be strictly descending")
+    def remove_modulation(self) -> None:
         remove_modulation(self.module)
-        self._modulation = table.at
-        self.step_table = table
-        self._schedules.clear()
 
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """What ``skeleton`` needs to rebuild everything but the tensors: (config, files)."""
         files = {
             "norm_stats.json": self.processor.statistics.dump().encode(),
             "tokenizer.json": json.dumps(self.processor.tokenizer.dump()).encode(),
@@ -209,11 +142,6 @@ class Pi05Policy:
 
     @classmethod
     def skeleton(cls, config: Mapping[str, Any], files: Mapping[str, bytes]) -> Pi05Policy:
-        """A policy whose parameters are on the meta device, from what ``describe`` returned.
-
-        Raises:
-            PolicyError: the configuration or a file is missing or invalid.
-        """
         try:
             parsed = Pi05Config.model_validate(config)
             statistics = NormalizationStatistics.parse(files["norm_stats.json"], "norm_stats.json")
@@ -225,7 +153,6 @@ class Pi05Policy:
         return cls(module, Pi05Processor(parsed, statistics, tokenizer))
 
     def component_of(self, parameter: str) -> str:
-        """The part of the policy a parameter belongs to, for memory tables."""
         return component_of(parameter)
 
     def stages(self) -> Sequence[Stage]:
@@ -236,69 +163,30 @@ class Pi05Policy:
         noise = torch.randn((1, *self.noise_shape), generator=generator)
         return {"pixels": pixels, "token_ids": token_ids, "noise": noise}
 
-    def schedule(self, steps: int) -> Tensor:
-        """Modulation rows of an Euler schedule, computed once per number of steps."""
-        if steps not in self._schedules:
-            with torch.inference_mode():
-                self._schedules[steps] = self._modulation(torch.tensor(euler_times(steps)))
-        return self._schedules[steps]
-
-    @torch.inference_mode()
-    def sample_normalized(
-        self,
-        observation: Observation,
-        noise: np.ndarray | Tensor | None = None,
-        *,
-        steps: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """One chunk in the network's normalized units, [horizon, action_dim] float32."""
+    def see(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        """Observation → (image tokens [1, V·patches, D], token ids [1, T])."""
         pixels, token_ids = self.processor.encode(observation)
-        start = self._noise(noise, generator)
-        schedule = self.schedule(self.steps if steps is None else steps)
-        prefix = self.module.embed_prefix(pixels, token_ids)
+        return self.module.embed_images(pixels), token_ids
+
+    def read(self, seen: tuple[Tensor, Tensor]) -> tuple[list[KeyValue], int]:
+        """Keys and values of the prefix per layer, and its length."""
+        images, token_ids = seen
+        prefix = torch.cat((images, self.module.embed_text(token_ids)), dim=1)
         positions = torch.arange(prefix.shape[1]).unsqueeze(0)
-        cache, _ = self.module.prefill(prefix, positions)
-        return sample_chunk(self.module, cache, prefix.shape[1], start, schedule, self.clock)[0]
+        return self.module.prefill(prefix, positions)[0], prefix.shape[1]
 
-    def sample_actions(
-        self,
-        observation: Observation,
-        noise: np.ndarray | Tensor | None = None,
-        *,
-        steps: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> np.ndarray:
-        """One action chunk in the robot's units.
+    def denoise(self, observed: tuple[list[KeyValue], int], noise: Tensor, steps: int) -> Tensor:
+        cache, length = observed
+        return sample_chunk(self.module, cache, length, noise, self.schedule(steps), self.clock)
 
-        Args:
-            observation: ``images`` (uint8 [H, W, 3] per camera), ``state`` [state_dim], ``prompt``.
-            noise: [horizon, action_dim] standard normal; drawn from ``generator`` when absent.
-            steps: number of denoising steps; the policy's default when absent.
-            generator: source of randomness when ``noise`` is absent (freshly seeded if absent too).
+    def outlier_pairs(self, scope: Scope) -> Sequence[OutlierPath]:
+        return pi05_outlier_pairs(self.config, scope)
 
-        Returns:
-            [horizon, robot_action_dim] float32.
+    def reads_per_chunk(self, path: str) -> float:
+        if path == self.embedding_path:
+            return 0.0
+        return self.steps if "gemma_expert" in path or path.startswith("action_") else 1.0
 
-        Raises:
-            ObservationError: see ``Pi05Processor.encode``; or the noise is misshaped.
-        """
-        chunk = self.sample_normalized(observation, noise, steps=steps, generator=generator)
-        return self.processor.decode(chunk)
-
-    def _noise(
-        self, noise: np.ndarray | Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
-        if noise is None:
-            if generator is None:
-                generator = torch.Generator()
-                generator.seed()
-            return torch.randn((1, *self.noise_shape), generator=generator)
-        given = torch.as_tensor(noise, dtype=torch.float32)
-        if tuple(given.shape) != self.noise_shape:
-            raise ObservationError(
-                f"noise must have shape {list(self.noise_shape)}, got {list(given.shape)}"
-            )
-        if not bool(torch.isfinite(given).all()):
-            raise ObservationError("noise has NaN or Inf")
-        return given.unsqueeze(0)
+    def prompt_tokens(self, observation: Observation) -> int:
+        pixels, token_ids = self.processor.encode(observation)
+        return pixels.shape[1] * self.config.tokens_per_image + token_ids.shape[1]

@@ -10,9 +10,11 @@ nonlinear lies between producer and consumers:
 kind           producer                                    change for channel j
 =============  ==========================================  ====================================
 rms_norm       gain stored as an offset, y = x̂ (1 + w)     w ← f (1 + w) - 1
-layer_norm     y = x̂ w + b                                 w ← f w,  b ← f b
+layer_norm     y = x̂ w + b (or an RMS norm: no b)          w ← f w,  b ← f b
 adaptive_norm  dense → (scale, shift, gate),               scale row ← f row, bias ← f (1 + b) - 1
                y = x̂ (1 + scale) + shift                   shift row ← f row, bias ← f b
+adaptive_      the same without a gate                     the same
+layer_norm
 linear         y = x Wᵀ + b (``up_proj``; only             row ← f row, b ← f b
                multiplied by the gate before it is read)
 =============  ==========================================  ====================================
@@ -43,8 +45,13 @@ SPREAD = 0.5
 """Standard deviation of log f."""
 
 
-OutlierKind = Literal["rms_norm", "layer_norm", "adaptive_norm", "linear"]
+OutlierKind = Literal["rms_norm", "layer_norm", "adaptive_norm", "adaptive_layer_norm", "linear"]
 """How a producer stores its gain; see the table above."""
+
+_PARTS = {"adaptive_norm": 3, "adaptive_layer_norm": 2}
+"""How many of ``_PART_NAMES`` the dense layer of an adaptive norm produces."""
+
+_PART_NAMES = ("scale", "shift", "gate")
 
 
 class OutlierPairLike(Protocol):
@@ -138,17 +145,17 @@ def scale_modulation(weight: Tensor, bias: Tensor, factor: Tensor) -> tuple[Tens
     branch's output and stays.
 
     Args:
-        weight: [3D, C], rows stacked as scale, shift, gate.
-        bias: [3D].
+        weight: [3D, C], rows stacked as scale, shift, gate; [2D, C] without a gate.
+        bias: [3D] or [2D].
         factor: [D].
 
     Returns:
         The new weight and bias.
     """
-    ones = torch.ones_like(factor)
-    new_weight = scale_rows(weight, torch.cat((factor, factor, ones)))
-    scale, shift, gate = bias.chunk(3)
-    new_bias = torch.cat((scale_offset_gain(scale, factor), scale_rows(shift, factor), gate))
+    scale, shift, *gate = bias.split(len(factor))
+    ones = [torch.ones_like(factor) for _ in gate]
+    new_weight = scale_rows(weight, torch.cat((factor, factor, *ones)))
+    new_bias = torch.cat((scale_offset_gain(scale, factor), scale_rows(shift, factor), *gate))
     return new_weight, new_bias
 
 
@@ -202,7 +209,7 @@ def _apply(module: nn.Module, pair: OutlierPairLike, factor: Tensor) -> None:
     factor = factor.to(weight.device)
     if pair.kind == "rms_norm":
         weight.copy_(scale_offset_gain(weight, factor))
-    elif pair.kind == "adaptive_norm":
+    elif pair.kind in _PARTS:
         assert bias is not None
         new_weight, new_bias = scale_modulation(weight, bias, factor)
         weight.copy_(new_weight)
@@ -223,19 +230,20 @@ def _checked_width(module: nn.Module, pair: OutlierPairLike) -> int:
     if not isinstance(weight, Tensor):
         raise PolicyError(f"outlier producer {pair.producer!r} has no weight")
     linear = isinstance(producer, nn.Linear)
-    if linear != (pair.kind in ("adaptive_norm", "linear")):
+    if linear != (pair.kind == "linear" or pair.kind in _PARTS):
         raise PolicyError(
             f"outlier producer {pair.producer!r} is a {type(producer).__name__}, "
             f"which does not fit kind {pair.kind!r}"
         )
     width = weight.shape[0]
-    if pair.kind == "adaptive_norm":
-        if width % 3 or producer.bias is None:
+    parts = _PARTS.get(pair.kind, 1)
+    if parts > 1:
+        if width % parts or producer.bias is None:
             raise PolicyError(
-                f"{pair.producer!r} must produce (scale, shift, gate) with a bias, "
+                f"{pair.producer!r} must produce ({', '.join(_PART_NAMES[:parts])}) with a bias, "
                 f"its weight is {list(weight.shape)}"
             )
-        width //= 3
+        width //= parts
     if not pair.consumers:
         raise PolicyError(f"outlier producer {pair.producer!r} has no consumers to compensate it")
     for path in pair.consumers:

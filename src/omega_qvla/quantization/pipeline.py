@@ -97,7 +97,7 @@ def quantize_policy(
     given = as_observations(observations)
     numbers = given.spread_indices(recipe.observations)
     used = given.spread(recipe.observations)
-    covered = [site for site in sites_of(policy) if recipe.scheme(site.component) is not None]
+    covered = [site for site in sites_of(policy) if recipe.scheme_of(site) is not None]
     if not covered:
         raise PolicyError(
             f"recipe {recipe.name!r} covers no part of this {policy.family} policy; its sites are "
@@ -246,7 +246,7 @@ class _Work:
         self.progress(len(self.done), len(self.index), site.name)
         quantized = self._stored(site)
         if quantized is None:
-            scheme = self.recipe.scheme(site.component)
+            scheme = self.recipe.scheme_of(site)
             assert scheme is not None
             linears = linears_of(self.policy.module, site)
             quantized = quantize_site(site, linears, scheme, measure(site))
@@ -265,7 +265,7 @@ class _Work:
     ) -> tuple[dict[str, SiteStatistics | None], list[State] | None]:
         wanted = []
         for site in sites:
-            scheme = self.recipe.scheme(site.component)
+            scheme = self.recipe.scheme_of(site)
             if scheme is not None and needs_statistics(scheme):
                 wanted.append(site)
         nothing: dict[str, SiteStatistics | None] = {site.name: None for site in sites}

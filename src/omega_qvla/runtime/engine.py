@@ -358,7 +358,7 @@ def _load_linear(
 ) -> QuantizedLinear:
     """One site's module, from exactly the tensors that its recipe and the policy's shapes imply."""
     name = record.site.name
-    scheme = recipe.scheme(record.site.component)
+    scheme = recipe.scheme_of(record.site)
     linears = linears_of(policy.module, record.site)
     widths = {linear.in_features for linear in linears}
     splits = tuple(linear.out_features for linear in linears)

@@ -85,7 +85,7 @@ def predict(policy: Policy, recipe: Recipe) -> MemorySummary:
     used = _Usage()
     quantized: set[str] = set()
     for site in sites_of(policy):
-        scheme = recipe.scheme(site.component)
+        scheme = recipe.scheme_of(site)
         if scheme is None:
             continue
         linears = linears_of(policy.module, site)

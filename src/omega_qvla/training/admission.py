@@ -36,7 +36,7 @@ from omega_qvla.evaluation.rollout import (
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.statistics import wilson_interval
 from omega_qvla.policies.loading import load_policy
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.native import NativePolicy
 
 LEAST_SUCCESS = 0.8
 EVALUATION_SEED = 0
@@ -161,7 +161,7 @@ def _rate(solved: int, episodes: int) -> dict[str, Any]:
 
 
 def held_out_observations(
-    policy: Pi05Policy, tasks: Sequence[str], *, episodes: int = 3, per_episode: int = 8
+    policy: NativePolicy, tasks: Sequence[str], *, episodes: int = 3, per_episode: int = 8
 ) -> Observations:
     """Observations for calibration and for comparison, from whole episodes of the policy.
 
@@ -181,7 +181,7 @@ def held_out_observations(
     return Observations(kept)
 
 
-def _observe_episode(policy: Pi05Policy, env: MetaWorldEnv, seed: int) -> list[dict[str, Any]]:
+def _observe_episode(policy: NativePolicy, env: MetaWorldEnv, seed: int) -> list[dict[str, Any]]:
     """Every observation the policy acts on in one episode."""
     observation, seen = env.reset(seed), []
     generator = torch.Generator().manual_seed(seed)

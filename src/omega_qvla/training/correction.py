@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from omega_qvla.evaluation.metaworld import MetaWorldEnv
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.training.demonstrations import (
     TRAINING_SEED,
     Array,
@@ -31,7 +31,7 @@ EXECUTE = 5
 EXPERT_SHARE = 0.25
 
 
-def policy_behaviour(policy: Pi05Policy, seed: int) -> Behaviour:
+def policy_behaviour(policy: NativePolicy, seed: int) -> Behaviour:
     """The policy's actions, ``EXECUTE`` of each chunk; some chunks are left to the expert."""
     choice, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     planned: deque[Array | None] = deque()
@@ -49,7 +49,7 @@ def policy_behaviour(policy: Pi05Policy, seed: int) -> Behaviour:
 
 
 def collect_corrections(
-    policy: Pi05Policy,
+    policy: NativePolicy,
     task: str,
     episodes: int,
     *,

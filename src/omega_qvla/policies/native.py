@@ -1,0 +1,247 @@
+"""What the native policies have in common: noise, schedules, step tables, copies.
+
+A native policy is a network of this project, a processor between it and the robot, and a clock.
+Sampling has three parts, which benchmarks time one by one: ``see`` (images to tokens), ``read``
+(tokens through the backbone, to all that denoising needs of an observation) and ``denoise``.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omega_qvla.errors import ObservationError
+from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
+from omega_qvla.policies.outlier_paths import OutlierPath
+from omega_qvla.policies.step_table import StepTable
+from omega_qvla.policies.weight_store import WeightStore, hold
+from omega_qvla.recipe import Scope
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Modulation = Callable[[Tensor], Tensor]
+"""Flow times [T] → adaptive-norm modulation [T, norms, parts, D]."""
+
+
+class NativePolicy(ABC):
+    """A policy with a network of this project, in full precision or quantized.
+
+    Args:
+        module: the network.
+        processor: conversions to and from the robot's units.
+        modulation: replaces the network's own adaptive-norm branch (a quantized policy stores a
+            table over flow time instead of the dense layers).
+        dropped_parameters: how many parameters the checkpoint held that inference never reads.
+        store: where the parameters are that have no values in the module; such a policy can be
+            quantized layer by layer but not run.
+    """
+
+    family: str
+    module: Any
+    processor: Any
+    config: Any
+
+    embedding_path: str
+    """Where the token embedding sits in the module."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        processor: Any,
+        *,
+        modulation: Modulation | None = None,
+        dropped_parameters: int = 0,
+        store: WeightStore | None = None,
+    ) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.processor = processor
+        self.config = self.module.config
+        self.clock = FlowClock()
+        self.dropped_parameters = dropped_parameters
+        self.store = store
+        self._modulation: Modulation = modulation or self.module.step_modulation
+        self.step_table: StepTable | None = None
+        self._schedules: dict[int, Any] = {}
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """(horizon, action_dim) of the noise ``sample_actions`` starts from."""
+        return self.config.horizon, self.config.action_dim
+
+    @property
+    def steps(self) -> int:
+        """Default number of denoising steps."""
+        return self.config.steps
+
+    @property
+    @abstractmethod
+    def modulation_shape(self) -> tuple[int, int, int]:
+        """(norms, parts, D) of one row of modulation."""
+
+    @property
+    @abstractmethod
+    def modulation_paths(self) -> Sequence[str]:
+        """The modules that turn flow time into modulation."""
+
+    @abstractmethod
+    def remove_modulation(self) -> None:
+        """Take those modules out of the network."""
+
+    @abstractmethod
+    def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """What ``skeleton`` needs to rebuild everything but the tensors: (config, files)."""
+
+    @classmethod
+    @abstractmethod
+    def skeleton(cls, config: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
+        """A policy whose parameters are on the meta device, from what ``describe`` returned.
+
+        Raises:
+            PolicyError: the configuration or a file is missing or invalid.
+        """
+
+    @abstractmethod
+    def component_of(self, parameter: str) -> str:
+        """The part of the policy a parameter belongs to, for memory tables."""
+
+    @abstractmethod
+    def stages(self) -> Sequence[Stage]:
+        """The forward pass as calibration stages, in execution order."""
+
+    @abstractmethod
+    def initial_state(self, observation: Observation, generator: torch.Generator) -> State:
+        """The state the first stage starts from; ``generator`` draws the sampling noise."""
+
+    @abstractmethod
+    def see(self, observation: Observation) -> Any:
+        """Observation → image tokens, and what else ``read`` wants."""
+
+    @abstractmethod
+    def read(self, seen: Any) -> Any:
+        """What ``see`` returned → all that denoising reads of the observation."""
+
+    @abstractmethod
+    def denoise(self, observed: Any, noise: Tensor, steps: int) -> Tensor:
+        """What ``read`` returned and noise [B, H, A] → normalized chunk [B, H, A]."""
+
+    @abstractmethod
+    def outlier_pairs(self, scope: Scope) -> Sequence[OutlierPath]:
+        """Where the outlier stress twin can plant outliers (``quantization/outliers.py``)."""
+
+    @abstractmethod
+    def reads_per_chunk(self, path: str) -> float:
+        """How often one chunk reads the weights of the module at this path; a lookup counts 0."""
+
+    @abstractmethod
+    def prompt_tokens(self, observation: Observation) -> int:
+        """How many tokens the backbone reads of an observation, image tokens included."""
+
+    def tabulate_modulation(self, step_counts: Iterable[int]) -> StepTable:
+        """The adaptive norms as a table, exact for these step counts and the policy's own."""
+        with hold(self.module, self.store, self.modulation_paths):
+            return StepTable.tabulate(self._modulation, {*step_counts, self.steps})
+
+    def clone(self) -> Self:
+        """A structural copy that shares every tensor: modules may be replaced in it freely."""
+        shared = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
+        return type(self)(
+            copy.deepcopy(self.module, shared),
+            self.processor,
+            dropped_parameters=self.dropped_parameters,
+            store=self.store,
+        )
+
+    def use_step_table(self, table: StepTable) -> None:
+        """Read adaptive-norm modulation from a table; the layers that computed it are removed.
+
+        Raises:
+            ValueError: the table is not of this network's shape.
+        """
+        rows = table.times.numel()
+        expected = (rows, *self.modulation_shape)
+        fits = table.times.ndim == 1 and rows > 0 and tuple(table.values.shape) == expected
+        if not fits or table.values.dtype != torch.float32:
+            raise ValueError(
+                f"step_table.values is {table.values.dtype} {list(table.values.shape)} with times "
+                f"{list(table.times.shape)}, expected torch.float32 {list(expected)}"
+            )
+        if bool((table.times.diff() >= 0).any()):
+            raise ValueError("step_table.times must be strictly descending")
+        self.remove_modulation()
+        self._modulation = table.at
+        self.step_table = table
+        self._schedules.clear()
+
+    def schedule(self, steps: int) -> Any:
+        """What an Euler schedule needs of the flow times, computed once per number of steps."""
+        if steps not in self._schedules:
+            with torch.inference_mode():
+                self._schedules[steps] = self.make_schedule(torch.tensor(euler_times(steps)))
+        return self._schedules[steps]
+
+    def make_schedule(self, times: Tensor) -> Any:
+        """What depends on the flow times [S] alone: here, the modulation [S, norms, parts, D]."""
+        return self._modulation(times)
+
+    @torch.inference_mode()
+    def sample_normalized(
+        self,
+        observation: Observation,
+        noise: np.ndarray | Tensor | None = None,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """One chunk in the network's normalized units, [horizon, action_dim] float32."""
+        seen = self.see(observation)
+        start = self._noise(noise, generator)
+        return self.denoise(self.read(seen), start, self.steps if steps is None else steps)[0]
+
+    def sample_actions(
+        self,
+        observation: Observation,
+        noise: np.ndarray | Tensor | None = None,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> np.ndarray:
+        """One action chunk in the robot's units.
+
+        Args:
+            observation: ``images`` (uint8 [H, W, 3] per camera), ``state`` [state_dim], ``prompt``.
+            noise: [horizon, action_dim] standard normal; drawn from ``generator`` when absent.
+            steps: number of denoising steps; the policy's default when absent.
+            generator: source of randomness when ``noise`` is absent (freshly seeded if absent too).
+
+        Returns:
+            [horizon, robot_action_dim] float32.
+
+        Raises:
+            ObservationError: the processor refuses the observation; or the noise is misshaped.
+        """
+        chunk = self.sample_normalized(observation, noise, steps=steps, generator=generator)
+        return self.processor.decode(chunk)
+
+    def _noise(
+        self, noise: np.ndarray | Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        if noise is None:
+            if generator is None:
+                generator = torch.Generator()
+                generator.seed()
+            return torch.randn((1, *self.noise_shape), generator=generator)
+        given = torch.as_tensor(noise, dtype=torch.float32)
+        if tuple(given.shape) != self.noise_shape:
+            raise ObservationError(
+                f"noise must have shape {list(self.noise_shape)}, got {list(given.shape)}"
+            )
+        if not bool(torch.isfinite(given).all()):
+            raise ObservationError("noise has NaN or Inf")
+        return given.unsqueeze(0)
