@@ -16,7 +16,16 @@ import numpy as np
 import torch
 
 from omega_qvla.policies.checkpoints.pi05_sizes import EMBEDDING, GEMMA_VARIANTS, TIED_HEAD
-from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, VisionConfig, dropped_shapes
+from omega_qvla.policies.gr00t_n15 import (
+    CHAT_PROMPT,
+    Gr00tN15Config,
+    Gr00tN15Module,
+    QwenConfig,
+    TransformerConfig,
+)
+from omega_qvla.policies.gr00t_n15 import dropped_shapes as gr00t_dropped_shapes
+from omega_qvla.policies.layers import VisionConfig
+from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_shapes
 
 VOCABULARY = 600
 TRAINING = {
@@ -207,3 +216,228 @@ def robot_observation(cameras: tuple[str, ...], size: tuple[int, int] = (40, 56)
         "state": np.array([0.5, -1.0, 3.0], np.float32),
         "prompt": "pick up the black_bowl",
     }
+
+
+# --- GR00T N1.5 -----------------------------------------------------------------------------
+
+GR00T_EMBEDDING = "backbone.eagle_model.language_model.model.embed_tokens.weight"
+GR00T_HEAD = "backbone.eagle_model.language_model.lm_head.weight"
+
+
+def tiny_gr00t(vocabulary: int, image_token: int) -> Gr00tN15Config:
+    """All 32 embodiments of a small network; the diffusion transformer's heads do not show."""
+    return Gr00tN15Config(
+        vision=VisionConfig(width=64, hidden=72, heads=2, depth=1, image_size=28),
+        backbone=QwenConfig(width=64, hidden=128, heads=4, kv_heads=2, head_dim=16, depth=2),
+        features=TransformerConfig(width=64, heads=2, depth=1),
+        head=TransformerConfig(width=32, heads=4, depth=2),
+        head_hidden=24,
+        future_tokens=3,
+        positions=32,
+        vocabulary=vocabulary,
+        image_token=image_token,
+        horizon=16,
+        action_dim=8,
+        robot_action_dim=7,
+        state_width=16,
+        state_dim=7,
+        embodiments=tuple(range(32)),
+        embodiment=31,
+        cameras=("image", "wrist_image"),
+        image_crop=0.95,
+        prompt=CHAT_PROMPT.model_copy(update={"instruction": "listed"}),
+        prompt_length=512,
+        steps=4,
+    )
+
+
+def gr00t_shapes(config: Gr00tN15Config) -> dict[str, tuple[int, ...]]:
+    """Official names, dead weights included, embedding and tied head as one tensor."""
+    with torch.device("meta"):
+        module = Gr00tN15Module(config)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    shapes |= gr00t_dropped_shapes(config)
+    del shapes[GR00T_EMBEDDING]
+    return shapes
+
+
+def gr00t_tensors(config: Gr00tN15Config, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random bfloat16 weights under official names."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.empty(shape).normal_(0.0, shape[-1] ** -0.5, generator=generator).bfloat16()
+        for name, shape in sorted(gr00t_shapes(config).items())
+    }
+
+
+def gr00t_settings(config: Gr00tN15Config) -> dict[str, Any]:
+    """``config.json`` as Isaac-GR00T writes it at N1.5."""
+    attention = {"dropout": 0.2, "final_dropout": True, "positional_embeddings": None}
+    features, head = config.features, config.head
+    return {
+        "action_dim": config.action_dim,
+        "action_head_cfg": {
+            "action_dim": config.action_dim,
+            "action_horizon": 16,
+            "add_pos_embed": True,
+            "backbone_embedding_dim": config.backbone.width,
+            "diffusion_model_cfg": {
+                **attention,
+                "attention_head_dim": head.width // head.heads,
+                "cross_attention_dim": config.backbone.width,
+                "interleave_self_attention": True,
+                "norm_type": "ada_norm",
+                "num_attention_heads": head.heads,
+                "num_layers": head.depth,
+                "output_dim": config.head_hidden,
+            },
+            "hidden_size": config.head_hidden,
+            "input_embedding_dim": head.width,
+            "max_action_dim": config.action_dim,
+            "max_state_dim": config.state_width,
+            "num_inference_timesteps": 4,
+            "num_target_vision_tokens": config.future_tokens,
+            "num_timestep_buckets": 1000,
+            "use_vlln": True,
+            "vl_self_attention_cfg": {
+                **attention,
+                "attention_head_dim": features.width // features.heads,
+                "num_attention_heads": features.heads,
+                "num_layers": features.depth,
+            },
+        },
+        "action_horizon": 16,
+        "architectures": ["GR00T_N1_5"],
+        "backbone_cfg": {
+            "eagle_path": "NVEagle/eagle_er-qwen3_1_7B-Siglip2_400M",
+            "load_bf16": False,
+            "project_to_dim": None,
+            "reproject_vision": False,
+            "select_layer": config.backbone.depth,
+            "tune_llm": False,
+            "tune_visual": True,
+            "use_flash_attention": True,
+        },
+        "compute_dtype": "bfloat16",
+        "hidden_size": config.backbone.width,
+        "model_dtype": "float32",
+        "model_type": "gr00t_n1_5",
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.3",
+    }
+
+
+def gr00t_metadata(tags: tuple[str, ...] = ("new_embodiment",)) -> dict[str, Any]:
+    """``metadata.json``: LIBERO's seven parts of one number; the gripper's range is 0 to 1."""
+    parts = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+    one = {"min": [-2.0], "max": [2.0], "mean": [0.5], "std": [0.25], "q01": [-1.0], "q99": [1.0]}
+    statistics = {part: one for part in parts} | {"gripper": one | {"min": [0.0], "max": [1.0]}}
+    shape = {"absolute": True, "rotation_type": None, "shape": [1], "continuous": True}
+    video = {"resolution": [256, 256], "channels": 3, "fps": 20.0}
+    return {
+        tag: {
+            "statistics": {"state": statistics, "action": statistics},
+            "modalities": {
+                "video": {"image": video, "wrist_image": video},
+                "state": dict.fromkeys(parts, shape),
+                "action": dict.fromkeys(parts, shape),
+            },
+            "embodiment_tag": tag,
+        }
+        for tag in tags
+    }
+
+
+def small_qwen() -> dict[str, bytes]:
+    """Qwen's files with every byte, one merge and the special tokens of the prompt."""
+    alphabet = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    alphabet += [chr(256 + i) for i in range(256 - len(alphabet))]
+    vocab = {letter: i for i, letter in enumerate([*alphabet, "ab"])}
+    special = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+    added = {text: len(vocab) + i for i, text in enumerate(special)}
+    return {
+        "vocab.json": json.dumps(vocab).encode(),
+        "merges.txt": b"#version: 0.2\na b\n",
+        "added_tokens.json": json.dumps(added).encode(),
+    }
+
+
+QWEN_TOKENS, QWEN_IMAGE_TOKEN = 262, 261
+"""Of ``small_qwen``."""
+
+
+def groot_config() -> dict[str, Any]:
+    """``config.json`` of LeRobot 0.4.4's groot."""
+    image = {"type": "VISUAL", "shape": [3, 256, 256]}
+    return {
+        "type": "groot",
+        "n_obs_steps": 1,
+        "input_features": {
+            "observation.images.wrist": image,
+            "observation.images.front": image,
+            "observation.state": {"type": "STATE", "shape": [3]},
+        },
+        "output_features": {"action": {"type": "ACTION", "shape": [3]}},
+        "device": "cuda",
+        "chunk_size": 50,
+        "n_action_steps": 50,
+        "max_state_dim": 16,
+        "max_action_dim": 8,
+        "image_size": [224, 224],
+        "base_model_path": "nvidia/GR00T-N1.5-3B",
+        "tokenizer_assets_repo": "lerobot/eagle2hg-processor-groot-n1p5",
+        "embodiment_tag": "new_embodiment",
+        "lora_rank": 0,
+        "normalization_mapping": {
+            "VISUAL": "IDENTITY",
+            "STATE": "MEAN_STD",
+            "ACTION": "MEAN_STD",
+        },
+    }
+
+
+def groot_pipelines() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two pipelines as LeRobot 0.4.4 saves them for groot."""
+    pack = {
+        "state_horizon": 1,
+        "action_horizon": 16,
+        "max_state_dim": 16,
+        "max_action_dim": 8,
+        "language_key": "task",
+        "formalize_language": False,
+        "embodiment_tag": "new_embodiment",
+        "embodiment_mapping": {
+            "new_embodiment": 31,
+            "oxe_droid": 17,
+            "agibot_genie1": 26,
+            "gr1": 24,
+            "so100": 2,
+            "unitree_g1": 3,
+        },
+        "normalize_min_max": True,
+    }
+    before = [
+        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
+        {"registry_name": "to_batch_processor", "config": {}},
+        {
+            "registry_name": "groot_pack_inputs_v3",
+            "config": pack,
+            "state_file": "policy_preprocessor_step_2_groot_pack_inputs_v3.safetensors",
+        },
+        {"registry_name": "groot_eagle_encode_v3", "config": {}},
+        {"registry_name": "groot_eagle_collate_v3", "config": {}},
+        {"registry_name": "device_processor", "config": {"device": "cuda"}},
+    ]
+    name = "groot_action_unpack_unnormalize_v1"
+    after = [
+        {
+            "registry_name": name,
+            "config": {"env_action_dim": 3, "normalize_min_max": True},
+            "state_file": f"policy_postprocessor_step_0_{name}.safetensors",
+        },
+        {"registry_name": "device_processor", "config": {"device": "cpu"}},
+    ]
+    return (
+        {"name": "policy_preprocessor", "steps": before},
+        {"name": "policy_postprocessor", "steps": after},
+    )

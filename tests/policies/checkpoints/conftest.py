@@ -10,18 +10,27 @@ from typing import Any
 
 import pytest
 from checkpoint_formats import (
+    QWEN_IMAGE_TOKEN,
+    QWEN_TOKENS,
     SENTENCES,
     TRAINING,
+    gr00t_metadata,
+    gr00t_settings,
+    gr00t_tensors,
+    groot_config,
+    groot_pipelines,
     lerobot_config,
     lerobot_pipelines,
     lerobot_statistics,
     official_tensors,
     openpi_statistics,
+    small_qwen,
+    tiny_gr00t,
     tiny_official,
 )
 from safetensors.torch import save_file
 
-from omega_qvla.policies.checkpoints import pi05_sizes
+from omega_qvla.policies.checkpoints import gr00t_sizes, shapes
 from omega_qvla.policies.pi05 import Pi05Config
 
 
@@ -54,7 +63,7 @@ def sentencepiece_model() -> bytes:
 @pytest.fixture
 def small_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     """The heads of the small vision tower, which its shapes do not tell."""
-    monkeypatch.setitem(pi05_sizes.VISION_HEADS, (64, 72), 2)
+    monkeypatch.setitem(shapes.VISION_HEADS, (64, 72), 2)
 
 
 @pytest.fixture
@@ -99,6 +108,61 @@ def lerobot_directory(
                 if "state_file" in step:
                     save_file(lerobot_statistics(), directory / step["state_file"])
         (directory / "tokenizer.model").write_bytes(sentencepiece_model)
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def gr00t_directory(tmp_path: Path, small_tower: None) -> Callable[..., Path]:
+    """Writes a GR00T N1.5 checkpoint as Isaac-GR00T does, in two shards."""
+    pytest.importorskip("tokenizers", reason="the extra hub is not installed")
+
+    def write(name: str = "gr00t", tags: tuple[str, ...] = ("new_embodiment",)) -> Path:
+        directory = tmp_path / name
+        (directory / "experiment_cfg").mkdir(parents=True)
+        config = tiny_gr00t(QWEN_TOKENS, QWEN_IMAGE_TOKEN)
+        tensors = gr00t_tensors(config)
+        names = sorted(tensors)
+        shards = {"model-00001-of-00002.safetensors": names[::2]}
+        shards["model-00002-of-00002.safetensors"] = names[1::2]
+        for file, keys in shards.items():
+            save_file({key: tensors[key] for key in keys}, directory / file)
+        index = {key: file for file, keys in shards.items() for key in keys}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        (directory / "config.json").write_text(json.dumps(gr00t_settings(config)))
+        text = json.dumps(gr00t_metadata(tags))
+        (directory / "experiment_cfg" / "metadata.json").write_text(text)
+        for file, content in small_qwen().items():
+            (directory / file).write_bytes(content)
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def groot_directory(
+    tmp_path: Path, small_tower: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Writes a groot checkpoint as LeRobot 0.4.4 does; settings may be changed."""
+    pytest.importorskip("tokenizers", reason="the extra hub is not installed")
+    monkeypatch.setitem(gr00t_sizes.FEATURE_HEADS, 64, 2)
+    monkeypatch.setitem(gr00t_sizes.HEAD_HEADS, 32, 4)
+
+    def write(name: str = "groot", **changes: Any) -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        tensors = gr00t_tensors(tiny_gr00t(QWEN_TOKENS, QWEN_IMAGE_TOKEN))
+        prefixed = {f"_groot_model.{key}": tensor for key, tensor in tensors.items()}
+        save_file(prefixed, directory / "model.safetensors")
+        (directory / "config.json").write_text(json.dumps(groot_config() | changes))
+        for kind, pipeline in zip(("pre", "post"), groot_pipelines(), strict=True):
+            (directory / f"policy_{kind}processor.json").write_text(json.dumps(pipeline))
+            for step in pipeline["steps"]:
+                if "state_file" in step:
+                    save_file(lerobot_statistics(), directory / step["state_file"])
+        for file, content in small_qwen().items():
+            (directory / file).write_bytes(content)
         return directory
 
     return write

@@ -203,13 +203,13 @@ def test_pi0_is_not_taken_for_its_successor(openpi_directory: Callable[..., Path
 def test_heads_that_shapes_do_not_tell_are_not_guessed(
     openpi_directory: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from omega_qvla.policies.checkpoints import pi05_sizes
+    from omega_qvla.policies.checkpoints import pi05_sizes, shapes
 
     directory = openpi_directory()
-    monkeypatch.delitem(pi05_sizes.VISION_HEADS, (64, 72))
+    monkeypatch.delitem(shapes.VISION_HEADS, (64, 72))
     with pytest.raises(PolicyError, match="no number of heads is known"):
         load_policy(directory, choices(directory))
-    monkeypatch.setitem(pi05_sizes.VISION_HEADS, (64, 72), 2)
+    monkeypatch.setitem(shapes.VISION_HEADS, (64, 72), 2)
     monkeypatch.delitem(pi05_sizes.GEMMA_VARIANTS, "dummy")
     with pytest.raises(PolicyError, match="none of gemma_2b, gemma_300m"):
         load_policy(directory, choices(directory))

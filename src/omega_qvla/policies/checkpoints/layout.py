@@ -9,23 +9,29 @@ from typing import Any, NamedTuple
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.files import read_json, refuse_unsafe
+from omega_qvla.policies.checkpoints.gr00t import read_gr00t, stream_gr00t
+from omega_qvla.policies.checkpoints.lerobot_groot import read_lerobot_groot, stream_lerobot_groot
 from omega_qvla.policies.checkpoints.lerobot_pi05 import read_lerobot_pi05, stream_lerobot_pi05
 from omega_qvla.policies.checkpoints.openpi import CONFIG, read_openpi, stream_openpi
 from omega_qvla.policies.checkpoints.shards import INDEX, WEIGHTS
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.native import NativePolicy
 
-READ = "openpi, LeRobot (pi05) and this project's own"
+READ = "openpi, LeRobot (pi05, groot), GR00T N1.5 and this project's own"
 
 
 class Reader(NamedTuple):
     """How a layout is read: whole, or with its weights left in the files."""
 
-    read: Callable[[Path, Choices], Pi05Policy]
-    stream: Callable[[Path, Choices], Pi05Policy]
+    read: Callable[[Path, Choices], NativePolicy]
+    stream: Callable[[Path, Choices], NativePolicy]
 
 
 OPENPI = Reader(read_openpi, stream_openpi)
-LEROBOT = {"pi05": Reader(read_lerobot_pi05, stream_lerobot_pi05)}
+GR00T = Reader(read_gr00t, stream_gr00t)
+LEROBOT = {
+    "pi05": Reader(read_lerobot_pi05, stream_lerobot_pi05),
+    "groot": Reader(read_lerobot_groot, stream_lerobot_groot),
+}
 """LeRobot's policy types."""
 
 
@@ -63,7 +69,9 @@ def _by_config(directory: Path, content: dict[str, Any]) -> Reader:
         return LEROBOT[kind]
     if "family" in content or "vision" in content or "paligemma_variant" in content:
         return OPENPI
+    if str(content.get("model_type", "")).startswith("gr00t"):
+        return GR00T
     raise PolicyError(
         f"{where} is of no layout this version reads ({READ}; docs/checkpoints.md): it has neither "
-        "LeRobot's 'type' nor openpi's 'paligemma_variant'"
+        "LeRobot's 'type' nor openpi's 'paligemma_variant' nor GR00T's 'model_type'"
     )

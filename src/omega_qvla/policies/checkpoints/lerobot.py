@@ -13,7 +13,7 @@ network sees, and is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,13 +143,23 @@ def require_step(steps: Mapping[str, Step], name: str, where: Path) -> Step:
     return steps[name]
 
 
-def renamed_cameras(features: PolicyFeatures, steps: Mapping[str, Step]) -> tuple[str, ...]:
-    """The cameras under the names the robot gives them, in the order the network sees them."""
+def renamed_cameras(
+    features: PolicyFeatures,
+    steps: Mapping[str, Step],
+    ordered: Callable[[list[str]], list[str]] = list,
+) -> tuple[str, ...]:
+    """The cameras under the names the robot gives them, in the order the network sees them.
+
+    Args:
+        features: the policy's inputs.
+        steps: its preprocessor, which may rename them.
+        ordered: how the policy orders its own names; as they are listed by default.
+    """
     mapping: Mapping[str, str] = {}
     if RENAME in steps:
         mapping = steps[RENAME].config.get("rename_map", {})
     robot = {policy: source for source, policy in mapping.items()}
-    return tuple(robot.get(key, key).removeprefix(IMAGES) for key in features.cameras())
+    return tuple(robot.get(key, key).removeprefix(IMAGES) for key in ordered(features.cameras()))
 
 
 def normalization(step: Step, key: str, width: int) -> Normalization:

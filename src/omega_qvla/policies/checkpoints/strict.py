@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.shards import Header, StoredTensors
-from omega_qvla.policies.weight_store import MappedWeights
+from omega_qvla.policies.weight_store import MappedWeights, WeightStore
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 8
@@ -48,12 +48,20 @@ def load_strictly(
     Raises:
         PolicyError: as ``check_headers``; or a tensor is not finite.
     """
-    store = map_strictly(module, stored, dropped=dropped)
+    fill(module, map_strictly(module, stored, dropped=dropped), stored.where)
+
+
+def fill(module: nn.Module, store: WeightStore, where: str) -> None:
+    """Give every parameter of a meta-device module its value from a store.
+
+    Raises:
+        PolicyError: a tensor is not finite; ``where`` names the checkpoint.
+    """
     state: dict[str, Tensor] = {}
     for name, _ in module.named_parameters():
         state[name] = store.read(name)
         if not bool(torch.isfinite(state[name]).all()):
-            raise PolicyError(f"{stored.where} does not fit the policy: {name} has NaN or Inf")
+            raise PolicyError(f"{where} does not fit the policy: {name} has NaN or Inf")
     module.load_state_dict(state, strict=True, assign=True)
 
 
