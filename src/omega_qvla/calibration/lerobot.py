@@ -131,6 +131,15 @@ def stream_lerobot(
     return Streamed(lambda number: reader.read(kept[number]), digests), report
 
 
+def state_names(root: str | Path) -> list[str]:
+    """What a state can be put together from: GR00T's names, then features.
+
+    Raises:
+        ObservationError: see ``read_dataset``.
+    """
+    return read_dataset(Path(root)).state_names
+
+
 def map_cameras(dataset: LeRobotDataset, cameras: Cameras) -> dict[str, str | None]:
     """The policy's cameras → the dataset's features, or None for a camera that is left out.
 
@@ -146,10 +155,11 @@ def map_cameras(dataset: LeRobotDataset, cameras: Cameras) -> dict[str, str | No
     known = dataset.camera_names
     lost = [name for name, key in wanted.items() if key is not None and key not in known]
     if lost or all(key is None for key in wanted.values()):
-        example = f"{(lost or ['NAME'])[0]}={next(iter(dataset.cameras), 'FEATURE')}"
+        first = next(iter(dataset.default_cameras().values()), "FEATURE")
+        example = f"{(lost or ['NAME'])[0]}={first}"
         raise ObservationError(
             f"{dataset.root} has no camera {_listed(wanted[name] for name in lost)}: the policy "
-            f"has {_listed(wanted)}, the dataset {_listed(dataset.camera_names)}. Say which is "
+            f"has {_listed(wanted)}, the dataset {_listed(dataset.cameras)}. Say which is "
             f"which with --cameras {example} (in Python a mapping from the policy's names to the "
             "dataset's); NAME=none (in Python None) leaves a camera of the policy out"
         )

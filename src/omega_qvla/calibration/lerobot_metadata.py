@@ -162,6 +162,12 @@ class LeRobotDataset:
         named = {n: self.camera_names[n] for n in self.modality.video if n in self.camera_names}
         return named or {key.removeprefix(_CAMERA_PREFIX): key for key in self.cameras}
 
+    @property
+    def state_names(self) -> list[str]:
+        """What a state can be put together from: GR00T's names, then features."""
+        bookkeeping = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
+        return [*self.modality.state, *(name for name in self.widths if name not in bookkeeping)]
+
     def state_parts(self, names: Sequence[str] | None) -> list[StatePart]:
         """The slices a state is put together from, in the order of the names.
 
@@ -177,7 +183,7 @@ class LeRobotDataset:
         if not names:
             raise ObservationError(
                 f"{self.root} has no {' or '.join(_STATE_NAMES)}; say what the state is with "
-                f"state=[...]; known: {self._known_parts()}"
+                f"state=[...]; known: {', '.join(self.state_names) or 'nothing numeric'}"
             )
         return [self._state_part(name) for name in names]
 
@@ -187,7 +193,7 @@ class LeRobotDataset:
         part = self.modality.state.get(name.removeprefix("state."))
         if part is None:
             raise ObservationError(
-                f"{self.root} has no state {name!r}; known: {self._known_parts()}"
+                f"{self.root} has no state {name!r}; known: {', '.join(self.state_names)}"
             )
         width = self.widths.get(part.original_key, 0)
         if not part.start < part.end <= width:
@@ -196,9 +202,6 @@ class LeRobotDataset:
                 f"[{part.start}:{part.end}], which has {width} numbers"
             )
         return StatePart(part.original_key, part.start, part.end)
-
-    def _known_parts(self) -> str:
-        return ", ".join([*self.modality.state, *self.widths]) or "nothing numeric"
 
 
 def is_dataset(path: Path) -> bool:
