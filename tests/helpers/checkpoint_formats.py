@@ -6,6 +6,7 @@ the embedding it is tied to, mixed float32 and bfloat16, and all files beside th
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from omega_qvla.policies.checkpoints.pi05_sizes import EMBEDDING, GEMMA_VARIANTS, TIED_HEAD
 from omega_qvla.policies.gr00t_n15 import (
@@ -441,3 +443,66 @@ def groot_pipelines() -> tuple[dict[str, Any], dict[str, Any]]:
         {"name": "policy_preprocessor", "steps": before},
         {"name": "policy_postprocessor", "steps": after},
     )
+
+
+def train_sentencepiece() -> bytes:
+    """A real sentencepiece model with PaliGemma's special tokens and single digits."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=["\n"],
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_lerobot_pi05(
+    directory: Path, tokenizer: bytes, prefix: str = "model.", **changes: Any
+) -> Path:
+    """A pi05 checkpoint as LeRobot 0.4.4 writes it."""
+    config = lerobot_config() | changes
+    tensors = {prefix + k: v for k, v in official_tensors(tiny_official()).items()}
+    _write_lerobot(directory, config, tensors, lerobot_pipelines(config))
+    (directory / "tokenizer.model").write_bytes(tokenizer)
+    return directory
+
+
+def write_groot(directory: Path, **changes: Any) -> Path:
+    """A groot checkpoint as LeRobot 0.4.4 writes it."""
+    drawn = gr00t_tensors(tiny_gr00t(QWEN_TOKENS, QWEN_IMAGE_TOKEN))
+    tensors = {f"_groot_model.{key}": tensor for key, tensor in drawn.items()}
+    _write_lerobot(directory, groot_config() | changes, tensors, groot_pipelines())
+    for file, content in small_qwen().items():
+        (directory / file).write_bytes(content)
+    return directory
+
+
+def _write_lerobot(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: dict[str, torch.Tensor],
+    pipelines: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    for kind, pipeline in zip(("pre", "post"), pipelines, strict=True):
+        (directory / f"policy_{kind}processor.json").write_text(json.dumps(pipeline))
+        for step in pipeline["steps"]:
+            if "state_file" in step:
+                save_file(lerobot_statistics(), directory / step["state_file"])

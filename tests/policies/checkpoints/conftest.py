@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +11,18 @@ import pytest
 from checkpoint_formats import (
     QWEN_IMAGE_TOKEN,
     QWEN_TOKENS,
-    SENTENCES,
     TRAINING,
     gr00t_metadata,
     gr00t_settings,
     gr00t_tensors,
-    groot_config,
-    groot_pipelines,
-    lerobot_config,
-    lerobot_pipelines,
-    lerobot_statistics,
     official_tensors,
     openpi_statistics,
     small_qwen,
     tiny_gr00t,
     tiny_official,
+    train_sentencepiece,
+    write_groot,
+    write_lerobot_pi05,
 )
 from safetensors.torch import save_file
 
@@ -37,27 +33,8 @@ from omega_qvla.policies.pi05 import Pi05Config
 @pytest.fixture(scope="session")
 def sentencepiece_model() -> bytes:
     """A real sentencepiece model with PaliGemma's special tokens and single digits."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="the extra hub is not installed")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
-        model_writer=model,
-        vocab_size=400,
-        model_type="bpe",
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        user_defined_symbols=["\n"],
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    pytest.importorskip("sentencepiece", reason="the extra hub is not installed")
+    return train_sentencepiece()
 
 
 @pytest.fixture
@@ -96,19 +73,7 @@ def lerobot_directory(
     """Writes a pi05 checkpoint as LeRobot 0.4.4 does; settings may be changed."""
 
     def write(name: str = "lerobot", prefix: str = "model.", **changes: Any) -> Path:
-        directory = tmp_path / name
-        directory.mkdir()
-        config = lerobot_config() | changes
-        tensors = official_tensors(tiny_official())
-        save_file({prefix + k: v for k, v in tensors.items()}, directory / "model.safetensors")
-        (directory / "config.json").write_text(json.dumps(config))
-        for kind, pipeline in zip(("pre", "post"), lerobot_pipelines(config), strict=True):
-            (directory / f"policy_{kind}processor.json").write_text(json.dumps(pipeline))
-            for step in pipeline["steps"]:
-                if "state_file" in step:
-                    save_file(lerobot_statistics(), directory / step["state_file"])
-        (directory / "tokenizer.model").write_bytes(sentencepiece_model)
-        return directory
+        return write_lerobot_pi05(tmp_path / name, sentencepiece_model, prefix, **changes)
 
     return write
 
@@ -150,19 +115,6 @@ def groot_directory(
     monkeypatch.setitem(gr00t_sizes.HEAD_HEADS, 32, 4)
 
     def write(name: str = "groot", **changes: Any) -> Path:
-        directory = tmp_path / name
-        directory.mkdir()
-        tensors = gr00t_tensors(tiny_gr00t(QWEN_TOKENS, QWEN_IMAGE_TOKEN))
-        prefixed = {f"_groot_model.{key}": tensor for key, tensor in tensors.items()}
-        save_file(prefixed, directory / "model.safetensors")
-        (directory / "config.json").write_text(json.dumps(groot_config() | changes))
-        for kind, pipeline in zip(("pre", "post"), groot_pipelines(), strict=True):
-            (directory / f"policy_{kind}processor.json").write_text(json.dumps(pipeline))
-            for step in pipeline["steps"]:
-                if "state_file" in step:
-                    save_file(lerobot_statistics(), directory / step["state_file"])
-        for file, content in small_qwen().items():
-            (directory / file).write_bytes(content)
-        return directory
+        return write_groot(tmp_path / name, **changes)
 
     return write
