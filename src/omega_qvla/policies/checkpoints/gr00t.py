@@ -60,7 +60,7 @@ class _ActionHead(BaseModel):
     model_config = ConfigDict(frozen=True)
     diffusion_model_cfg: _Diffusion
     vl_self_attention_cfg: _Attention
-    num_inference_timesteps: int = Field(default=4, ge=1)
+    num_inference_timesteps: int = Field(default=4, ge=1, le=1_000)
     num_timestep_buckets: int = 1000
     add_pos_embed: bool = True
     use_vlln: bool = True

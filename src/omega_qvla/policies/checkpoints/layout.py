@@ -61,7 +61,7 @@ def _by_config(directory: Path, content: dict[str, Any]) -> Reader:
     where = directory / CONFIG
     if "type" in content:
         kind = content["type"]
-        if kind not in LEROBOT:
+        if not isinstance(kind, str) or kind not in LEROBOT:
             raise PolicyError(
                 f"{where} is a LeRobot policy of type {kind!r}; this version reads "
                 f"{', '.join(LEROBOT)}"

@@ -78,6 +78,22 @@ class PolicyFeatures(BaseModel):
         ]
 
 
+class _Rename(BaseModel):
+    """The settings of the step that renames observations: the robot's name → the policy's."""
+
+    model_config = ConfigDict(frozen=True)
+    rename_map: dict[str, str] = Field(default_factory=dict)
+
+
+class _Normalize(BaseModel):
+    """The settings of a normalizer or unnormalizer."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    norm_map: dict[str, str] = Field(default_factory=dict)
+    eps: float = Field(default=1e-8, gt=0.0)
+    normalize_observation_keys: tuple[str, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a pipeline.
@@ -154,11 +170,15 @@ def renamed_cameras(
         features: the policy's inputs.
         steps: its preprocessor, which may rename them.
         ordered: how the policy orders its own names; as they are listed by default.
+
+    Raises:
+        PolicyError: the renaming step is invalid.
     """
-    mapping: Mapping[str, str] = {}
+    robot: Mapping[str, str] = {}
     if RENAME in steps:
-        mapping = steps[RENAME].config.get("rename_map", {})
-    robot = {policy: source for source, policy in mapping.items()}
+        step = steps[RENAME]
+        settings: _Rename = parse_config(step.config, _Rename, step.where)
+        robot = {policy: source for source, policy in settings.rename_map.items()}
     return tuple(robot.get(key, key).removeprefix(IMAGES) for key in ordered(features.cameras()))
 
 
@@ -172,15 +192,16 @@ def normalization(step: Step, key: str, width: int) -> Normalization:
 
     Raises:
         PolicyError: the statistics that its mode needs are missing (LeRobot would go on with raw
-            units), are of another width, or the mode is not known.
+            units), are of another width, or the mode is not known; or images are normalized, too.
     """
+    settings: _Normalize = parse_config(step.config, _Normalize, step.where)
+    if settings.norm_map.get("VISUAL", "IDENTITY") != "IDENTITY":
+        raise PolicyError(f"{step.where} normalizes images, which is not supported")
     kind = "ACTION" if key == ACTION else "STATE"
-    modes = step.config.get("norm_map", {})
-    mode = modes.get(kind, "IDENTITY") if isinstance(modes, dict) else None
-    wanted = step.config.get("normalize_observation_keys")
+    mode, wanted = settings.norm_map.get(kind, "IDENTITY"), settings.normalize_observation_keys
     if mode == "IDENTITY" or (kind == "STATE" and wanted is not None and key not in wanted):
         return Unchanged(width=width)
-    names = ("mean", "std") if mode == "MEAN_STD" else _BOUNDS.get(str(mode))
+    names = ("mean", "std") if mode == "MEAN_STD" else _BOUNDS.get(mode)
     if names is None:
         raise PolicyError(f"{step.where}: normalization {mode!r} of {kind} is not known")
     given = step.statistics.get(key, {})
@@ -197,11 +218,10 @@ def normalization(step: Step, key: str, width: int) -> Normalization:
             f"{step.where}: statistics of {key} have {len(first)} and {len(second)} dimensions, "
             f"the policy has {width}"
         )
-    margin = float(step.config.get("eps", 1e-8))
     try:
         if mode == "MEAN_STD":
-            return MeanStd(mean=first, std=second, margin=margin)
-        return Range(low=first, high=second, flat_width=margin)
+            return MeanStd(mean=first, std=second, margin=settings.eps)
+        return Range(low=first, high=second, flat_width=settings.eps)
     except ValidationError as error:
         raise PolicyError(f"{step.where}: statistics of {key} are invalid: {error}") from error
 

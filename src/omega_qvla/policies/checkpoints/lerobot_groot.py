@@ -76,6 +76,12 @@ class PackInputs(BaseModel):
     formalize_language: bool = False
     embodiment_tag: str
     embodiment_mapping: dict[str, int]
+
+
+class _Unpack(BaseModel):
+    """The settings of the step that maps actions back; the packing step has the same flag."""
+
+    model_config = ConfigDict(frozen=True)
     normalize_min_max: bool = True
 
 
@@ -151,7 +157,8 @@ def _min_max(step: Step, key: str, width: int) -> Normalization:
     Raises:
         PolicyError: they are missing (LeRobot would go on with raw units) or of another width.
     """
-    if not step.config.get("normalize_min_max", True):
+    settings: _Unpack = parse_config(step.config, _Unpack, step.where)
+    if not settings.normalize_min_max:
         return Unchanged(width=width)
     given = step.statistics.get(key, {})
     if "min" not in given or "max" not in given:

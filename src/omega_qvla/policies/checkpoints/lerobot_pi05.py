@@ -63,12 +63,11 @@ class LerobotPi05(PolicyFeatures):
     """The settings of ``config.json`` that inference depends on; training's are left unread."""
 
     model_config = ConfigDict(frozen=True)
-    chunk_size: int = Field(ge=1)
-    max_state_dim: int = Field(default=32, ge=1)
+    chunk_size: int = Field(ge=1, le=10_000)
+    max_state_dim: int = Field(default=32, ge=1, le=10_000)
     max_action_dim: int = Field(default=32, ge=1)
-    num_inference_steps: int = Field(default=10, ge=1)
+    num_inference_steps: int = Field(default=10, ge=1, le=1_000)
     image_resolution: tuple[int, int] = (224, 224)
-    tokenizer_max_length: int = Field(default=200, ge=1)
     paligemma_variant: str = "gemma_2b"
     action_expert_variant: str = "gemma_300m"
     min_period: float = TIME_MIN_PERIOD
@@ -136,8 +135,6 @@ def _processor(
     after = read_pipeline(directory, POSTPROCESSOR, (UNNORMALIZE,))
     normalize = require_step(before, NORMALIZE, directory / PREPROCESSOR)
     unnormalize = require_step(after, UNNORMALIZE, directory / POSTPROCESSOR)
-    if normalize.config.get("norm_map", {}).get("VISUAL", "IDENTITY") != "IDENTITY":
-        raise PolicyError(f"{normalize.where} normalizes images, which pi0.5 does not")
     tokenize = require_step(before, TOKENIZE, directory / PREPROCESSOR)
     tokens: _Tokenize = parse_config(tokenize.config, _Tokenize, tokenize.where)
     if "paligemma" not in (tokens.tokenizer_name or "paligemma"):

@@ -30,7 +30,7 @@ class TrainingConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    horizon: int = Field(ge=1)
+    horizon: int = Field(ge=1, le=10_000)
     state_in_prompt: bool
     state_dim: int = Field(ge=1)
     robot_action_dim: int = Field(ge=1)
