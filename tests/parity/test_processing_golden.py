@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from omega_qvla.policies.gr00t_n15 import CHAT_PROMPT
 from omega_qvla.policies.images import (
     crop_and_resize,
     pad_antialiased,
@@ -23,7 +24,7 @@ from omega_qvla.policies.images import (
 )
 from omega_qvla.policies.normalization import Binary, MeanStd, Quantiles, Range, Simple
 from omega_qvla.policies.processing import discretize_state, format_prompt
-from omega_qvla.policies.tokenizers import QWEN_FILES, QwenTokenizer, eagle_chat
+from omega_qvla.policies.tokenizers import QWEN_FILES, QwenTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "processing.safetensors"
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen_tokenizer"
@@ -129,4 +130,5 @@ def test_qwens_tokens_are_those_of_transformers(texts: dict[str, list]) -> None:
     tokenizer = QwenTokenizer({name: (QWEN / name).read_bytes() for name in QWEN_FILES}, "qwen")
     for text, ids in texts["qwen"]:
         assert tokenizer.encode(text) == ids
-    assert texts["qwen"][-1][0] == eagle_chat("open the drawer", 2, 4)
+    pieces = CHAT_PROMPT.pieces("open the drawer", 2)
+    assert texts["qwen"][-1][0] == ("<IMG_CONTEXT>" * 4).join(pieces)

@@ -15,7 +15,7 @@ import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies import loading
-from omega_qvla.policies.checkpoints.openpi import read_openpi, write_openpi
+from omega_qvla.policies.checkpoints.openpi import write_openpi
 from omega_qvla.policies.pi05 import dropped_shapes
 from omega_qvla.policies.pi05_policy import Pi05Policy
 
@@ -127,6 +127,14 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(
         oq.load_policy(written)
 
 
+def test_a_value_that_is_not_finite_is_found_when_it_is_read(written: Path) -> None:
+    change(written, **{NORM: torch.full((64,), torch.nan)})
+    policy = loading.stream_policy(written)
+    assert policy.store is not None
+    with pytest.raises(PolicyError, match=rf"{NORM} has NaN or Inf"):
+        policy.store.read(NORM)
+
+
 def test_many_problems_are_listed_up_to_a_limit(written: Path) -> None:
     save_file({}, written / "model.safetensors")
     with pytest.raises(PolicyError, match=r"missing .*; and \d+ more"):
@@ -163,7 +171,7 @@ def test_truncated_weights_are_refused(written: Path) -> None:
     path = written / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(PolicyError, match=r"model\.safetensors"):
-        read_openpi(written)
+        oq.load_policy(written)
 
 
 @pytest.mark.parametrize(

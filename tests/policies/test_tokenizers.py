@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 
 from omega_qvla.errors import PolicyError, ResourceError
+from omega_qvla.policies.gr00t_n15 import CHAT_PROMPT
 from omega_qvla.policies.processing import load_tokenizer
 from omega_qvla.policies.tokenizers import (
     QWEN_FILES,
     QwenTokenizer,
     SentencePieceTokenizer,
-    eagle_chat,
-    pad_left,
-    pad_right,
 )
 
 pytest.importorskip("tokenizers", reason="the extra hub is not installed")
@@ -54,7 +52,8 @@ def test_the_published_vocabulary_has_the_known_numbers(real: QwenTokenizer) -> 
 
 
 def test_the_chat_holds_a_run_of_places_for_every_image(real: QwenTokenizer) -> None:
-    ids = real.encode(eagle_chat("open the drawer", images=2, tokens_per_image=256))
+    places_of_one = "<IMG_CONTEXT>" * 256
+    ids = real.encode(places_of_one.join(CHAT_PROMPT.pieces("open the drawer", 2)))
     places = [i for i, token in enumerate(ids) if token == real.token_id("<IMG_CONTEXT>")]
     assert len(places) == 512
     assert places[255] - places[0] == 255 and places[511] - places[256] == 255
@@ -66,15 +65,6 @@ def test_the_chat_holds_a_run_of_places_for_every_image(real: QwenTokenizer) -> 
         *real.encode("assistant"),
         *real.encode("\n"),
     ]
-
-
-def test_the_chat_is_what_the_published_template_renders() -> None:
-    """By hand from ``chat_template.json`` and the processor's replacement of ``<image-1>``."""
-    assert eagle_chat("go", 1, 2) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n<image 1><img><IMG_CONTEXT><IMG_CONTEXT></img>go<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
 
 
 def test_byte_pairs_are_merged_and_added_tokens_kept_whole() -> None:
@@ -110,13 +100,6 @@ def test_damaged_vocabulary_files_are_refused(
     files = {**small_files(), name: content}
     with pytest.raises(PolicyError, match=expected):
         QwenTokenizer({k: v for k, v in files.items() if v is not None}, "small")
-
-
-def test_padding_goes_to_the_side_the_policy_was_trained_with() -> None:
-    rows = [[5, 6, 7], [8]]
-    assert pad_left(rows, 0) == ([[5, 6, 7], [0, 0, 8]], [[True] * 3, [False, False, True]])
-    assert pad_right(rows, 0) == ([[5, 6, 7], [8, 0, 0]], [[True] * 3, [True, False, False]])
-    assert pad_left([], 0) == ([], [])
 
 
 def test_without_the_libraries_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,8 +92,7 @@ def load_policy(source: str | Path, choices: Choices | None = None) -> NativePol
     scheme, _, name = str(source).partition(":")
     if scheme == "random":
         return random_policy(name)
-    directory = policy_directory(source)
-    return reader_for(directory).read(directory, choices or Choices())
+    return _in_memory(stream_policy(source, choices))
 
 
 def stream_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
@@ -106,7 +105,15 @@ def stream_policy(source: str | Path, choices: Choices | None = None) -> NativeP
     if scheme == "random":
         return stream_random(name)
     directory = policy_directory(source)
-    return reader_for(directory).stream(directory, choices or Choices())
+    return reader_for(directory)(directory, choices or Choices())
+
+
+def _in_memory(policy: NativePolicy) -> NativePolicy:
+    """The policy with its tensors in memory rather than in a store."""
+    assert policy.store is not None
+    materialize(policy.module, policy.store)
+    policy.store = None
+    return policy
 
 
 def policy_directory(source: str | Path) -> Path:
@@ -194,10 +201,7 @@ def random_policy(name: str, *, seed: int = 0) -> NativePolicy:
     """
     policy = stream_random(name, seed=seed)
     _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), name)
-    assert policy.store is not None
-    materialize(policy.module, policy.store)
-    policy.store = None
-    return policy
+    return _in_memory(policy)
 
 
 def stream_random(name: str, *, seed: int = 0) -> NativePolicy:

@@ -3,16 +3,17 @@
 * pi0.5 reads PaliGemma's sentencepiece model, ``tokenizer.model`` (openpi downloads it as
   ``paligemma_tokenizer.model``); the beginning-of-sequence token comes first.
 * GR00T N1.5 reads Qwen's byte-level byte pairs, ``vocab.json``, ``merges.txt`` and
-  ``added_tokens.json``.  Its prompt is a chat whose user message begins with the images; every
-  image is a run of ``<IMG_CONTEXT>`` tokens whose embeddings the vision tower replaces (Eagle's
-  ``processing_eagle2_5_vl.py`` and ``chat_template.json``).
+  ``added_tokens.json``.
+
+The originals pad prompts to one length, pi0.5 on the right and GR00T on the left, and mask the
+padding.  Here an observation is one prompt of its own length, which gives the same.
 
 An artifact keeps these files, so that it never needs the checkpoint again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from omega_qvla.errors import PolicyError, ResourceError
@@ -26,7 +27,6 @@ _QWEN_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SYSTEM = "You are a helpful assistant."
 
 
 class SentencePieceTokenizer:
@@ -167,43 +167,6 @@ class QwenTokenizer:
     def files(self) -> dict[str, bytes]:
         """Vocabulary, merges and added tokens."""
         return dict(self._files)
-
-
-def eagle_chat(text: str, images: int, tokens_per_image: int) -> str:
-    """GR00T's prompt: system message, then a user message of images and text, answer begun.
-
-    Args:
-        text: the instruction, as it is to appear.
-        images: how many images come before it, in the order of the cameras.
-        tokens_per_image: how many embeddings an image has (256 for 224 pixels, patches of 14).
-    """
-    pictures = "".join(
-        f"<image {i + 1}><img>{'<IMG_CONTEXT>' * tokens_per_image}</img>" for i in range(images)
-    )
-    return (
-        f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n"
-        f"<|im_start|>user\n{pictures}{text}<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-def pad_left(rows: Sequence[Sequence[int]], token: int) -> tuple[list[list[int]], list[list[bool]]]:
-    """Rows of one length, padding first, as GR00T batches prompts.
-
-    Returns:
-        The padded rows, and for each token whether it is one of the row's own.
-    """
-    longest = max((len(row) for row in rows), default=0)
-    padded = [[token] * (longest - len(row)) + list(row) for row in rows]
-    return padded, [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
-
-
-def pad_right(
-    rows: Sequence[Sequence[int]], token: int
-) -> tuple[list[list[int]], list[list[bool]]]:
-    """Rows of one length, padding last, as pi0.5 batches prompts; see ``pad_left``."""
-    longest = max((len(row) for row in rows), default=0)
-    padded = [list(row) + [token] * (longest - len(row)) for row in rows]
-    return padded, [[True] * len(row) + [False] * (longest - len(row)) for row in rows]
 
 
 def _token_ids(content: bytes, where: str) -> dict[str, int]:

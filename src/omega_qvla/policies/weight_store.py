@@ -54,14 +54,17 @@ class MappedWeights:
         """One parameter, float32.
 
         Raises:
-            PolicyError: the file cannot be read any more.
+            PolicyError: the file cannot be read any more, or the parameter is not finite.
         """
         place = self._places[name]
         try:
             with safe_open(place.file, framework="pt") as file:
-                return file.get_tensor(place.key).to(torch.float32, copy=True)
+                found = file.get_tensor(place.key).to(torch.float32, copy=True)
         except (OSError, SafetensorError) as error:
             raise PolicyError(f"cannot read {place.key} from {place.file}: {error}") from error
+        if not bool(torch.isfinite(found).all()):
+            raise PolicyError(f"{place.file} does not fit the policy: {place.key} has NaN or Inf")
+        return found
 
 
 class SeededWeights:

@@ -9,7 +9,7 @@ would be missing anyway.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,7 +29,7 @@ from omega_qvla.policies.checkpoints.gr00t_metadata import (
 from omega_qvla.policies.checkpoints.gr00t_sizes import Sizes, infer_sizes, untie
 from omega_qvla.policies.checkpoints.qwen import IMAGE_TOKEN, qwen_tokenizer
 from omega_qvla.policies.checkpoints.shards import StoredTensors, find_tensors
-from omega_qvla.policies.checkpoints.strict import dropped_count, fill, map_strictly
+from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.policies.gr00t_n15 import (
     CHAT_PROMPT,
     Gr00tN15Config,
@@ -84,36 +84,14 @@ class Gr00tSettings(BaseModel):
     backbone_cfg: _Backbone
 
 
-class Structure(NamedTuple):
-    """A policy without tensors, and where they are."""
-
-    policy: Gr00tN15Policy
-    stored: StoredTensors
-
-
-def read_gr00t(directory: Path, choices: Choices) -> Gr00tN15Policy:
-    """A policy from a directory that Isaac-GR00T saved.
+def stream_gr00t(directory: Path, choices: Choices) -> Gr00tN15Policy:
+    """A policy from a directory that Isaac-GR00T saved, its weights left in the files.
 
     Raises:
         PolicyError: a file is missing or invalid, the embodiment is unknown, the weights do not fit
             the configuration, or something has to be chosen that ``choices`` leaves open.
         ResourceError: a library for the tokenizer is missing.
     """
-    return loaded(read_structure(directory, choices))
-
-
-def stream_gr00t(directory: Path, choices: Choices) -> Gr00tN15Policy:
-    """The policy ``read_gr00t`` reads, its weights left in the files until they are used.
-
-    Raises:
-        PolicyError, ResourceError: as ``read_gr00t``, except that NaN and Inf are found when they
-            are read.
-    """
-    return read_structure(directory, choices).policy
-
-
-def read_structure(directory: Path, choices: Choices) -> Structure:
-    """The policy of a directory, its tensors checked and left in the files."""
     where = directory / CONFIG
     settings = _settings(read_json(directory, CONFIG), where)
     tag, metadata = read_metadata(directory, choices.embodiment)
@@ -156,7 +134,7 @@ def make_config(sizes: Sizes, where: Path, **conventions: Any) -> Gr00tN15Config
         raise PolicyError(f"{where}: the policy does not fit its robot: {error}") from error
 
 
-def build(processor: Gr00tProcessor, stored: StoredTensors) -> Structure:
+def build(processor: Gr00tProcessor, stored: StoredTensors) -> Gr00tN15Policy:
     """A policy that keeps the acting embodiment's layers alone.
 
     Raises:
@@ -169,20 +147,7 @@ def build(processor: Gr00tProcessor, stored: StoredTensors) -> Structure:
     store = map_strictly(module, stored, dropped=dropped)
     count = dropped_count(stored, dropped)
     whole = Gr00tN15Policy(module, processor, dropped_parameters=count, store=store)
-    return Structure(whole.keep_embodiments((config.embodiment,)), stored)
-
-
-def loaded(structure: Structure) -> Gr00tN15Policy:
-    """The policy with its tensors in memory.
-
-    Raises:
-        PolicyError: a tensor is not finite.
-    """
-    policy, stored = structure
-    assert policy.store is not None
-    fill(policy.module, policy.store, stored.where)
-    policy.store = None
-    return policy
+    return whole.keep_embodiments((config.embodiment,))
 
 
 def _settings(content: dict[str, Any], where: Path) -> Gr00tSettings:

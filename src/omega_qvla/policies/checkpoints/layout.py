@@ -4,34 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.files import read_json, refuse_unsafe
-from omega_qvla.policies.checkpoints.gr00t import read_gr00t, stream_gr00t
-from omega_qvla.policies.checkpoints.lerobot_groot import read_lerobot_groot, stream_lerobot_groot
-from omega_qvla.policies.checkpoints.lerobot_pi05 import read_lerobot_pi05, stream_lerobot_pi05
-from omega_qvla.policies.checkpoints.openpi import CONFIG, read_openpi, stream_openpi
+from omega_qvla.policies.checkpoints.gr00t import stream_gr00t
+from omega_qvla.policies.checkpoints.lerobot_groot import stream_lerobot_groot
+from omega_qvla.policies.checkpoints.lerobot_pi05 import stream_lerobot_pi05
+from omega_qvla.policies.checkpoints.openpi import CONFIG, stream_openpi
 from omega_qvla.policies.checkpoints.shards import INDEX, WEIGHTS
 from omega_qvla.policies.native import NativePolicy
 
 READ = "openpi, LeRobot (pi05, groot), GR00T N1.5 and this project's own"
 
 
-class Reader(NamedTuple):
-    """How a layout is read: whole, or with its weights left in the files."""
+Reader = Callable[[Path, Choices], NativePolicy]
+"""A directory, and what it leaves open → its policy, the weights left in the files."""
 
-    read: Callable[[Path, Choices], NativePolicy]
-    stream: Callable[[Path, Choices], NativePolicy]
-
-
-OPENPI = Reader(read_openpi, stream_openpi)
-GR00T = Reader(read_gr00t, stream_gr00t)
-LEROBOT = {
-    "pi05": Reader(read_lerobot_pi05, stream_lerobot_pi05),
-    "groot": Reader(read_lerobot_groot, stream_lerobot_groot),
-}
+LEROBOT: dict[str, Reader] = {"pi05": stream_lerobot_pi05, "groot": stream_lerobot_groot}
 """LeRobot's policy types."""
 
 
@@ -54,7 +45,7 @@ def reader_for(directory: Path) -> Reader:
             f"{str(directory)!r} has no {CONFIG} and no {WEIGHTS}: it is not a policy directory "
             f"this version reads ({READ}; docs/checkpoints.md)"
         )
-    return OPENPI
+    return stream_openpi
 
 
 def _by_config(directory: Path, content: dict[str, Any]) -> Reader:
@@ -68,9 +59,9 @@ def _by_config(directory: Path, content: dict[str, Any]) -> Reader:
             )
         return LEROBOT[kind]
     if "family" in content or "vision" in content or "paligemma_variant" in content:
-        return OPENPI
+        return stream_openpi
     if str(content.get("model_type", "")).startswith("gr00t"):
-        return GR00T
+        return stream_gr00t
     raise PolicyError(
         f"{where} is of no layout this version reads ({READ}; docs/checkpoints.md): it has neither "
         "LeRobot's 'type' nor openpi's 'paligemma_variant' nor GR00T's 'model_type'"

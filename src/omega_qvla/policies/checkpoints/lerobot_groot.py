@@ -18,9 +18,7 @@ from omega_qvla.policies.checkpoints.files import read_json
 from omega_qvla.policies.checkpoints.gr00t import (
     CONFIG,
     PROMPT_LENGTH,
-    Structure,
     build,
-    loaded,
     make_config,
 )
 from omega_qvla.policies.checkpoints.gr00t_metadata import embodiment_id
@@ -85,28 +83,14 @@ class _Unpack(BaseModel):
     normalize_min_max: bool = True
 
 
-def read_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
-    """A GR00T policy from a directory in LeRobot's layout.
+def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
+    """A GR00T policy from a directory in LeRobot's layout, its weights left in the file.
 
     Raises:
         PolicyError: a file is missing or invalid, a processing step or the embodiment is not known,
             statistics are missing, or the weights do not fit.
         ResourceError: a library for the tokenizer is missing.
     """
-    return loaded(_read_structure(directory, choices))
-
-
-def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
-    """The policy ``read_lerobot_groot`` reads, its weights left in the file until they are used.
-
-    Raises:
-        PolicyError, ResourceError: as ``read_lerobot_groot``, except that NaN and Inf are found
-            when they are read.
-    """
-    return _read_structure(directory, choices).policy
-
-
-def _read_structure(directory: Path, choices: Choices) -> Structure:
     content, where = read_json(directory, CONFIG), directory / CONFIG
     refuse_adapters(directory, content)
     settings: LerobotGroot = parse_config(content, LerobotGroot, str(where))

@@ -44,7 +44,7 @@ from omega_qvla.policies.checkpoints.pi05_sizes import (
     untie,
 )
 from omega_qvla.policies.checkpoints.shards import StoredTensors, find_tensors
-from omega_qvla.policies.checkpoints.strict import dropped_count, load_strictly, map_strictly
+from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.policies.normalization import NormalizationStatistics
 from omega_qvla.policies.pi05 import (
     TIME_MAX_PERIOD,
@@ -83,26 +83,13 @@ class _Tokenize(BaseModel):
     padding_side: str = "right"
 
 
-def read_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
-    """A pi0.5 policy from a directory in LeRobot's layout.
+def stream_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
+    """A pi0.5 policy from a directory in LeRobot's layout, its weights left in the file.
 
     Raises:
         PolicyError: a file is missing or invalid, a processing step is not known, statistics are
             missing, or the weights do not fit the configuration.
         ResourceError: a library for the tokenizer is missing.
-    """
-    module, processor, stored = _read_structure(directory, choices)
-    dropped = dropped_shapes(module.config)
-    load_strictly(module, stored, dropped=dropped)
-    return Pi05Policy(module, processor, dropped_parameters=dropped_count(stored, dropped))
-
-
-def stream_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
-    """The policy ``read_lerobot_pi05`` reads, its weights left in the file until they are used.
-
-    Raises:
-        PolicyError, ResourceError: as ``read_lerobot_pi05``, except that NaN and Inf are found when
-            they are read.
     """
     module, processor, stored = _read_structure(directory, choices)
     dropped = dropped_shapes(module.config)

@@ -26,7 +26,7 @@ from omega_qvla.policies.checkpoints.openpi_training import training_config
 from omega_qvla.policies.checkpoints.paligemma import paligemma_tokenizer
 from omega_qvla.policies.checkpoints.pi05_sizes import infer_sizes, untie
 from omega_qvla.policies.checkpoints.shards import WEIGHTS, StoredTensors, find_tensors
-from omega_qvla.policies.checkpoints.strict import dropped_count, load_strictly, map_strictly
+from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.policies.normalization import NormalizationStatistics
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_shapes
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
@@ -35,28 +35,15 @@ from omega_qvla.policies.processing import load_tokenizer
 CONFIG, TOKENIZER, STATISTICS = "config.json", "tokenizer.json", "norm_stats.json"
 
 
-def read_openpi(directory: Path, choices: Choices | None = None) -> Pi05Policy:
-    """A policy from a directory in openpi's layout.
+def stream_openpi(directory: Path, choices: Choices) -> Pi05Policy:
+    """A policy from a directory in openpi's layout, its weights left in the file.
 
     Raises:
         PolicyError: a file is missing or invalid, the weights do not fit the configuration, or
             something has to be chosen that ``choices`` leaves open.
         ResourceError: a library for the tokenizer is missing.
     """
-    module, processor, stored = _read_structure(directory, choices or Choices())
-    dropped = dropped_shapes(module.config)
-    load_strictly(module, stored, dropped=dropped)
-    return Pi05Policy(module, processor, dropped_parameters=dropped_count(stored, dropped))
-
-
-def stream_openpi(directory: Path, choices: Choices | None = None) -> Pi05Policy:
-    """The policy ``read_openpi`` reads, its weights left in the file until they are used.
-
-    Raises:
-        PolicyError, ResourceError: as ``read_openpi``, except that NaN and Inf are found when they
-            are read.
-    """
-    module, processor, stored = _read_structure(directory, choices or Choices())
+    module, processor, stored = _read_structure(directory, choices)
     dropped = dropped_shapes(module.config)
     store = map_strictly(module, stored, dropped=dropped)
     count = dropped_count(stored, dropped)
@@ -119,7 +106,7 @@ def write_openpi(
     asset_id: str = "metaworld",
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write a full-precision policy in the layout ``read_openpi`` reads.
+    """Write a full-precision policy in the layout ``stream_openpi`` reads.
 
     Args:
         policy: what to write.

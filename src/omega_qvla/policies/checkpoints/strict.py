@@ -2,7 +2,8 @@
 
 LeRobot 0.4.4 swallows load errors and runs on random weights; a policy that silently does that
 moves a real arm.  Here a module is built on the meta device (nothing allocated, nothing random)
-and every one of its tensors must come from the checkpoint.
+and every one of its tensors must come from the checkpoint: names, shapes and types are checked
+before anything is read, values when they are read.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.shards import Header, StoredTensors
-from omega_qvla.policies.weight_store import MappedWeights, WeightStore
+from omega_qvla.policies.weight_store import MappedWeights
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 8
@@ -38,31 +39,6 @@ def map_strictly(
     """
     check_headers(module, stored.headers, dropped=dropped, where=stored.where)
     return MappedWeights({name: stored.places[name] for name, _ in module.named_parameters()})
-
-
-def load_strictly(
-    module: nn.Module, stored: StoredTensors, *, dropped: Mapping[str, Shape]
-) -> None:
-    """Give every parameter of a meta-device module its tensor, as float32.
-
-    Raises:
-        PolicyError: as ``check_headers``; or a tensor is not finite.
-    """
-    fill(module, map_strictly(module, stored, dropped=dropped), stored.where)
-
-
-def fill(module: nn.Module, store: WeightStore, where: str) -> None:
-    """Give every parameter of a meta-device module its value from a store.
-
-    Raises:
-        PolicyError: a tensor is not finite; ``where`` names the checkpoint.
-    """
-    state: dict[str, Tensor] = {}
-    for name, _ in module.named_parameters():
-        state[name] = store.read(name)
-        if not bool(torch.isfinite(state[name]).all()):
-            raise PolicyError(f"{where} does not fit the policy: {name} has NaN or Inf")
-    module.load_state_dict(state, strict=True, assign=True)
 
 
 def dropped_count(stored: StoredTensors, dropped: Mapping[str, Shape]) -> int:
