@@ -11,6 +11,7 @@ import pytest
 from omega_qvla.cli import main
 
 POLICY = "builtin:tiny-pi05"
+DRY = ("quantize", "--out", "x", "--dry-run")
 
 
 def run(*arguments: str) -> int:
@@ -61,6 +62,18 @@ def test_dry_run_predicts_what_is_then_stored(artifact: Path, tmp_path: Path) ->
         assert before[name] == pytest.approx(after[name], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("embodiment", "least", "most"), [((), 0.62, 0.66), (("--embodiment", "7"), 0.75, 0.78)]
+)
+def test_dry_run_says_what_one_embodiment_saves(
+    embodiment: tuple[str, ...], least: float, most: float, tmp_path: Path
+) -> None:
+    result = tmp_path / "predicted.json"
+    arguments = ("quantize", "random:gr00t-n1.5", "--out", "x", "--dry-run", "--json", str(result))
+    assert run(*arguments, *embodiment) == 0
+    assert least <= json.loads(result.read_text())["reduction"] <= most
+
+
 def test_verify_passes_on_an_intact_artifact_and_names_a_flipped_bit(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +110,8 @@ def test_verify_passes_on_an_intact_artifact_and_names_a_flipped_bit(
         (("inspect", "."), 2, "artifact"),
         (("verify", "nowhere"), 2, "nowhere"),
         (("eval", "random:tiny-pi05"), 2, "--tasks"),
+        ((*DRY, "random:tiny-pi05", "--embodiment", "1"), 2, "pi05 policy has no layers"),
+        ((*DRY, "random:gr00t-n1.5", "--embodiment", "32"), 2, "[32] with 32 acting"),
     ],
 )
 def test_bad_input_is_one_clear_message_and_the_documented_status(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,3 +122,23 @@ def test_paper_scope_keeps_backbone_and_action_head_alone(default_recipe: Recipe
 def test_recipes_cannot_be_changed(default_recipe: Recipe) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         default_recipe.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("component", "per_step", "expected"),
+    [
+        ("action_head", True, "per_step"),
+        ("action_head", False, "per_token"),
+        ("vision", False, "per_step"),
+    ],
+)
+def test_a_site_of_the_action_head_that_runs_once_scales_per_token(
+    component: str, per_step: bool, expected: str
+) -> None:
+    static = {"activations": {"scale": "per_step"}}
+    recipe = Recipe.model_validate(
+        {"name": "r", "description": "", "action_head": static, "vision": static}
+    )
+    scheme = recipe.scheme_of(SimpleNamespace(component=component, per_step=per_step))
+    assert scheme is not None and scheme.activations.scale == expected
+    assert recipe.scheme_of(SimpleNamespace(component="backbone", per_step=False)) is None

@@ -178,7 +178,8 @@ class _Checkpoint:
         tyro.conf.arg(help="of a GR00T checkpoint: its name (libero) or a JSON file"),
     ] = None
     embodiment: Annotated[
-        str | None, tyro.conf.arg(help="of a GR00T checkpoint that knows several: the robot's tag")
+        str | None,
+        tyro.conf.arg(help="GR00T: the robot's tag; of random:gr00t-n1.5 its number, else all"),
     ] = None
     tokenizer: Annotated[
         Path | None,

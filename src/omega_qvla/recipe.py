@@ -96,8 +96,9 @@ class ActivationScheme(_Frozen):
     Attributes:
         bits: integer width, symmetric.
         scale: ``per_token`` dynamic; ``per_step`` one static number per denoising step (sites
-            outside the action head have a single step); ``per_channel_per_step`` the paper's
-            static scale on every input channel (simulation only).
+            outside the action head have a single step, and see ``Recipe.scheme_of``);
+            ``per_channel_per_step`` the paper's static scale on every input channel (simulation
+            only).
         quantile: for ``per_channel_per_step``, the quantile of abs(x') that maps to the largest
             integer.
     """

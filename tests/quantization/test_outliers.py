@@ -8,6 +8,9 @@ from torch import nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.policies.gr00t_layers import adaptive_layer_norm
+from omega_qvla.policies.gr00t_n15 import Gr00tN15Config
+from omega_qvla.policies.gr00t_outliers import gr00t_outlier_pairs
 from omega_qvla.policies.layers import AdaptiveRMSNorm, RMSNorm, adaptive_rms_norm
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, sample_chunk
 from omega_qvla.policies.pi05_outliers import pi05_outlier_pairs
@@ -99,6 +102,17 @@ def test_pi05_pairs_cover_every_linear_behind_a_norm_once() -> None:
     assert len(everything) == len(paper) + 2 * config.vision.depth + 1
 
 
+def test_gr00t_pairs_cover_every_linear_behind_a_norm_once() -> None:
+    config = Gr00tN15Config.tiny(vocabulary=40)
+    paper, everything = (gr00t_outlier_pairs(config, scope) for scope in ("paper", "all"))
+    consumers = [path for pair in everything for path in pair.consumers]
+    assert len(consumers) == len(set(consumers))
+    assert set(paper) < set(everything)
+    assert len(paper) == 3 * config.backbone.depth + 2 * config.head.depth
+    rest = 2 * config.vision.depth + 1 + 3 * config.features.depth
+    assert len(everything) == len(paper) + rest
+
+
 class Chain(nn.Module):
     """One producer of each kind before a linear, in float64."""
 
@@ -109,6 +123,7 @@ class Chain(nn.Module):
             "rms_norm": lambda: RMSNorm(24),
             "layer_norm": lambda: nn.LayerNorm(24),
             "adaptive_norm": lambda: AdaptiveRMSNorm(24, 7).dense,
+            "adaptive_layer_norm": lambda: nn.Linear(7, 48),
             "linear": lambda: nn.Linear(24, 24),
         }
         self.producer = makers[kind]()
@@ -121,11 +136,16 @@ class Chain(nn.Module):
         if self.kind == "adaptive_norm":
             h, gate = adaptive_rms_norm(x, self.producer(condition).unflatten(-1, (3, -1)))
             return self.reader(h), self.other(h), gate
+        if self.kind == "adaptive_layer_norm":
+            h = adaptive_layer_norm(x, self.producer(condition).unflatten(-1, (2, -1)))
+            return self.reader(h), self.other(h)
         h = self.producer(x)
         return self.reader(h), self.other(h)
 
 
-@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm", "adaptive_norm", "linear"])
+@pytest.mark.parametrize(
+    "kind", ["rms_norm", "layer_norm", "adaptive_norm", "adaptive_layer_norm", "linear"]
+)
 @pytest.mark.parametrize("magnitude", [0.01, 30.0, 1000.0])
 def test_each_kind_preserves_the_function_to_float64(kind, magnitude: float) -> None:
     chain = Chain(kind)

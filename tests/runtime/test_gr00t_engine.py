@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import omega_qvla as oq
+from omega_qvla.artifact import read_artifact, write_artifact
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.errors import ArtifactError
+from omega_qvla.errors import ArtifactError, PolicyError
 from omega_qvla.evaluation.comparison import stress_twin
 from omega_qvla.policies.base import sites_of
 from omega_qvla.policies.gr00t_policy import Gr00tN15Policy, KeptRows
@@ -134,8 +135,6 @@ def test_the_step_table_is_exact_at_its_counts(
 
 
 def test_a_table_of_another_shape_is_refused(saved: Path, tmp_path: Path) -> None:
-    from omega_qvla.artifact import read_artifact, write_artifact
-
     artifact = read_artifact(saved)
     tensors = {name: tensor.clone() for name, tensor in artifact.tensors.items()}
     tensors["step_table.values"] = tensors["step_table.values"][..., :1, :].contiguous()
@@ -171,6 +170,28 @@ def test_one_embodiment_alone_gives_the_same_actions_in_fewer_bytes(
     ours, all_three = alone.memory_report(), quantized.memory_report()
     assert ours["total_bytes"] < all_three["total_bytes"]
     assert ours["reference_bytes"] == all_three["reference_bytes"]
+
+
+def test_loaded_embodiments_stay_in_16_bits_and_act_the_same(tmp_path: Path) -> None:
+    """Widening the one matrix that is used is exact, so not a bit of the actions may change."""
+    policy = load_policy("random:tiny-gr00t")
+    size = policy.config.vision.image_size
+    one = Observations.random(policy.config.cameras, 4, count=1, size=size)
+    result = oq.quantize(policy, one, "rtn")
+    result.save_pretrained(tmp_path / "out")
+    loaded = oq.load(tmp_path / "out")
+    stack = loaded.policy.module.get_parameter("action_head.action_encoder.W2.W")
+    assert stack.dtype == torch.bfloat16
+    start = np.zeros(policy.noise_shape, np.float32)
+    assert np.array_equal(
+        loaded.sample_actions(one[0], start), result.sample_actions(one[0], start)
+    )
+    assert loaded.memory_report() == result.memory_report()
+
+
+def test_embodiments_are_chosen_before_quantizing(quantized: QuantizedPolicy) -> None:
+    with pytest.raises(PolicyError, match="before quantizing"):
+        quantized.policy.keep_embodiments((1,))
 
 
 def test_a_streamed_policy_reads_only_the_kept_embodiments() -> None:

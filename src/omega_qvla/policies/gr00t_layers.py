@@ -223,17 +223,33 @@ class SelfBlock(_HeadBlock):
 
 
 class EmbodimentLinear(nn.Module):
-    """One matrix per embodiment, stacked; inputs are on the left of W, unlike in ``nn.Linear``."""
+    """One matrix per embodiment, stacked; inputs are on the left of W, unlike in ``nn.Linear``.
+
+    The stack may be in 16 bits: what an artifact stores so is not widened when it is loaded, since
+    of 32 matrices one is used.  That one is widened when it is first asked for.
+    """
+
+    any_precision = True
 
     def __init__(self, embodiments: int, inputs: int, outputs: int) -> None:
         super().__init__()
         weight = torch.empty((embodiments, inputs, outputs))
         self.W = nn.Parameter(weight if weight.is_meta else weight.normal_(0.0, 0.02))
         self.b = nn.Parameter(torch.zeros(embodiments, outputs))
+        self._widened: tuple[int, Tensor, Tensor] | None = None
+
+    def matrix(self, row: int) -> tuple[Tensor, Tensor]:
+        """W [in, out] and b [out] of one row of the stack, float32."""
+        if self.W.dtype == torch.float32:
+            return self.W[row], self.b[row]
+        if self._widened is None or self._widened[0] != row:
+            self._widened = (row, self.W[row].to(torch.float32), self.b[row].to(torch.float32))
+        return self._widened[1:]
 
     def forward(self, x: Tensor, row: int) -> Tensor:
         """x [..., in] → [..., out] with the matrix in this row of the stack."""
-        return x @ self.W[row] + self.b[row]
+        weight, bias = self.matrix(row)
+        return x @ weight + bias
 
 
 class EmbodimentMLP(nn.Module):
@@ -263,11 +279,12 @@ class ActionEncoder(nn.Module):
 
     def time_part(self, code: Tensor, row: int) -> Tensor:
         """Code [B, D] → its share of W2's output, bias included, [B, 1, D]."""
-        width = code.shape[-1]
-        return (code @ self.W2.W[row, width:] + self.W2.b[row]).unsqueeze(-2)
+        weight, bias = self.W2.matrix(row)
+        return (code @ weight[code.shape[-1] :] + bias).unsqueeze(-2)
 
     def forward(self, actions: Tensor, time_part: Tensor, row: int) -> Tensor:
         """Actions [B, H, A] → [B, H, D]."""
         embedded = self.W1(actions, row)
-        hidden = embedded @ self.W2.W[row, : embedded.shape[-1]] + time_part
+        weight, _ = self.W2.matrix(row)
+        hidden = embedded @ weight[: embedded.shape[-1]] + time_part
         return self.W3(F.silu(hidden), row)

@@ -143,24 +143,29 @@ class Gr00tN15Policy(NativePolicy):
             embodiment: the one that acts; the present one by default.
 
         Raises:
-            PolicyError: one of them is not there, or the acting one would not be.
+            PolicyError: one of them is not there, the acting one would not be, or the policy is
+                quantized already.
         """
         config = self.config.keeping(embodiments, embodiment)
         rows = [self.config.embodiments.index(number) for number in config.embodiments]
         with torch.device("meta"):
             module = Gr00tN15Module(config)
-        stacked, before = stacked_keys(), 0
-        for name, parameter in self.module.named_parameters():
+        present = dict(self.module.named_parameters())
+        if present.keys() != dict(module.named_parameters()).keys():
+            raise PolicyError("choose embodiments before quantizing: this policy is quantized")
+        stacked, removed = stacked_keys(), 0
+        for name, parameter in present.items():
             path, _, kind = name.rpartition(".")
             if name in stacked:
-                before += parameter.numel() - parameter.numel() * len(rows) // parameter.shape[0]
-                parameter = nn.Parameter(parameter[rows], requires_grad=False)
+                kept = nn.Parameter(parameter[rows], requires_grad=False)
+                removed += parameter.numel() - kept.numel()
+                parameter = kept
             setattr(module.get_submodule(path), kind, parameter)
         processor = Gr00tProcessor(config, self.processor.statistics, self.processor.tokenizer)
         return Gr00tN15Policy(
             module,
             processor,
-            dropped_parameters=self.dropped_parameters + before,
+            dropped_parameters=self.dropped_parameters + removed,
             store=None if self.store is None else KeptRows(self.store, stacked, rows),
         )
 

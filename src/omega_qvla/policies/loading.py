@@ -19,7 +19,7 @@ from omega_qvla.policies.checkpoints.layout import reader_for
 from omega_qvla.policies.gr00t_n15 import EMBODIMENTS, Gr00tN15Config, Gr00tN15Module
 from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
-from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.native import HasEmbodiments, NativePolicy
 from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
@@ -89,10 +89,10 @@ def load_policy(source: str | Path, choices: Choices | None = None) -> NativePol
         ResourceError: not enough memory for a random policy of that size; a library is missing;
             the hub cannot be reached.
     """
-    scheme, _, name = str(source).partition(":")
-    if scheme == "random":
-        return random_policy(name)
-    return _in_memory(stream_policy(source, choices))
+    policy = stream_policy(source, choices)
+    if str(source).startswith("random:"):
+        _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), str(source))
+    return _in_memory(policy)
 
 
 def stream_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
@@ -101,11 +101,33 @@ def stream_policy(source: str | Path, choices: Choices | None = None) -> NativeP
     Raises:
         PolicyError, ResourceError: as ``load_policy``.
     """
+    choices = choices or Choices()
     scheme, _, name = str(source).partition(":")
     if scheme == "random":
-        return stream_random(name)
+        return _of_embodiment(stream_random(name), choices.embodiment)
     directory = policy_directory(source)
-    return reader_for(directory)(directory, choices or Choices())
+    policy = reader_for(directory)(directory, choices)
+    if choices.embodiment is not None:
+        _require_embodiments(policy)
+    return policy
+
+
+def _of_embodiment(policy: NativePolicy, embodiment: str | None) -> NativePolicy:
+    """A random policy with the layers of one robot, by its number, or as it is."""
+    if embodiment is None:
+        return policy
+    stacked = _require_embodiments(policy)
+    if not embodiment.isdecimal():
+        raise PolicyError(f"a random policy has no tag {embodiment!r}; give the number of a robot")
+    return stacked.keep_embodiments((int(embodiment),), int(embodiment))
+
+
+def _require_embodiments(policy: NativePolicy) -> HasEmbodiments:
+    if not isinstance(policy, HasEmbodiments):
+        raise PolicyError(
+            f"a {policy.family} policy has no layers per embodiment; leave --embodiment out"
+        )
+    return policy
 
 
 def _in_memory(policy: NativePolicy) -> NativePolicy:
@@ -175,8 +197,7 @@ def policy_structure(source: str | Path, choices: Choices | None = None) -> Nati
     Raises:
         PolicyError, ResourceError: as ``load_policy``.
     """
-    scheme, _, name = str(source).partition(":")
-    return random_structure(name) if scheme == "random" else stream_policy(source, choices)
+    return stream_policy(source, choices)
 
 
 def random_structure(name: str) -> NativePolicy:
@@ -200,7 +221,7 @@ def random_policy(name: str, *, seed: int = 0) -> NativePolicy:
         ResourceError: not enough memory.
     """
     policy = stream_random(name, seed=seed)
-    _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), name)
+    _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), f"random:{name}")
     return _in_memory(policy)
 
 
@@ -224,7 +245,7 @@ def _require_memory(needed: int, name: str) -> None:
     available = _available_memory()
     if needed > available:
         raise ResourceError(
-            f"random:{name} needs {needed / 1e9:.1f} GB of memory in float32, "
+            f"{name} needs {needed / 1e9:.1f} GB of memory in float32, "
             f"{available / 1e9:.1f} GB is free"
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 
 Modulation = Callable[[Tensor], Tensor]
 """Flow times [T] → adaptive-norm modulation [T, norms, parts, D]."""
+
+
+@runtime_checkable
+class HasEmbodiments(Protocol):
+    """A policy with layers of its own for every kind of robot."""
+
+    def keep_embodiments(
+        self, embodiments: Sequence[int], embodiment: int | None = None
+    ) -> NativePolicy:
+        """The same policy without the layers of other embodiments."""
+        ...
 
 
 class NativePolicy(ABC):
@@ -199,10 +210,14 @@ class NativePolicy(ABC):
         steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """One chunk in the network's normalized units, [horizon, action_dim] float32."""
+        """One chunk in the network's normalized units, [horizon, robot_action_dim] float32.
+
+        What the network puts into the padding beyond the robot's own dimensions is no action.
+        """
         seen = self.see(observation)
         start = self._noise(noise, generator)
-        return self.denoise(self.read(seen), start, self.steps if steps is None else steps)[0]
+        chunk = self.denoise(self.read(seen), start, self.steps if steps is None else steps)[0]
+        return chunk[:, : self.config.robot_action_dim]
 
     def sample_actions(
         self,

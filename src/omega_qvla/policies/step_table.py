@@ -1,9 +1,9 @@
 """Adaptive-norm modulation as a table over flow time.
 
-Scale, shift and gate of every adaptive norm depend on the flow time t and on nothing else.  An
-Euler sampler with n steps only ever asks for t = 1 - i/n, so the dense layers (233 MB of pi0.5 in
-bf16) can be replaced by their values at those times.  The table holds the times of several step
-counts; those are exact, any other time is interpolated linearly between its neighbours.
+Scale, shift and (for pi0.5) gate of every adaptive norm depend on the flow time t and on nothing
+else.  An Euler sampler with n steps only ever asks for t = 1 - i/n, so the dense layers (233 MB of
+pi0.5 in bf16) can be replaced by their values at those times.  The table holds the times of several
+step counts; those are exact, any other time is interpolated linearly between its neighbours.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StepTable:
 
     Attributes:
         times: [R] float64, strictly descending in (0, 1].
-        values: [R, norms, 3, D] float32.
+        values: [R, norms, parts, D] float32; parts are scale and shift, for some families a gate.
     """
 
     times: Tensor
@@ -60,7 +60,7 @@ class StepTable:
             return cls(times, modulation(times.to(torch.float32)).to(torch.float32))
 
     def at(self, times: Tensor) -> Tensor:
-        """Modulation [T, norms, 3, D] at flow times [T]; ends are held constant."""
+        """Modulation [T, norms, parts, D] at flow times [T]; ends are held constant."""
         ascending, rows = self.times.flip(0).contiguous(), self.values.flip(0)
         wanted = times.to(torch.float64).contiguous()
         upper = torch.searchsorted(ascending, wanted).clamp(max=len(ascending) - 1)

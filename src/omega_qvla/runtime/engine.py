@@ -452,7 +452,16 @@ def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in expected.items():
         if tensor.is_floating_point() != tensors[name].is_floating_point():
             raise ArtifactError(f"{name} is {tensors[name].dtype}, expected {tensor.dtype}")
-    widened = {name: value.to(expected[name].dtype) for name, value in tensors.items()}
+    narrow = {
+        f"{path}.{kind}"
+        for path, child in module.named_modules()
+        if getattr(child, "any_precision", False)
+        for kind, _ in child.named_parameters(recurse=False)
+    }
+    widened = {
+        name: value if name in narrow else value.to(expected[name].dtype)
+        for name, value in tensors.items()
+    }
     module.load_state_dict(widened, strict=False, assign=True)
 
 

@@ -35,12 +35,14 @@ STATE_RANGE_FLOOR, ACTION_RANGE_FLOOR = 0.05, 0.5
 @dataclass(frozen=True)
 class Batch:
     """pixels uint8 [B, V, H, W, 3], tokens int64 [B, T] right-padded to one T, lengths int64 [B],
-    actions float32 [B, horizon, 4] normalized, positions float32 [B, 6] standardized.
+    state float32 [B, 4] and actions float32 [B, horizon, 4] normalized, positions float32 [B, 6]
+    standardized.
     """
 
     pixels: Tensor
     tokens: Tensor
     lengths: Tensor
+    state: Tensor
     actions: Tensor
     positions: Tensor
     points: Tensor
@@ -119,7 +121,8 @@ class TrainingSet:
         tokens, lengths = self._tokenize(index.tolist(), told)
         pixels = torch.stack([self._pixels[c][index] for c in CAMERAS], dim=1)
         targets = self._positions[index], self._points[index]
-        return Batch(pixels, tokens, lengths, actions, *targets)
+        state = torch.from_numpy(self._state)[index]
+        return Batch(pixels, tokens, lengths, state, actions, *targets)
 
     def _encode(self, task: str, state: np.ndarray) -> list[int]:
         """Token ids of a prompt; their number depends on the instruction alone."""

@@ -75,13 +75,11 @@ class TrainingPlan:
     seed: int = 0
 
 
-class Learner(nn.Module):
-    """The policy's network and two auxiliary heads that are thrown away afterwards."""
+class AuxiliaryHeads(nn.Module):
+    """Two small layers that say where things are, and are thrown away after training."""
 
-    def __init__(self, module: Pi05Module) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        width = module.config.backbone.width
-        self.policy = module
         self.position_head = nn.Linear(width, POSITION_TARGETS)
         self.point_head = nn.Linear(width, POINTS)
         with torch.no_grad():
@@ -89,32 +87,12 @@ class Learner(nn.Module):
                 head.weight.zero_()
                 head.bias.zero_()
 
-    def losses(self, batch: Batch, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Flow-matching, position and point loss; noise [B·K, horizon, A], times [B·K]."""
-        policy, repeats = self.policy, len(times) // len(batch.actions)
-        images = policy.embed_images(_to_unit(batch.pixels))
-        point_loss = self._point_loss(images, batch.points)
-        prefix = torch.cat((images, policy.embed_text(batch.tokens)), dim=1)
-        seen = _prefix_mask(batch, prefix.shape[1])
-        positions = seen.long().cumsum(1) - 1
-        cache, residual = policy.prefill(prefix, positions, seen[:, None, None, :])
-        last = residual[torch.arange(len(residual)), seen.sum(1) - 1]
-        guess = self.position_head(F.rms_norm(last, (last.shape[-1],)))
-        position_loss = F.mse_loss(guess.float(), batch.positions)
+    def position_loss(self, residual: Tensor, positions: Tensor) -> Tensor:
+        """Squared error of the positions guessed from one token's residual stream [B, D]."""
+        guess = self.position_head(F.rms_norm(residual, (residual.shape[-1],)))
+        return F.mse_loss(guess.float(), positions)
 
-        cache = [(_repeat(keys, repeats), _repeat(values, repeats)) for keys, values in cache]
-        actions = _repeat(batch.actions, repeats)
-        t = times[:, None, None]
-        velocity = policy.velocity(
-            t * noise + (1.0 - t) * actions,
-            policy.step_modulation(times),
-            cache,
-            policy.suffix_rotary(_repeat(seen.sum(1, keepdim=True), repeats)),
-            _suffix_mask(_repeat(seen, repeats), noise.shape[1]),
-        )
-        return F.mse_loss(velocity.float(), noise - actions), position_loss, point_loss
-
-    def _point_loss(self, images: Tensor, points: Tensor) -> Tensor:
+    def point_loss(self, images: Tensor, points: Tensor) -> Tensor:
         """Cross-entropy of "which patch is it in" for every visible point of every view."""
         views = points.shape[1]
         logits = self.point_head(F.rms_norm(images, (images.shape[-1],))).float()
@@ -122,6 +100,39 @@ class Learner(nn.Module):
         target = patch_weights(points, math.isqrt(logits.shape[-1]))
         surprise = -(target * logits.log_softmax(-1)).sum(-1)
         return surprise.sum() / target.sum().clamp_min(1.0)
+
+
+class Learner(nn.Module):
+    """The policy's network and the auxiliary heads."""
+
+    def __init__(self, module: Pi05Module) -> None:
+        super().__init__()
+        self.policy = module
+        self.heads = AuxiliaryHeads(module.config.backbone.width)
+
+    def losses(self, batch: Batch, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Flow-matching, position and point loss; noise [B·K, horizon, A], times [B·K]."""
+        policy, repeats = self.policy, len(times) // len(batch.actions)
+        images = policy.embed_images(to_unit(batch.pixels))
+        point_loss = self.heads.point_loss(images, batch.points)
+        prefix = torch.cat((images, policy.embed_text(batch.tokens)), dim=1)
+        seen = prefix_mask(batch, prefix.shape[1])
+        positions = seen.long().cumsum(1) - 1
+        cache, residual = policy.prefill(prefix, positions, seen[:, None, None, :])
+        last = residual[torch.arange(len(residual)), seen.sum(1) - 1]
+        position_loss = self.heads.position_loss(last, batch.positions)
+
+        cache = [(repeat(keys, repeats), repeat(values, repeats)) for keys, values in cache]
+        actions = repeat(batch.actions, repeats)
+        t = times[:, None, None]
+        velocity = policy.velocity(
+            t * noise + (1.0 - t) * actions,
+            policy.step_modulation(times),
+            cache,
+            policy.suffix_rotary(repeat(seen.sum(1, keepdim=True), repeats)),
+            _suffix_mask(repeat(seen, repeats), noise.shape[1]),
+        )
+        return F.mse_loss(velocity.float(), noise - actions), position_loss, point_loss
 
 
 def patch_weights(points: Tensor, grid: int) -> Tensor:
@@ -138,16 +149,17 @@ def patch_weights(points: Tensor, grid: int) -> Tensor:
     return (down[..., :, None] * across[..., None, :]).flatten(-2) * visible[..., None]
 
 
-def _to_unit(pixels: Tensor) -> Tensor:
+def to_unit(pixels: Tensor) -> Tensor:
     """uint8 or float [B, V, H, W, 3] in 0..255 → [B, V, 3, H, W] in [-1, 1]."""
     return pixels.permute(0, 1, 4, 2, 3).to(torch.float32) / 127.5 - 1.0
 
 
-def _repeat(x: Tensor, times: int) -> Tensor:
+def repeat(x: Tensor, times: int) -> Tensor:
+    """Every row ``times`` times in a row."""
     return x.repeat_interleave(times, dim=0)
 
 
-def _prefix_mask(batch: Batch, length: int) -> Tensor:
+def prefix_mask(batch: Batch, length: int) -> Tensor:
     """[B, P] bool: image tokens and prompt tokens, not the padding after them."""
     images = length - batch.tokens.shape[1]
     return torch.arange(length)[None] < (images + batch.lengths)[:, None]

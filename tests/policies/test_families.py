@@ -1,0 +1,129 @@
+"""What every native family promises, and the tables that name them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import omega_qvla as oq
+from omega_qvla.calibration.observations import Observations
+from omega_qvla.errors import ObservationError, PolicyError
+from omega_qvla.policies.base import HasEmbedding, linears_of, sites_of
+from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
+from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
+from omega_qvla.policies.loading import RANDOM, policy_skeleton, policy_structure
+from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.step_table import HasStepTable
+
+TINY = ("tiny-pi05", "tiny-gr00t")
+
+
+def observations(policy: NativePolicy, count: int = 1) -> Observations:
+    config = policy.config
+    size = config.vision.image_size
+    return Observations.random(config.cameras, config.state_dim, count=count, size=size)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_description_rebuilds_the_same_structure(name: str) -> None:
+    policy = policy_structure(f"random:{name}")
+    assert isinstance(policy, HasEmbedding) and isinstance(policy, HasStepTable)
+    config, files = policy.describe()
+    rebuilt = policy_skeleton(policy.family, config, files)
+    shapes = [{n: p.shape for n, p in x.module.named_parameters()} for x in (policy, rebuilt)]
+    assert shapes[0] == shapes[1]
+    assert rebuilt.describe() == (config, files)
+    assert [site.name for site in sites_of(rebuilt)] == [site.name for site in sites_of(policy)]
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_stages_read_every_linear_they_quantize_and_all_paths_exist(name: str) -> None:
+    policy = policy_structure(f"random:{name}")
+    for stage in policy.stages():
+        for path in stage.reads:
+            policy.module.get_submodule(path)
+        for site in stage.sites:
+            assert linears_of(policy.module, site)
+            for linear in site.linears:
+                assert any(linear == p or linear.startswith(f"{p}.") for p in stage.reads), linear
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_stages_read_every_parameter_but_those_of_unused_kinds(name: str) -> None:
+    """A streamed policy has nothing in memory that its stages do not ask for."""
+    policy = policy_structure(f"random:{name}")
+    read = {path for stage in policy.stages() for path in stage.reads}
+    unread = {
+        parameter
+        for parameter, _ in policy.module.named_parameters()
+        if not any(parameter.startswith(f"{path}.") for path in read)
+    }
+    assert unread == set()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_random_policy_is_the_same_for_the_same_name_and_acts(name: str) -> None:
+    first, second = (oq.load_policy(f"random:{name}") for _ in range(2))
+    (observation,) = observations(first)
+    noise = np.zeros(first.noise_shape, np.float32)
+    chunk = first.sample_actions(observation, noise)
+    assert np.array_equal(chunk, second.sample_actions(observation, noise))
+    assert chunk.shape == (first.config.horizon, first.config.robot_action_dim)
+    assert np.isfinite(chunk).all()
+    assert first.prompt_tokens(observation) > 2 * first.config.tokens_per_image
+
+
+def test_padding_of_the_action_vector_is_no_part_of_a_chunk(
+    small_gr00t: NativePolicy, few: Observations, noise: np.ndarray
+) -> None:
+    config = small_gr00t.config.model_copy(update={"robot_action_dim": 3})
+    module = small_gr00t.clone().module
+    module.config = config
+    statistics = identity_statistics(config)
+    processor = Gr00tProcessor(config, statistics, small_gr00t.processor.tokenizer)
+    policy = Gr00tN15Policy(module, processor)
+    whole = small_gr00t.sample_normalized(few[0], noise)
+    assert torch.equal(policy.sample_normalized(few[0], noise), whole[:, :3])
+    assert policy.sample_actions(few[0], noise).shape == (4, 3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_noise_is_drawn_from_the_generator_and_checked(name: str) -> None:
+    policy = oq.load_policy(f"random:{name}")
+    (observation,) = observations(policy)
+    chunks = [
+        policy.sample_actions(observation, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert np.array_equal(chunks[0], chunks[1]) and not np.array_equal(chunks[0], chunks[2])
+    for bad, told in ((np.zeros((1, 2)), "shape"), (np.full(policy.noise_shape, np.nan), "NaN")):
+        with pytest.raises(ObservationError, match=told):
+            policy.sample_actions(observation, bad)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_chunk_reads_each_part_as_often_as_it_runs(name: str) -> None:
+    policy = policy_structure(f"random:{name}")
+    assert policy.reads_per_chunk(policy.embedding_path) == 0
+    per_step = [site for site in sites_of(policy) if site.per_step]
+    once = [site for site in sites_of(policy) if not site.per_step]
+    assert {policy.reads_per_chunk(s.linears[0]) for s in per_step} == {policy.steps}
+    assert {policy.reads_per_chunk(s.linears[0]) for s in once} == {1.0}
+
+
+def test_of_stacked_embodiments_one_is_read() -> None:
+    policy = policy_structure("random:gr00t-n1.5")
+    assert policy.reads_per_chunk("action_head.action_encoder.W2") == policy.steps / 32
+    assert policy.reads_per_chunk("action_head.state_encoder.layer1") == 1 / 32
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(PolicyError, match=r"'other'.*pi05, gr00t_n15"):
+        policy_skeleton("other", {}, {})
+
+
+@pytest.mark.parametrize("family", ["pi05", "gr00t_n15"])
+def test_a_description_that_is_not_one_is_refused(family: str) -> None:
+    with pytest.raises(PolicyError, match="description is invalid"):
+        policy_skeleton(family, {"family": family}, {})
