@@ -125,6 +125,8 @@ def test_frames_without_an_instruction_are_skipped(write_dataset: Write) -> None
     observations = Observations.from_lerobot(written.root, limit=16)
     assert episodes_of(observations) == {0, 1, 2}
     assert "task_index 1 has no instruction" in report_of(observations)
+    told = Observations.from_lerobot(written.root, limit=16, instruction="do it")
+    assert len(told) == 16 and {o["prompt"] for o in told} == {"do it"}
 
 
 def test_a_dataset_without_tasks_is_an_error(write_dataset: Write) -> None:

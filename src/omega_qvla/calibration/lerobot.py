@@ -77,6 +77,7 @@ def stream_lerobot(
     *,
     cameras: Cameras = None,
     state: Sequence[str] | None = None,
+    instruction: str | None = None,
     split: str = "calibration",
     limit: int = 64,
     seed: int = 0,
@@ -88,6 +89,7 @@ def stream_lerobot(
         cameras: see ``Cameras``; by default the dataset's own.
         state: features or GR00T's names that the state is put together from, in this order; by
             default the whole ``observation.state``.
+        instruction: what every frame was told, for datasets whose tasks have no words.
         split: ``calibration``, or ``heldout`` for the frames between those.
         limit: how many observations at most.
         seed: of the choice.
@@ -104,6 +106,8 @@ def stream_lerobot(
         raise ObservationError(f"{root} has no split {split!r}; it has {', '.join(SPLITS)}")
     if limit < 1:
         raise ObservationError(f"limit is {limit}; calibration needs at least one observation")
+    if instruction is not None and not instruction.strip():
+        raise ObservationError("the instruction is empty; give a sentence, or none at all")
     dataset = read_dataset(root)
     mapping = map_cameras(dataset, cameras)
     parts = dataset.state_parts(state)
@@ -115,7 +119,8 @@ def stream_lerobot(
     frames: list[Frame] = []
     skipped: list[Skipped] = []
     for position, group in groupby(plan, key=lambda pair: pair[0]):
-        for found in _read_frames(dataset, episodes[position], [n for _, n in group], parts):
+        numbers = [number for _, number in group]
+        for found in _read_frames(dataset, episodes[position], numbers, parts, instruction):
             (frames if isinstance(found, Frame) else skipped).append(found)  # type: ignore[arg-type]
     reader = _Reader(dataset, mapping)
     kept: list[Frame] = []
@@ -218,7 +223,11 @@ def _available(dataset: LeRobotDataset, keys: Sequence[str]) -> tuple[list[Episo
 
 
 def _read_frames(
-    dataset: LeRobotDataset, episode: Episode, numbers: Sequence[int], parts: Sequence[StatePart]
+    dataset: LeRobotDataset,
+    episode: Episode,
+    numbers: Sequence[int],
+    parts: Sequence[StatePart],
+    instruction: str | None,
 ) -> Iterator[Frame | Skipped]:
     """The rows of some frames of one episode, ascending."""
     path, where = contained(dataset.root, episode.data), episode.data
@@ -226,7 +235,8 @@ def _read_frames(
         names = column_names(path, where)
         rows = episode_rows(path, where, episode.index)
         wanted = [int(rows[number]) for number in numbers if number < len(rows)]
-        columns = [*dict.fromkeys(part.feature for part in parts), "task_index"]
+        columns = [*dict.fromkeys(part.feature for part in parts)]
+        columns += ["task_index"] if instruction is None else []
         columns += [name for name in ("timestamp", "frame_index") if name in names]
         cells = read_rows(path, where, wanted, columns)
     except ObservationError as error:
@@ -239,7 +249,7 @@ def _read_frames(
             yield Skipped(where, place, f"the file has {len(rows)} rows of {episode.length}")
             continue
         row = int(rows[number])
-        yield _frame(dataset, episode, number, row, cells[row], parts)
+        yield _frame(dataset, episode, number, row, cells[row], parts, instruction)
 
 
 def _frame(
@@ -249,6 +259,7 @@ def _frame(
     row: int,
     cells: Mapping[str, Any],
     parts: Sequence[StatePart],
+    instruction: str | None,
 ) -> Frame | Skipped:
     def skip(reason: str) -> Skipped:
         return Skipped(episode.data, f"episode {episode.index}, frame {number}", reason)
@@ -259,9 +270,12 @@ def _frame(
     time = time[0] if isinstance(time, list) and len(time) == 1 else time
     if not isinstance(time, (int, float)) or not math.isfinite(time):
         return skip(f"timestamp is {time!r}")
-    prompt = dataset.tasks.get(cells["task_index"], "")
+    prompt = instruction or dataset.tasks.get(cells["task_index"], "")
     if not prompt.strip():
-        return skip(f"task_index {cells['task_index']} has no instruction among the tasks")
+        return skip(
+            f"task_index {cells['task_index']} has no instruction among the tasks (one for every "
+            "frame can be given: --instruction)"
+        )
     state = _state(dataset, episode, cells, parts)
     if not np.isfinite(state).all():
         return skip(f"the state has NaN or Inf at {np.flatnonzero(~np.isfinite(state)).tolist()}")
