@@ -165,6 +165,10 @@ class _Calibrated:
         str | None,
         tyro.conf.arg(help="of a LeRobot dataset: features or parts of the state, comma-separated"),
     ] = None
+    instruction: Annotated[
+        str | None,
+        tyro.conf.arg(help="for every frame of a LeRobot dataset whose tasks have no words"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -761,15 +765,17 @@ def _observations(
 ) -> Observations:
     """Observations from files; those of a LeRobot dataset under the policy's names."""
     if not is_dataset(Path(source)):
-        if options.cameras or options.state:
+        if options.cameras or options.state or options.instruction:
             raise ObservationError(
-                f"--cameras and --state choose from a LeRobot dataset, which {source} is not"
+                "--cameras, --state and --instruction are for LeRobot datasets, which "
+                f"{source} is not"
             )
         return Observations.load(source, split=split)
     observations = Observations.from_lerobot(
         source,
         cameras=_camera_choice(options.cameras, policy.config.cameras),
         state=_split(options.state),
+        instruction=options.instruction,
         split=split,
         limit=limit,
     )

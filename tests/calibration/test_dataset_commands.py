@@ -91,7 +91,7 @@ def test_choices_are_refused_where_there_is_nothing_to_choose(
 ) -> None:
     np.savez(tmp_path / "some.npz", state=np.zeros((1, 4)))
     assert quantize(tmp_path / "some.npz", tmp_path / "out", "--state", "arm") == 2
-    assert "choose from a LeRobot dataset" in capsys.readouterr().err
+    assert "are for LeRobot datasets" in capsys.readouterr().err
 
 
 def test_compare_holds_out_frames_between_those_it_calibrates_on(

@@ -157,6 +157,14 @@ def test_state_may_be_put_together_from_features(write_dataset: Write) -> None:
         Observations.from_lerobot(root, state=["legs"])
 
 
+@pytest.mark.parametrize("options", [{"limit": 0}, {"instruction": " "}, {"split": "train"}])
+def test_choices_that_mean_nothing_are_refused(
+    write_dataset: Write, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ObservationError):
+        Observations.from_lerobot(write_dataset("v2.1").root, **options)
+
+
 def test_the_report_says_what_was_taken(write_dataset: Write) -> None:
     observations = Observations.from_lerobot(write_dataset("v3.0").root, limit=6)
     assert observations.report is not None

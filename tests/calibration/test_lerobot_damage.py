@@ -89,6 +89,30 @@ def test_a_camera_without_any_video_is_an_error(write_dataset: Write) -> None:
     assert len(Observations.from_lerobot(written.root, cameras=["base"], limit=4)) == 4
 
 
+def test_a_camera_that_was_not_recorded_everywhere_costs_those_episodes(
+    write_dataset: Write,
+) -> None:
+    """Version 3.0 describes clips in the columns of its episodes: empty, or not there at all."""
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    written = write_dataset("v3.0", lengths=EVEN, told=(0, 1, 0, 1))
+    path = written.root / "meta/episodes/chunk-000/file-000.parquet"
+    rows = parquet.read_table(path)
+    prefix = "videos/observation.images.wrist/"
+    names = [name for name in rows.schema.names if name.startswith(prefix)]
+    emptied = rows.to_pylist()
+    emptied[1] |= dict.fromkeys(names)
+    parquet.write_table(arrow.Table.from_pylist(emptied, rows.schema), path)
+    observations = Observations.from_lerobot(written.root, limit=16)
+    assert episodes_of(observations) == {0, 2, 3}
+    assert "first a video of observation.images.wrist in episode 1" in report_of(observations)
+    parquet.write_table(rows.drop_columns(names), path)
+    with pytest.raises(ObservationError, match=r"declares camera 'observation\.images\.wrist'"):
+        Observations.load(written.root)
+    assert episodes_of(Observations.from_lerobot(written.root, cameras=["base"])) == {0, 1, 2, 3}
+
+
 def test_a_dataset_without_any_file_left_is_an_error(write_dataset: Write) -> None:
     written = write_dataset("v2.1", stored_as="image")
     shutil.rmtree(written.root / "data")
@@ -125,6 +149,8 @@ def test_frames_without_an_instruction_are_skipped(write_dataset: Write) -> None
     observations = Observations.from_lerobot(written.root, limit=16)
     assert episodes_of(observations) == {0, 1, 2}
     assert "task_index 1 has no instruction" in report_of(observations)
+    told = Observations.from_lerobot(written.root, limit=16, instruction="do it")
+    assert len(told) == 16 and {o["prompt"] for o in told} == {"do it"}
 
 
 def test_a_dataset_without_tasks_is_an_error(write_dataset: Write) -> None:

@@ -101,6 +101,24 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
         Video(tmp_path / "none.mp4", "none.mp4")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:6\n#EXTINF:6.0,\n{other}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile '{other}'\n",
+    ],
+    ids=["playlist", "concatenation"],
+)
+def test_a_list_of_other_files_is_no_video(
+    write_dataset: Callable[..., Any], tmp_path: Path, text: str
+) -> None:
+    """FFmpeg would open what it names, inside the dataset or not."""
+    other = write_dataset("v2.1", lengths=(8,), told=(0,)).video(0)
+    (tmp_path / "list.mp4").write_text(text.format(other=other))
+    with pytest.raises(ObservationError, match=r"cannot read list\.mp4"):
+        Video(tmp_path / "list.mp4", "list.mp4")
+
+
 def test_damage_counts_against_the_frames_that_depend_on_it_and_no_others(
     write_dataset: Callable[..., Any], shown: Shown
 ) -> None:

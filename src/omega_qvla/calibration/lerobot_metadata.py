@@ -93,7 +93,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode: number, frames, what it was told, and where its parts are."""
+    """One episode: number, frames, what it was told, and where its parts are.
+
+    A camera that was not recorded has no clip.
+    """
 
     index: int
     length: int
@@ -368,16 +371,15 @@ def _episodes_v3(root: Path, info: _Info, videos: Sequence[str]) -> Iterator[Epi
         raise ObservationError(
             f"{root / _EPISODES_FOLDER} has no parquet file; it was not downloaded whole"
         )
-    columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    for key in videos:
-        columns += [
-            f"videos/{key}/{name}"
-            for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-        ]
+    required = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    optional = ["tasks", *(f"videos/{key}/{name}" for key in videos for name in _CLIP)]
     for file in files:
         where = f"{root / file}"
-        for row in read_columns(contained(root, str(file)), where, columns, ["tasks"]):
+        for row in read_columns(contained(root, str(file)), where, required, optional):
             yield _episode_v3(root, info, videos, row, where)
+
+
+_CLIP = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 
 
 def _episode_v3(
@@ -399,6 +401,7 @@ def _episode_v3(
                 end=_seconds(row, f"videos/{key}/to_timestamp", where),
             )
             for key in videos
+            if row.get(f"videos/{key}/file_index") is not None
         },
     )
 

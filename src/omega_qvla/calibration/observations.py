@@ -146,6 +146,7 @@ class Observations(Sequence[Observation]):
         *,
         cameras: Cameras = None,
         state: Sequence[str] | None = None,
+        instruction: str | None = None,
         split: str = "calibration",
         limit: int = 64,
         seed: int = 0,
@@ -162,6 +163,7 @@ class Observations(Sequence[Observation]):
                 dataset's own names.
             state: features or GR00T's names that the state is put together from, in this order; by
                 default the whole ``observation.state``.
+            instruction: what every frame was told, for datasets whose tasks have no words.
             split: ``calibration``, or ``heldout`` for the frames between those.
             limit: how many observations at most.
             seed: of the choice; same seed, same frames.
@@ -176,7 +178,13 @@ class Observations(Sequence[Observation]):
             ResourceError: the extra ``data`` is not installed.
         """
         streamed, report = stream_lerobot(
-            Path(path), cameras=cameras, state=state, split=split, limit=limit, seed=seed
+            Path(path),
+            cameras=cameras,
+            state=state,
+            instruction=instruction,
+            split=split,
+            limit=limit,
+            seed=seed,
         )
         return cls(streamed, report)
 

@@ -130,7 +130,7 @@ def open_parquet(path: Path, where: str) -> Iterator[Any]:
     if not path.is_file():
         raise ObservationError(f"{where} is missing; the dataset was not downloaded whole")
     try:
-        with ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
+        with ParquetFile(path, buffer_size=_BUFFER_BYTES, page_checksum_verification=True) as file:
             yield file
     except (arrow.ArrowException, OSError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or ["no details"])[0]

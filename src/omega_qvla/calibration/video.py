@@ -8,6 +8,9 @@ decode no frame twice, and at most one group of pictures is decoded for any of t
 
 Decoders conceal damage by default.  Here they are told not to (``err_detect=explode``), and any
 damage between the keyframe and the frame counts against the frame, which was predicted from it.
+
+A file may come from anybody.  It is read as MP4, which is what LeRobot writes, whatever it looks
+like: other formats (playlists, concatenations) are lists of further files and addresses to open.
 Source: FFmpeg's documentation, codec options; PyAV's ``Container.seek``.
 """
 
@@ -109,10 +112,14 @@ class Video:
             ) from error
 
     def _open(self, av: Any, path: Path) -> tuple[Any, Any]:
-        container = av.open(str(path), mode="r")
+        local = {"protocol_whitelist": "file"}
+        container = av.open(str(path), mode="r", format="mp4", options=local)
         self._containers.append(container)
         stream = container.streams.video[0]
-        stream.codec_context.options = {"err_detect": "explode"}
+        if stream.codec_context is None:
+            raise ValueError("no decoder is known for its video")
+        strict = {"err_detect": "explode", "max_pixels": str(_MAX_PIXELS)}
+        stream.codec_context.options = strict
         return container, stream
 
     def _find(self, time: float, tolerance: float) -> Any:
