@@ -33,7 +33,7 @@ $(BIN)/python:
 # torch first and alone: resolved with the rest, pip may pick another build and fetch gigabytes.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) tools/rendering.sh | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[sim,report,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,data,dev]"
 	sh tools/rendering.sh $(BIN)/python
 	@touch $@
 

@@ -19,9 +19,10 @@ from omega_qvla.policies.gr00t_n15 import (
 )
 from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
+from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.pi05 import GemmaConfig, Pi05Config, Pi05Module, VisionConfig
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
-from omega_qvla.policies.processing import NormalizationStatistics, Quantiles, WordTokenizer
+from omega_qvla.policies.processing import WordTokenizer
 from omega_qvla.recipe import Recipe
 
 INSTRUCTION = "press the button"

@@ -35,8 +35,8 @@ def test_importing_the_package_starts_no_cuda() -> None:
 def test_importing_the_package_imports_no_optional_dependency() -> None:
     code = (
         "import omega_qvla, sys;"
-        "print([name for name in ('mujoco', 'metaworld', 'gymnasium', 'matplotlib', 'jinja2')"
-        " if name in sys.modules])"
+        "print([name for name in ('mujoco', 'metaworld', 'gymnasium', 'matplotlib', 'jinja2',"
+        " 'pyarrow', 'av', 'PIL') if name in sys.modules])"
     )
     assert run_python(code).strip() == "[]"
 

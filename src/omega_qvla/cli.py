@@ -23,6 +23,8 @@ from rich.table import Table
 
 from omega_qvla.api import quantize
 from omega_qvla.artifact import preflight, read_artifact, verify_artifact
+from omega_qvla.calibration.lerobot import state_names
+from omega_qvla.calibration.lerobot_metadata import is_dataset
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import (
     ObservationError,
@@ -62,13 +64,14 @@ from omega_qvla.evaluation.sweep import (
     run_sweep,
     write_json,
 )
+from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import (
     builtin_directory,
     load_policy,
     policy_structure,
     stream_policy,
 )
-from omega_qvla.policies.native import HasEmbodiments, NativePolicy
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe, Scope
@@ -144,20 +147,64 @@ class Demo(_Simulation, _Common):
 
 
 @dataclass(frozen=True)
-class Quantize(_Common):
+class _Calibrated:
+    calibration: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="LeRobot dataset, npz file or a folder of them, builtin:NAME or, to quantize, "
+            "random:COUNT; the policy's own by default"
+        ),
+    ] = None
+    cameras: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="of a LeRobot dataset, where its names are not the policy's: "
+            "POLICYNAME=FEATURE,..; POLICYNAME=none leaves a camera out"
+        ),
+    ] = None
+    state: Annotated[
+        str | None,
+        tyro.conf.arg(help="of a LeRobot dataset: features or parts of the state, comma-separated"),
+    ] = None
+    instruction: Annotated[
+        str | None,
+        tyro.conf.arg(help="for every frame of a LeRobot dataset whose tasks have no words"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    training_config: Annotated[
+        str | None,
+        tyro.conf.arg(help="of an openpi checkpoint: its name (pi05_libero) or a JSON file"),
+    ] = None
+    data_config: Annotated[
+        str | None,
+        tyro.conf.arg(help="of a GR00T checkpoint: its name (libero) or a JSON file"),
+    ] = None
+    embodiment: Annotated[
+        str | None,
+        tyro.conf.arg(help="GR00T: the robot's tag; of random:gr00t-n1.5 its number, else all"),
+    ] = None
+    tokenizer: Annotated[
+        Path | None,
+        tyro.conf.arg(help="PaliGemma's tokenizer.model, or the folder of Qwen's vocabulary"),
+    ] = None
+
+    @property
+    def choices(self) -> Choices:
+        """What the checkpoint leaves open, as it was answered."""
+        return Choices(self.training_config, self.tokenizer, self.embodiment, self.data_config)
+
+
+@dataclass(frozen=True)
+class Quantize(_Calibrated, _Checkpoint, _Common):
     """Quantize a policy and save the artifact."""
 
     policy: Positional[str] = tyro.MISSING
     out: Annotated[Path, tyro.conf.arg(help="directory of the artifact")] = tyro.MISSING
     recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = "omega-w4a4"
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
-    calibration: Annotated[
-        str | None,
-        tyro.conf.arg(help="npz file, builtin:NAME or random:COUNT; the policy's own by default"),
-    ] = None
-    embodiment: Annotated[
-        int | None, tyro.conf.arg(help="GR00T: keep the layers of this robot only; all by default")
-    ] = None
     device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
     resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="only predict the memory table")] = False
@@ -166,7 +213,7 @@ class Quantize(_Common):
         _require_cpu(self.device)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         if self.dry_run:
-            policy = _of_embodiment(policy_structure(self.policy), self.embodiment)
+            policy = policy_structure(self.policy, self.choices)
             sites = [{"name": name} for name in _covered_sites(policy, recipe)]
             content = recipe.model_dump(mode="json")
             report = _inspection(predict(policy, recipe), content, sites, best_kernel())
@@ -179,9 +226,11 @@ class Quantize(_Common):
                 "contraction, so there are no integers to save. See it in `omega-qvla compare`"
             )
         # A recipe that cascades runs on its own results, which needs the whole policy in memory.
-        policy = load_policy(self.policy) if recipe.cascade else stream_policy(self.policy)
-        policy = _of_embodiment(policy, self.embodiment)
-        observations = _calibration(self.calibration or _default_calibration(self.policy), policy)
+        read = load_policy if recipe.cascade else stream_policy
+        policy = read(self.policy, self.choices)
+        source = self.calibration or _default_calibration(self.policy)
+        observations = _calibration(source, policy, self, recipe.observations)
+        screen.report(observations)
         if (self.calibration or "").startswith("random:"):
             screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
         preflight(self.out, predict(policy, recipe)["total_bytes"])
@@ -337,7 +386,7 @@ class Verify(_Common):
 
 
 @dataclass(frozen=True)
-class Eval(_Simulation, _Common):
+class Eval(_Simulation, _Checkpoint, _Common):
     """Run a policy or an artifact in the simulator."""
 
     policy: Positional[str] = tyro.MISSING
@@ -348,7 +397,7 @@ class Eval(_Simulation, _Common):
 
     def run(self, screen: Screen) -> int:
         torch.set_num_threads(self.threads)
-        row = _policy_row(self.policy, self.stress)
+        row = _policy_row(self.policy, self.stress, self.choices)
         document = _sweep(screen, [row], self, None, _split(self.tasks), self.policy)
         result = {**document["rows"][0], **_artifact_labels(Path(self.policy))}
         _write(self.json, {"schema": 1, "row": result})
@@ -362,7 +411,7 @@ class Eval(_Simulation, _Common):
 
 
 @dataclass(frozen=True)
-class Compare(_Simulation, _Common):
+class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
     """Compare recipes on one policy, open loop and in the simulator, on the same seeds."""
 
     policy: Positional[str] = tyro.MISSING
@@ -372,7 +421,6 @@ class Compare(_Simulation, _Common):
     episodes: Annotated[int, tyro.conf.arg(help="per task; 0: open loop only")] = 20
     stress: Annotated[float, tyro.conf.arg(help="add a stress condition; 0 for none")] = 0.0
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
-    calibration: Annotated[str | None, tyro.conf.arg(help="npz file or builtin:NAME")] = None
     tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
     out: Annotated[Path, tyro.conf.arg(help="artifacts, picture and JSON go here")] = Path(
         "out/compare"
@@ -381,19 +429,21 @@ class Compare(_Simulation, _Common):
 
     def run(self, screen: Screen) -> int:
         torch.set_num_threads(self.threads)
-        policy = load_policy(self.policy)
+        policy = load_policy(self.policy, self.choices)
         source = self.calibration or _default_calibration(self.policy)
         comparison = Comparison(
             label=self.policy,
             policy=policy,
             checkpoint_bytes=_checkpoint_bytes(self.policy),
-            calibration=Observations.load(source),
+            calibration=_observations(source, policy, self),
             recipes=_split(self.recipes) or (),
             magnitudes=[0.0] if self.stress == 0 else [0.0, self.stress],
             scope=self.scope,
             artifacts=self.out / "artifacts",
         )
-        held_out = Observations.load(source, split="heldout")
+        held_out = _observations(source, policy, self, split="heldout")
+        for observations in (comparison.calibration, held_out):
+            screen.report(observations)
         journals = _Journals(
             self.out / "journals",
             {
@@ -500,6 +550,11 @@ class Screen:
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def report(self, observations: Observations) -> None:
+        """What was taken from a source of observations and what was left out."""
+        for line in [] if observations.report is None else observations.report.lines():
+            self.say(line)
 
     def table(self, content: TextTable, *, without: Sequence[str] = ()) -> None:
         """A table, less some columns, and its notes."""
@@ -641,7 +696,7 @@ class _Journals:
             path.unlink()
 
 
-def _policy_row(source: str, stress: float) -> SweepRow:
+def _policy_row(source: str, stress: float, choices: Choices) -> SweepRow:
     """One row for ``eval``: a full-precision policy or an artifact."""
     directory = Path(source)
     if (directory / "omega_config.json").exists():
@@ -657,7 +712,7 @@ def _policy_row(source: str, stress: float) -> SweepRow:
             lambda: artifact,
             footprint=lambda _: Footprint(directory_bytes(directory), artifact.resident_bytes()),
         )
-    policy = load_policy(source)
+    policy = load_policy(source, choices)
     return SweepRow(
         source,
         FULL_PRECISION,
@@ -681,17 +736,6 @@ def _inspection(
     return {"schema": 1, **memory, "recipe": recipe, "kernel": kernel, "sites": list(sites)}
 
 
-def _of_embodiment(policy: NativePolicy, embodiment: int | None) -> NativePolicy:
-    """The policy with the layers of one robot, or as it is."""
-    if embodiment is None:
-        return policy
-    if not isinstance(policy, HasEmbodiments):
-        raise PolicyError(
-            f"a {policy.family} policy has no layers per embodiment; leave --embodiment out"
-        )
-    return policy.keep_embodiments((embodiment,), embodiment)
-
-
 def _covered_sites(policy: NativePolicy, recipe: Recipe) -> list[str]:
     return [
         site.name
@@ -712,31 +756,81 @@ def _measurement(threads: int) -> dict[str, Any]:
     }
 
 
-def _calibration(source: str, policy: NativePolicy) -> Observations:
+def _calibration(
+    source: str, policy: NativePolicy, options: _Calibrated, limit: int
+) -> Observations:
     """Observations by name; ``random:COUNT`` is noise in the shape the policy wants."""
     scheme, _, count = source.partition(":")
     if scheme != "random":
-        return Observations.load(source)
+        return _observations(source, policy, options, limit=limit)
     if not count.isdecimal() or int(count) < 1:
         raise ObservationError(f"{source!r}: give a number of observations, as in random:8")
     config = policy.config
     return Observations.random(config.cameras, config.state_dim, count=int(count))
 
 
+def _observations(
+    source: str,
+    policy: NativePolicy,
+    options: _Calibrated,
+    *,
+    split: str = "calibration",
+    limit: int = 64,
+) -> Observations:
+    """Observations from files; those of a LeRobot dataset under the policy's names."""
+    if not is_dataset(Path(source)):
+        if options.cameras or options.state or options.instruction:
+            raise ObservationError(
+                "--cameras, --state and --instruction are for LeRobot datasets, which "
+                f"{source} is not"
+            )
+        return Observations.load(source, split=split)
+    observations = Observations.from_lerobot(
+        source,
+        cameras=_camera_choice(options.cameras, policy.config.cameras),
+        state=_split(options.state),
+        instruction=options.instruction,
+        split=split,
+        limit=limit,
+    )
+    try:
+        policy.initial_state(observations[0], torch.Generator())
+    except ObservationError as error:
+        raise ObservationError(
+            f"the observations of {source} do not fit the policy: {error}. --state names the parts "
+            f"the state is put together from, in order; there are {', '.join(state_names(source))}"
+        ) from error
+    return observations
+
+
+def _camera_choice(text: str | None, cameras: Sequence[str]) -> dict[str, str | None]:
+    """The policy's cameras → what the dataset calls them, from ``NAME=FEATURE,..``."""
+    choice: dict[str, str | None] = {name: name for name in cameras}
+    for pair in _split(text) or ():
+        name, equals, feature = pair.partition("=")
+        if not equals or name not in choice or not feature:
+            raise ObservationError(
+                f"--cameras {pair!r}: give POLICYNAME=FEATURE; the policy has {', '.join(cameras)}"
+            )
+        choice[name] = None if feature == "none" else feature
+    return choice
+
+
 def _default_calibration(policy: str) -> str:
     if policy.startswith("builtin:"):
         return policy
     raise PolicyError(
-        f"{policy} brings no calibration data; give some with --calibration FILE.npz, or "
-        "random:8 to measure speed and memory only"
+        f"{policy} brings no calibration data; give some with --calibration DATASET (a LeRobot "
+        "dataset, or FILE.npz), or random:8 to measure speed and memory only"
     )
 
 
 def _checkpoint_bytes(source: str) -> int | None:
+    """Size of a local policy's weights, in one file or in shards."""
     scheme, _, name = source.partition(":")
     directory = builtin_directory(name) if scheme == "builtin" else Path(source)
-    weights = directory / "model.safetensors"
-    return weights.stat().st_size if weights.exists() else None
+    sizes = [path.stat().st_size for path in directory.glob("model*.safetensors")]
+    return sum(sizes) if sizes else None
 
 
 def _is_torch(directory: Path) -> bool:

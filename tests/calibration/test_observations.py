@@ -201,3 +201,56 @@ def test_rollouts_keep_every_nth_observation_that_was_acted_on() -> None:
     )
     assert [item["steps"] for item in kept] == [0, 4, 0, 4]
     assert line.seeds == [5, 6]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files of three and two observations."""
+    source = np.random.default_rng(0)
+    for name, count in (("b", 2), ("a", 3)):
+        Observations(
+            {
+                "images": {"base": source.integers(0, 256, (4, 4, 3), dtype=np.uint8)},
+                "state": source.uniform(-1, 1, 3).astype(np.float32),
+                "prompt": f"{name}{i}",
+            }
+            for i in range(count)
+        ).save_npz(tmp_path / f"{name}.npz")
+    return tmp_path
+
+
+def test_a_folder_of_files_is_their_observations_in_the_order_of_names(folder: Path) -> None:
+    together = Observations.load(folder)
+    assert [o["prompt"] for o in together] == ["a0", "a1", "a2", "b0", "b1"]
+    apart = [*Observations.load(folder / "a.npz"), *Observations.load(folder / "b.npz")]
+    assert together.fingerprint == Observations(apart).fingerprint
+    assert [o["prompt"] for o in together.spread(3)] == ["a0", "a2", "b1"]
+
+
+def test_a_folder_keeps_one_file_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = Observations.load(folder)
+    opened: list[str] = []
+    load = np.load
+    monkeypatch.setattr(np, "load", lambda path, **kw: opened.append(path.name) or load(path, **kw))
+    assert len(list(together)) == 5
+    assert opened == ["a.npz", "b.npz"]
+
+
+def test_files_of_a_folder_that_do_not_fit_together_are_refused(folder: Path) -> None:
+    write_arrays(folder / "c.npz", images__base=IMAGES, state=np.zeros((2, 7)), prompt=PROMPT)
+    with pytest.raises(ObservationError, match=r"a\.npz and .*c\.npz do not fit together"):
+        Observations.load(folder)
+    (folder / "c.npz").write_text("hello")
+    with pytest.raises(ObservationError, match=r"cannot read observations from .*c\.npz"):
+        Observations.load(folder)
+
+
+def test_splits_may_lie_in_different_files_of_a_folder(folder: Path) -> None:
+    for name in ("calibration", "heldout"):
+        marked = [{**o, "split": name} for o in Observations.from_npz(folder / "a.npz")]
+        Observations(marked).save_npz(folder / f"{name}.npz")
+    for name in ("a", "b"):
+        (folder / f"{name}.npz").unlink()
+    assert len(Observations.load(folder)) == len(Observations.load(folder, split="heldout")) == 3
+    with pytest.raises(ObservationError, match=r"no split 'test'.*calibration.*heldout"):
+        Observations.load(folder, split="test")

@@ -23,6 +23,7 @@ from omega_qvla.policies.gr00t_n15 import (
     Observed,
     dropped_keys,
     dropped_parameters,
+    dropped_shapes,
     sample_chunk,
     stacked_keys,
     time_buckets,
@@ -209,6 +210,12 @@ def features_of(module: Gr00tN15Module, pixels: Tensor, token_ids: Tensor) -> Te
 
 def observe(module: Gr00tN15Module, pixels: Tensor, token_ids: Tensor, state: Tensor) -> Observed:
     return module.observe(module.head_features(features_of(module, pixels, token_ids)), state)
+
+
+def test_dropped_weights_have_their_official_shapes(full: Gr00tN15Module) -> None:
+    official = official_shapes(full.config)
+    dropped = dropped_shapes(full.config)
+    assert dropped == {key: official[key] for key in dropped_keys(full.config)}
 
 
 def test_full_state_dict_plus_dropped_keys_is_the_official_one(full: Gr00tN15Module) -> None:

@@ -15,8 +15,8 @@ import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies import loading
-from omega_qvla.policies.checkpoints.openpi import read_openpi, write_openpi
-from omega_qvla.policies.pi05 import dropped_keys
+from omega_qvla.policies.checkpoints.openpi import write_openpi
+from omega_qvla.policies.pi05 import dropped_shapes
 from omega_qvla.policies.pi05_policy import Pi05Policy
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
@@ -71,12 +71,31 @@ def test_the_embedding_may_be_stored_as_the_tied_head_alone(
 def test_dead_weights_are_accepted_counted_and_left_out(
     written: Path, small_policy: Pi05Policy
 ) -> None:
-    names = sorted(dropped_keys(small_policy.config))[:2]
-    dead = {name: torch.zeros(3, 5) for name in names}
+    shapes = dropped_shapes(small_policy.config)
+    dead = {name: torch.zeros(shapes[name]) for name in sorted(shapes)[:2]}
     change(written, **dead)
     loaded = oq.load_policy(written)
-    assert loaded.dropped_parameters == 30
+    assert loaded.dropped_parameters == sum(tensor.numel() for tensor in dead.values())
     assert not set(dead) & set(loaded.module.state_dict())
+
+
+def test_a_dead_weight_of_another_shape_is_refused(written: Path) -> None:
+    change(written, **{HEAD: torch.zeros(3, 5)})
+    with pytest.raises(PolicyError, match=rf"{HEAD} has shape \[3, 5\]"):
+        oq.load_policy(written)
+
+
+def test_two_kinds_of_half_precision_in_one_checkpoint_are_refused(written: Path) -> None:
+    tensors = load_file(written / "model.safetensors")
+    change(written, **{NORM: tensors[NORM].half(), EMBEDDING: tensors[EMBEDDING].bfloat16()})
+    with pytest.raises(PolicyError, match=rf"mixed types.*bfloat16.*float16 \({NORM}\)"):
+        oq.load_policy(written)
+
+
+def test_single_beside_half_precision_is_how_originals_are_stored(written: Path) -> None:
+    tensors = load_file(written / "model.safetensors")
+    change(written, **{NORM: tensors[NORM].float()})
+    assert torch.equal(oq.load_policy(written).module.get_parameter(NORM), tensors[NORM].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,6 +125,14 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(
     change(written, **{name: tensor})
     with pytest.raises(PolicyError, match=expected):
         oq.load_policy(written)
+
+
+def test_a_value_that_is_not_finite_is_found_when_it_is_read(written: Path) -> None:
+    change(written, **{NORM: torch.full((64,), torch.nan)})
+    policy = loading.stream_policy(written)
+    assert policy.store is not None
+    with pytest.raises(PolicyError, match=rf"{NORM} has NaN or Inf"):
+        policy.store.read(NORM)
 
 
 def test_many_problems_are_listed_up_to_a_limit(written: Path) -> None:
@@ -144,7 +171,7 @@ def test_truncated_weights_are_refused(written: Path) -> None:
     path = written / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(PolicyError, match=r"model\.safetensors"):
-        read_openpi(written)
+        oq.load_policy(written)
 
 
 @pytest.mark.parametrize(

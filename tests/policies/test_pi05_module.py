@@ -22,6 +22,7 @@ from omega_qvla.policies.pi05 import (
     Pi05Module,
     VisionConfig,
     dropped_keys,
+    dropped_shapes,
     sample_chunk,
 )
 from omega_qvla.policies.pi05_stages import pi05_stages
@@ -210,6 +211,12 @@ def joint_velocity(module: Pi05Module, prefix: Tensor, x_t: Tensor, time: float)
         normed, gate = adaptive_rms_norm(actions, modulation[:, 2 * i + 1])
         actions = actions + gate * expert.mlp(normed)
     return module.read_out(actions, modulation)
+
+
+def test_dropped_weights_have_their_official_shapes(full: Pi05Module) -> None:
+    official = official_shapes(full.config)
+    dropped = dropped_shapes(full.config)
+    assert dropped == {key: official[key] for key in dropped_keys(full.config)}
 
 
 def test_full_state_dict_plus_dropped_keys_is_the_official_one(full: Pi05Module) -> None:

@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
+from omega_qvla.policies.images import pad_bilinear
+from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 from omega_qvla.policies.processing import (
     ByteTokenizer,
-    NormalizationStatistics,
-    Quantiles,
     WordTokenizer,
     discretize_state,
     format_prompt,
     load_tokenizer,
-    resize_with_padding,
 )
 
 QUANTILES = Quantiles(q01=(-2.0, 0.0, 5.0), q99=(2.0, 10.0, 5.0))
@@ -116,7 +115,7 @@ def test_a_description_of_no_tokenizer_is_refused(content: dict[str, Any]) -> No
 def test_an_image_of_the_right_size_is_only_rescaled() -> None:
     image = np.zeros((2, 2, 3), np.uint8)
     image[0, 1] = (255, 51, 102)
-    found = resize_with_padding(image, 2)
+    found = pad_bilinear(image, 2)
     assert found.shape == (3, 2, 2)
     assert torch.allclose(found[:, 0, 1], torch.tensor([1.0, -0.6, -0.2]), atol=1e-6)
     assert bool((found[:, 0, 0] == -1).all())
@@ -135,7 +134,7 @@ def test_other_shapes_are_centred_between_black_bars(
     height: int, width: int, rows: tuple[int, int], columns: tuple[int, int]
 ) -> None:
     """White becomes 1, bars -1; of an odd number of bar rows the larger part is below."""
-    found = resize_with_padding(np.full((height, width, 3), 255, np.uint8), 8)
+    found = pad_bilinear(np.full((height, width, 3), 255, np.uint8), 8)
     expected = torch.full((3, 8, 8), -1.0)
     expected[:, slice(*rows), slice(*columns)] = 1.0
     assert torch.equal(found, expected)
@@ -145,14 +144,14 @@ def test_other_shapes_are_centred_between_black_bars(
 @given(height=st.integers(1, 200), width=st.integers(1, 200))
 def test_any_shape_gives_a_square(height: int, width: int) -> None:
     """Even a line of pixels, whose shorter side would round to nothing."""
-    found = resize_with_padding(np.zeros((height, width, 3), np.uint8), 14)
+    found = pad_bilinear(np.zeros((height, width, 3), np.uint8), 14)
     assert found.shape == (3, 14, 14) and bool((found == -1).all())
 
 
 def test_resizing_is_bilinear_and_rounds_to_whole_levels() -> None:
     image = np.zeros((1, 2, 3), np.uint8)
     image[0, 1] = 255
-    found = resize_with_padding(image, 4)  # one row of two pixels → two rows of four
+    found = pad_bilinear(image, 4)  # one row of two pixels → two rows of four
     levels = (found[0, 1] + 1) * 127.5
     assert torch.allclose(levels, torch.tensor([0.0, 64.0, 191.0, 255.0]), atol=1e-3)
 
@@ -260,7 +259,7 @@ def test_statistics_and_tokenizer_must_fit_the_network(policy: Pi05Policy) -> No
     processor = policy.processor
     short = Quantiles(q01=(-1.0,) * 3, q99=(1.0,) * 3)
     statistics = processor.statistics.model_copy(update={"state": short})
-    with pytest.raises(PolicyError, match="fewer than 4 quantiles of state"):
+    with pytest.raises(PolicyError, match="statistics of 3 dimensions of state, the robot has 4"):
         Pi05Processor(policy.config, statistics, processor.tokenizer)
     words = WordTokenizer([*processor.tokenizer.vocabulary, "more"])
     with pytest.raises(PolicyError, match="tokens, the embedding"):

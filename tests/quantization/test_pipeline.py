@@ -459,3 +459,12 @@ def test_a_streamed_policy_refuses_recipes_that_need_all_of_it(tmp_path: Path) -
         quantize_policy(policy, observations, cascading)
     with pytest.raises(PolicyError, match="simulation"):
         quantize_policy(policy, observations, Recipe.load("omega-paper"))
+
+
+def test_observations_that_do_not_fit_leave_no_journal_behind(
+    policy: Pi05Policy, observations: Observations, tmp_path: Path
+) -> None:
+    wide = [{**item, "state": np.zeros(9, np.float32)} for item in observations]
+    with pytest.raises(ObservationError, match=r"shape \[4\], got \[9\]"):
+        oq.quantize(policy, wide, work_directory=tmp_path / "work")
+    assert not (tmp_path / "work").exists()

@@ -2,22 +2,27 @@
 
 Stored as one ``.npz`` (numpy's zip, deflated, never pickled): per camera an array
 ``images/<camera>`` uint8 [N, H, W, 3], ``state`` float32 [N, n], ``prompt`` and optionally
-``task`` and ``split`` as fixed-width text [N].
+``task`` and ``split`` as fixed-width text [N].  A folder of such files is one set, in the order of
+their names.  LeRobot datasets are read by ``lerobot.py``; like folders they stay on disk, and an
+observation is read when it is asked for (``streamed.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import NoReturn, Protocol, overload
 
 import numpy as np
 import torch
 
+from omega_qvla.calibration.fingerprint import content_digest, fingerprint_of
+from omega_qvla.calibration.lerobot import Cameras, stream_lerobot
+from omega_qvla.calibration.lerobot_metadata import is_dataset
+from omega_qvla.calibration.streamed import SourceReport, Streamed
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.base import Observation, Policy
 from omega_qvla.policies.loading import BUILTIN, builtin_directory
@@ -39,12 +44,21 @@ class Environment(Protocol):
 
 
 class Observations(Sequence[Observation]):
-    """An immutable sequence of observations, each a mapping as the policy takes it."""
+    """An immutable sequence of observations, each a mapping as the policy takes it.
 
-    def __init__(self, items: Iterable[Observation]) -> None:
-        self._items = tuple(items)
+    Attributes:
+        report: what was taken from the source and what was left out; None where nothing was.
+    """
+
+    def __init__(
+        self, items: Iterable[Observation] | Streamed, report: SourceReport | None = None
+    ) -> None:
+        self._items = items if isinstance(items, Streamed) else tuple(items)
+        self.report = report
         if not self._items:
             raise ObservationError("there are no observations; calibration needs at least one")
+        if isinstance(self._items, Streamed):
+            return
         for i, item in enumerate(self._items):
             if not isinstance(item, Mapping):
                 raise ObservationError(
@@ -58,9 +72,7 @@ class Observations(Sequence[Observation]):
     def __getitem__(self, index: slice) -> Observations: ...
 
     def __getitem__(self, index: int | slice) -> Observation | Observations:
-        if isinstance(index, slice):
-            return Observations(self._items[index])
-        return self._items[index]
+        return Observations(self._items[index]) if isinstance(index, slice) else self._items[index]
 
     def __len__(self) -> int:
         return len(self._items)
@@ -70,7 +82,10 @@ class Observations(Sequence[Observation]):
 
     def spread(self, count: int) -> Observations:
         """At most ``count`` observations, evenly spaced, so that every part is represented."""
-        return Observations(self._items[i] for i in self.spread_indices(count))
+        places = self.spread_indices(count)
+        if isinstance(self._items, Streamed):
+            return Observations(self._items.select(places))
+        return Observations(self._items[i] for i in places)
 
     def spread_indices(self, count: int) -> list[int]:
         """Which ones ``spread`` picks."""
@@ -81,17 +96,19 @@ class Observations(Sequence[Observation]):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the content; part of what a resumed quantization must agree on."""
-        digest = hashlib.sha256()
-        for item in self._items:
-            _update(digest, item)
-        return digest.hexdigest()
+        if isinstance(self._items, Streamed):
+            return fingerprint_of(self._items.digests)
+        return fingerprint_of(map(content_digest, self._items))
 
     @classmethod
     def load(cls, source: str | Path, split: str = "calibration") -> Observations:
-        """From ``builtin:<policy>`` or an npz file.
+        """From ``builtin:<policy>``, an npz file, a folder of them, or a LeRobot dataset.
 
         Args:
-            split: for files that hold several: ``calibration`` or ``heldout``.
+            split: for sources that hold several: ``calibration`` or ``heldout``.
+
+        Raises:
+            ObservationError: see ``from_npz`` and ``from_lerobot``.
         """
         scheme, _, name = str(source).partition(":")
         if scheme == "builtin" and name in BUILTIN:
@@ -100,20 +117,76 @@ class Observations(Sequence[Observation]):
             raise ObservationError(
                 f"unknown builtin observations {name!r}; known: {', '.join(BUILTIN)}"
             )
+        if is_dataset(Path(source)):
+            return cls.from_lerobot(source, split=split)
         return cls.from_npz(source, split=split)
 
     @classmethod
     def from_npz(cls, path: str | Path, split: str | None = None) -> Observations:
-        """From one npz file in the layout of this module.
+        """From an npz file in the layout of this module, or from a folder of them.
 
         Raises:
-            ObservationError: unreadable, missing arrays, unequal lengths or an empty split.
+            ObservationError: unreadable, missing arrays, unequal lengths, an empty split, or files
+                of a folder that do not fit together.
         """
-        try:
-            arrays = _read_npz(Path(path))
-        except _UNREADABLE as error:
-            raise ObservationError(f"cannot read observations from {path}: {error}") from error
-        return cls(_unstack(arrays, split, str(path)))
+        path = Path(path)
+        if not path.is_dir():
+            arrays = _load_npz(path)
+            items = _unstack(arrays, split, path)
+            if not items:
+                _refuse_empty(split, _splits(arrays), path)
+            return cls(items)
+        streamed = stream_npz_folder(path, split)
+        return cls(streamed, SourceReport(f"{len(streamed)} observations from the files of {path}"))
+
+    @classmethod
+    def from_lerobot(
+        cls,
+        path: str | Path,
+        *,
+        cameras: Cameras = None,
+        state: Sequence[str] | None = None,
+        instruction: str | None = None,
+        split: str = "calibration",
+        limit: int = 64,
+        seed: int = 0,
+    ) -> Observations:
+        """From a LeRobot dataset, version 2.0, 2.1 or 3.0.
+
+        Frames are chosen over all tasks and over whole episodes (``sampling.py``); images are
+        decoded when an observation is asked for.
+
+        Args:
+            path: the directory that holds ``meta``.
+            cameras: the policy's camera names, where the dataset calls them the same; or a mapping
+                from them to the dataset's, with None for a camera to leave out.  By default the
+                dataset's own names.
+            state: features or GR00T's names that the state is put together from, in this order; by
+                default the whole ``observation.state``.
+            instruction: what every frame was told, for datasets whose tasks have no words.
+            split: ``calibration``, or ``heldout`` for the frames between those.
+            limit: how many observations at most.
+            seed: of the choice; same seed, same frames.
+
+        Returns:
+            Images uint8 [H, W, 3] by camera, state float32 [n], prompt and task; what could not be
+            read is in ``report``.
+
+        Raises:
+            ObservationError: the dataset is incomplete or invalid, a name is not in it, or fewer
+                than half of the chosen frames can be read.
+            ResourceError: the extra ``data`` is not installed.
+        """
+        streamed, report = stream_lerobot(
+            Path(path),
+            cameras=cameras,
+            state=state,
+            instruction=instruction,
+            split=split,
+            limit=limit,
+            seed=seed,
+        )
+        return cls(streamed, report)
 
     @classmethod
     def random(
@@ -197,9 +270,51 @@ def as_observations(source: Iterable[Observation] | Observations) -> Observation
     return Observations(source)
 
 
-def _unstack(
-    arrays: Mapping[str, np.ndarray], split: str | None, where: str
-) -> Iterator[Observation]:
+def stream_npz_folder(folder: Path, split: str | None) -> Streamed:
+    """The observations of all npz files of a folder, one file in memory at a time.
+
+    Raises:
+        ObservationError: no npz file, an unreadable one, different cameras or state widths, or no
+            observation of the split in any of them.
+    """
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise ObservationError(
+            f"cannot read observations from {folder}: it has neither meta/info.json, as a LeRobot "
+            "dataset has, nor any .npz file"
+        )
+    places: list[tuple[Path, int]] = []
+    digests: list[bytes] = []
+    forms: dict[tuple[object, ...], Path] = {}
+    splits: set[str] = set()
+    for path in paths:
+        arrays = _load_npz(path)
+        splits |= _splits(arrays)
+        for i, item in enumerate(_unstack(arrays, split, path)):
+            places.append((path, i))
+            digests.append(content_digest(item))
+            forms.setdefault((*sorted(item["images"]), np.shape(item["state"])), path)
+    if len(forms) > 1:
+        (one, first), (other, second), *_ = forms.items()
+        raise ObservationError(
+            f"{first} and {second} do not fit together: cameras and state are {one} and {other}"
+        )
+    if not digests:
+        _refuse_empty(split, splits, folder)
+    recent: dict[Path, list[Observation]] = {}
+
+    def read(number: int) -> Observation:
+        path, i = places[number]
+        if path not in recent:
+            recent.clear()
+            recent[path] = _unstack(_load_npz(path), split, path)
+        return recent[path][i]
+
+    return Streamed(read, digests)
+
+
+def _unstack(arrays: Mapping[str, np.ndarray], split: str | None, where: Path) -> list[Observation]:
+    """The rows of a file that belong to a split; all of them if it does not tell splits apart."""
     cameras = {k.removeprefix("images/"): v for k, v in arrays.items() if k.startswith("images/")}
     missing = [name for name in ("state", "prompt") if name not in arrays]
     if missing or not cameras:
@@ -212,15 +327,24 @@ def _unstack(
     rows = range(len(arrays["prompt"]))
     if split is not None and "split" in arrays:
         rows = [i for i in rows if str(arrays["split"][i]) == split]
-        if not rows:
-            known = sorted({str(value) for value in arrays["split"]})
-            raise ObservationError(f"{where} has no split {split!r}; it has {known}")
-    for i in rows:
-        yield {
+    return [
+        {
             "images": {name: images[i] for name, images in cameras.items()},
             "state": arrays["state"][i],
             **{key: str(arrays[key][i]) for key in _TEXT if key in arrays},
         }
+        for i in rows
+    ]
+
+
+def _splits(arrays: Mapping[str, np.ndarray]) -> set[str]:
+    return {str(value) for value in arrays.get("split", ())}
+
+
+def _refuse_empty(split: str | None, known: set[str], where: Path) -> NoReturn:
+    if split is not None and known:
+        raise ObservationError(f"{where} has no split {split!r}; it has {sorted(known)}")
+    raise ObservationError(f"{where} has no observations; calibration needs at least one")
 
 
 _UNREADABLE = (
@@ -233,6 +357,13 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def _load_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return _read_npz(path)
+    except _UNREADABLE as error:
+        raise ObservationError(f"cannot read observations from {path}: {error}") from error
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -258,27 +389,3 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, buffer.getvalue())
     partial.replace(path)
-
-
-def _update(digest: Any, value: Any) -> None:
-    """Feed nested observations into a hash, unambiguously."""
-    if isinstance(value, Mapping):
-        digest.update(f"{{{len(value)}}}".encode())
-        for key in sorted(value, key=str):
-            digest.update(f"[{key!r}]".encode())
-            _update(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"({len(value)})".encode())
-        for item in value:
-            _update(digest, item)
-    elif isinstance(value, torch.Tensor):
-        digest.update(f"{value.dtype}{list(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
-        _update(digest, value.tolist())  # its bytes would be addresses
-    elif isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    else:
-        digest.update(repr(value).encode())

@@ -101,11 +101,14 @@ class PromptTemplate(BaseModel):
         text: with ``{images}`` and ``{instruction}``.
         image: what stands for each image: ``{number}`` counts from 1, ``{tokens}`` is where the
             image tokens go.
+        instruction: ``listed`` writes it as a Python list of one text, brackets and quotes
+            included: that is what Isaac-GR00T's inference and LeRobot's processor make of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     text: str
     image: str
+    instruction: Literal["plain", "listed"] = "plain"
 
     @model_validator(mode="after")
     def _places_must_be_there(self) -> PromptTemplate:
@@ -117,8 +120,9 @@ class PromptTemplate(BaseModel):
 
     def pieces(self, instruction: str, images: int) -> list[str]:
         """The text before, between and after the tokens of the images: ``images`` + 1 pieces."""
+        shown = str([instruction]) if self.instruction == "listed" else instruction
         before, after = (
-            part.replace("{instruction}", instruction) for part in self.text.split("{images}")
+            part.replace("{instruction}", shown) for part in self.text.split("{images}")
         )
         pieces = [before]
         for number in range(1, images + 1):
@@ -159,6 +163,7 @@ class Gr00tN15Config(BaseModel):
         embodiment: the one that acts.
         cameras: image names in the order their tokens enter the prompt.
         image_crop: share of each side that is kept, in the middle, before resizing.
+        image_filter: ``bilinear`` as Isaac-GR00T, ``bicubic`` (and no crop) as LeRobot.
         prompt: how images and instruction become one text.
         prompt_length: maximum number of text tokens; longer prompts are refused.
         steps: default number of denoising steps.
@@ -184,6 +189,7 @@ class Gr00tN15Config(BaseModel):
     embodiment: int
     cameras: tuple[str, ...]
     image_crop: float = Field(default=1.0, gt=0.0, le=1.0)
+    image_filter: Literal["bilinear", "bicubic"] = "bilinear"
     prompt: PromptTemplate
     prompt_length: int
     steps: int = 4
@@ -609,15 +615,32 @@ def stacked_keys() -> set[str]:
     return {f"action_head.{layer}.{kind}" for layer in layers for kind in ("W", "b")}
 
 
-def dropped_keys(config: Gr00tN15Config) -> set[str]:
+def dropped_shapes(config: Gr00tN15Config) -> dict[str, tuple[int, ...]]:
     """Official checkpoint keys that inference never reads and this module does not allocate."""
-    eagle = "backbone.eagle_model"
-    pooling = f"{eagle}.vision_model.vision_model.head"
-    names = ("probe", "attention.in_proj_weight", "attention.in_proj_bias")
-    dead = {f"{pooling}.{name}" for name in names}
-    for layer in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2"):
-        dead |= {f"{pooling}.{layer}.weight", f"{pooling}.{layer}.bias"}
-    return dead | {f"{eagle}.language_model.lm_head.weight"}
+    width, hidden = config.vision.width, config.vision.hidden
+    pooling = "backbone.eagle_model.vision_model.vision_model.head"
+    shapes: dict[str, tuple[int, ...]] = {
+        "backbone.eagle_model.language_model.lm_head.weight": (
+            config.vocabulary,
+            config.backbone.width,
+        ),
+        f"{pooling}.probe": (1, 1, width),
+        f"{pooling}.attention.in_proj_weight": (3 * width, width),
+        f"{pooling}.attention.in_proj_bias": (3 * width,),
+    }
+    for layer, rows, columns in (
+        ("attention.out_proj", (width,), (width,)),
+        ("layernorm", (width,), ()),
+        ("mlp.fc1", (hidden,), (width,)),
+        ("mlp.fc2", (width,), (hidden,)),
+    ):
+        shapes |= {f"{pooling}.{layer}.weight": rows + columns, f"{pooling}.{layer}.bias": rows}
+    return shapes
+
+
+def dropped_keys(config: Gr00tN15Config) -> set[str]:
+    """The names of ``dropped_shapes``."""
+    return set(dropped_shapes(config))
 
 
 def dropped_parameters(config: Gr00tN15Config, embodiments: int = EMBODIMENTS) -> int:

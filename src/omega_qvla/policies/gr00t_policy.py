@@ -23,7 +23,7 @@ from omega_qvla.policies.gr00t_n15 import (
     stacked_keys,
 )
 from omega_qvla.policies.gr00t_outliers import gr00t_outlier_pairs
-from omega_qvla.policies.gr00t_processing import Gr00tProcessor, Gr00tStatistics
+from omega_qvla.policies.gr00t_processing import Gr00tProcessor
 from omega_qvla.policies.gr00t_stages import (
     BLOCKS,
     LANGUAGE,
@@ -33,6 +33,7 @@ from omega_qvla.policies.gr00t_stages import (
     gr00t_stages,
 )
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.normalization import NormalizationStatistics
 from omega_qvla.policies.outlier_paths import OutlierPath
 from omega_qvla.policies.processing import load_tokenizer
 from omega_qvla.policies.weight_store import WeightStore
@@ -77,6 +78,7 @@ class Gr00tN15Policy(NativePolicy):
         files = {
             _STATISTICS: self.processor.statistics.dump().encode(),
             _TOKENIZER: json.dumps(self.processor.tokenizer.dump()).encode(),
+            **self.processor.tokenizer.files(),
         }
         return self.config.model_dump(mode="json"), files
 
@@ -84,8 +86,8 @@ class Gr00tN15Policy(NativePolicy):
     def skeleton(cls, config: Mapping[str, Any], files: Mapping[str, bytes]) -> Gr00tN15Policy:
         try:
             parsed = Gr00tN15Config.model_validate(config)
-            statistics = Gr00tStatistics.parse(files[_STATISTICS], _STATISTICS)
-            tokenizer = load_tokenizer(json.loads(files[_TOKENIZER]), _TOKENIZER)
+            statistics = NormalizationStatistics.parse(files[_STATISTICS], _STATISTICS)
+            tokenizer = load_tokenizer(json.loads(files[_TOKENIZER]), _TOKENIZER, files)
         except (ValidationError, KeyError, ValueError) as error:
             raise PolicyError(f"the artifact's GR00T description is invalid: {error}") from error
         with torch.device("meta"):

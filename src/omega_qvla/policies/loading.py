@@ -12,18 +12,18 @@ import torch
 
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies import gr00t_n15, pi05
-from omega_qvla.policies.checkpoints.openpi import CONFIG, read_openpi, stream_openpi
+from omega_qvla.policies.checkpoints.choices import Choices
+from omega_qvla.policies.checkpoints.files import UNSAFE_SUFFIXES, unsafe_message
+from omega_qvla.policies.checkpoints.hub import fetch, looks_unpinned, parse_hub_id
+from omega_qvla.policies.checkpoints.layout import reader_for
 from omega_qvla.policies.gr00t_n15 import EMBODIMENTS, Gr00tN15Config, Gr00tN15Module
 from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
-from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.native import HasEmbodiments, NativePolicy
+from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
-from omega_qvla.policies.processing import (
-    ByteTokenizer,
-    NormalizationStatistics,
-    Quantiles,
-)
+from omega_qvla.policies.processing import ByteTokenizer
 from omega_qvla.policies.weight_store import SeededWeights, materialize
 
 BUILTIN = {"tiny-pi05": "tiny_pi05"}
@@ -74,58 +74,94 @@ RANDOM = tuple(_SHAPES)
 8 steps and one embodiment."""
 
 
-def load_policy(source: str | Path) -> NativePolicy:
+def load_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
     """Load a full-precision policy.
 
     Args:
         source: ``builtin:tiny-pi05``; ``random:`` and one of ``RANDOM`` (true shapes, seeded
-            random weights); or a directory in openpi's layout with a ``config.json``.
+            random weights); a directory in the layout of openpi, LeRobot or GR00T; or such a
+            directory on the hub, ``owner/name@revision`` (docs/checkpoints.md).
+        choices: answers to what the checkpoint does not say.
 
     Raises:
-        PolicyError: unknown name, not a policy directory, or weights that do not fit.
-        ResourceError: not enough memory for a random policy of that size.
+        PolicyError: unknown name, not a policy directory, weights that do not fit, or something
+            the checkpoint does not say.
+        ResourceError: not enough memory for a random policy of that size; a library is missing;
+            the hub cannot be reached.
     """
-    scheme, _, name = str(source).partition(":")
-    if scheme == "random":
-        return random_policy(name)
-    return read_openpi(_directory(source))
+    policy = stream_policy(source, choices)
+    if str(source).startswith("random:"):
+        _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), str(source))
+    return _in_memory(policy)
 
 
-def stream_policy(source: str | Path) -> NativePolicy:
+def stream_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
     """The policy ``load_policy`` loads, its weights read layer by layer while it is quantized.
 
     Raises:
-        PolicyError: as ``load_policy``.
+        PolicyError, ResourceError: as ``load_policy``.
     """
+    choices = choices or Choices()
     scheme, _, name = str(source).partition(":")
     if scheme == "random":
-        return stream_random(name)
-    return stream_openpi(_directory(source))
+        return _of_embodiment(stream_random(name), choices.embodiment)
+    directory = policy_directory(source)
+    policy = reader_for(directory)(directory, choices)
+    if choices.embodiment is not None:
+        _require_embodiments(policy)
+    return policy
 
 
-def _directory(source: str | Path) -> Path:
-    """The folder of a policy in openpi's layout."""
+def _of_embodiment(policy: NativePolicy, embodiment: str | None) -> NativePolicy:
+    """A random policy with the layers of one robot, by its number, or as it is."""
+    if embodiment is None:
+        return policy
+    stacked = _require_embodiments(policy)
+    if not embodiment.isdecimal():
+        raise PolicyError(f"a random policy has no tag {embodiment!r}; give the number of a robot")
+    return stacked.keep_embodiments((int(embodiment),), int(embodiment))
+
+
+def _require_embodiments(policy: NativePolicy) -> HasEmbodiments:
+    if not isinstance(policy, HasEmbodiments):
+        raise PolicyError(
+            f"a {policy.family} policy has no layers per embodiment; leave --embodiment out"
+        )
+    return policy
+
+
+def _in_memory(policy: NativePolicy) -> NativePolicy:
+    """The policy with its tensors in memory rather than in a store."""
+    assert policy.store is not None
+    materialize(policy.module, policy.store)
+    policy.store = None
+    return policy
+
+
+def policy_directory(source: str | Path) -> Path:
+    """The folder a policy is in; one on the hub is fetched.
+
+    Raises:
+        PolicyError: there is no such folder.
+        ResourceError: the hub cannot be reached.
+    """
     text = str(source)
     scheme, _, name = text.partition(":")
     if scheme == "builtin":
         return builtin_directory(name)
     directory = Path(source)
-    if not directory.is_dir():
-        raise PolicyError(
-            f"no policy at {text!r}: give a directory, builtin:{'|'.join(BUILTIN)} or "
-            f"random:{'|'.join(RANDOM)}"
-        )
-    if (directory / "omega_config.json").exists():
-        raise PolicyError(
-            f"{text!r} is a quantized artifact; load it with omega_qvla.load, or give the "
-            "full-precision checkpoint it was made from"
-        )
-    if not (directory / CONFIG).exists():
-        raise PolicyError(
-            f"{text!r} has no {CONFIG}: it is not a policy directory this version reads "
-            "(openpi layout with config.json, tokenizer.json and assets/*/norm_stats.json)"
-        )
-    return directory
+    if directory.is_dir():
+        return directory
+    identity = parse_hub_id(text)
+    if identity is not None:
+        return fetch(identity)
+    if directory.suffix in UNSAFE_SUFFIXES and directory.exists():
+        raise PolicyError(unsafe_message([directory]))
+    hint = "; on the hub, pin the revision: owner/name@<commit>" if looks_unpinned(text) else ""
+    raise PolicyError(
+        f"no policy at {text!r}: give a directory, builtin:{'|'.join(BUILTIN)}, "
+        f"random:{'|'.join(RANDOM)}, or owner/name@revision on the hub{hint}"
+    )
 
 
 def policy_skeleton(
@@ -155,14 +191,13 @@ def builtin_directory(name: str) -> Path:
     return Path(str(files("omega_qvla") / "assets" / BUILTIN[name]))
 
 
-def policy_structure(source: str | Path) -> NativePolicy:
-    """A policy for looking at shapes: a random one costs no memory (its tensors are on meta).
+def policy_structure(source: str | Path, choices: Choices | None = None) -> NativePolicy:
+    """A policy for looking at shapes: its tensors cost no memory.
 
     Raises:
-        PolicyError: as ``load_policy``.
+        PolicyError, ResourceError: as ``load_policy``.
     """
-    scheme, _, name = str(source).partition(":")
-    return random_structure(name) if scheme == "random" else load_policy(source)
+    return stream_policy(source, choices)
 
 
 def random_structure(name: str) -> NativePolicy:
@@ -186,11 +221,8 @@ def random_policy(name: str, *, seed: int = 0) -> NativePolicy:
         ResourceError: not enough memory.
     """
     policy = stream_random(name, seed=seed)
-    _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), name)
-    assert policy.store is not None
-    materialize(policy.module, policy.store)
-    policy.store = None
-    return policy
+    _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), f"random:{name}")
+    return _in_memory(policy)
 
 
 def stream_random(name: str, *, seed: int = 0) -> NativePolicy:
@@ -213,7 +245,7 @@ def _require_memory(needed: int, name: str) -> None:
     available = _available_memory()
     if needed > available:
         raise ResourceError(
-            f"random:{name} needs {needed / 1e9:.1f} GB of memory in float32, "
+            f"{name} needs {needed / 1e9:.1f} GB of memory in float32, "
             f"{available / 1e9:.1f} GB is free"
         )
 

@@ -34,6 +34,7 @@ from omega_qvla.policies.base import (
     FlowClock,
     euler_times,
 )
+from omega_qvla.policies.images import ImageFit
 from omega_qvla.policies.layers import (
     AdaptiveRMSNorm,
     GatedMLP,
@@ -76,6 +77,9 @@ class Pi05Config(BaseModel):
         state_in_prompt: whether the state is written into the prompt as 256-bin integers
             (openpi's ``discrete_state_input``).
         steps: default number of denoising steps.
+        prompt_state_dim: width to which the normalized state is padded with zeros before it is
+            written into the prompt (LeRobot: 32); None writes the robot's own dimensions (openpi).
+        image_fit: how images are fitted into the square, see ``images.py``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -93,6 +97,8 @@ class Pi05Config(BaseModel):
     prompt_length: int
     state_in_prompt: bool
     steps: int = 10
+    prompt_state_dim: int | None = None
+    image_fit: ImageFit = "bilinear"
 
     @model_validator(mode="after")
     def _attention_must_match(self) -> Pi05Config:
@@ -391,18 +397,28 @@ def sample_chunk(
     return x
 
 
-def dropped_keys(config: Pi05Config) -> set[str]:
+def dropped_shapes(config: Pi05Config) -> dict[str, tuple[int, ...]]:
     """Official checkpoint keys that inference never reads and this module does not allocate."""
+    backbone, expert = config.backbone, config.expert
     language = "paligemma_with_expert.paligemma.model.language_model"
     last = f"{language}.layers.{config.depth - 1}"
-    dead = {
-        "paligemma_with_expert.paligemma.lm_head.weight",
-        "paligemma_with_expert.gemma_expert.lm_head.weight",
-        f"{language}.norm.weight",
-        f"{last}.post_attention_layernorm.weight",
+    query = backbone.heads * backbone.head_dim
+    return {
+        "paligemma_with_expert.paligemma.lm_head.weight": (config.vocabulary, backbone.width),
+        "paligemma_with_expert.gemma_expert.lm_head.weight": (config.vocabulary, expert.width),
+        f"{language}.norm.weight": (backbone.width,),
+        f"{last}.post_attention_layernorm.weight": (backbone.width,),
+        f"{last}.self_attn.q_proj.weight": (query, backbone.width),
+        f"{last}.self_attn.o_proj.weight": (backbone.width, query),
+        f"{last}.mlp.gate_proj.weight": (backbone.hidden, backbone.width),
+        f"{last}.mlp.up_proj.weight": (backbone.hidden, backbone.width),
+        f"{last}.mlp.down_proj.weight": (backbone.width, backbone.hidden),
     }
-    dead |= {f"{last}.self_attn.{name}_proj.weight" for name in ("q", "o")}
-    return dead | {f"{last}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+
+
+def dropped_keys(config: Pi05Config) -> set[str]:
+    """The names of ``dropped_shapes``."""
+    return set(dropped_shapes(config))
 
 
 def dropped_parameters(config: Pi05Config) -> int:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import Observation, Stage, State
+from omega_qvla.policies.images import FITS
 from omega_qvla.policies.layers import KeyValue
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.normalization import NormalizationStatistics
 from omega_qvla.policies.outlier_paths import OutlierPath
 from omega_qvla.policies.pi05 import (
     Pi05Config,
@@ -26,7 +28,6 @@ from omega_qvla.policies.pi05 import (
 from omega_qvla.policies.pi05_outliers import pi05_outlier_pairs
 from omega_qvla.policies.pi05_stages import MODULATION_PATHS, component_of, pi05_stages
 from omega_qvla.policies.processing import (
-    NormalizationStatistics,
     Tokenizer,
     discretize_state,
     format_prompt,
@@ -34,7 +35,6 @@ from omega_qvla.policies.processing import (
     require_images,
     require_prompt,
     require_state,
-    resize_with_padding,
 )
 from omega_qvla.recipe import Scope
 
@@ -53,12 +53,15 @@ class Pi05Processor:
         Raises:
             PolicyError: too few quantiles, or token ids beyond the embedding.
         """
-        for name, quantiles, width in (
+        for name, normalization, width in (
             ("state", self.statistics.state, self.config.state_dim),
             ("actions", self.statistics.actions, self.config.robot_action_dim),
         ):
-            if min(len(quantiles.q01), len(quantiles.q99)) < width:
-                raise PolicyError(f"norm_stats.json has fewer than {width} quantiles of {name}")
+            if normalization.width < width:
+                raise PolicyError(
+                    f"there are statistics of {normalization.width} dimensions of {name}, the "
+                    f"robot has {width}"
+                )
         if self.tokenizer.size > self.config.vocabulary:
             raise PolicyError(
                 f"the tokenizer has {self.tokenizer.size} tokens, the embedding "
@@ -73,8 +76,9 @@ class Pi05Processor:
         """
         images = require_images(observation, self.config.cameras)
         size = self.config.vision.image_size
-        pixels = torch.stack([resize_with_padding(image, size) for image in images])
-        tokens = self.tokenizer.encode(self.prompt(observation))
+        fit = FITS[self.config.image_fit]
+        pixels = torch.stack([fit(image, size) for image in images])
+        tokens = self._tokens(self.prompt(observation))
         if len(tokens) > self.config.prompt_length:
             raise ObservationError(
                 f"the prompt has {len(tokens)} tokens, this policy takes at most "
@@ -88,7 +92,18 @@ class Pi05Processor:
         if not self.config.state_in_prompt:
             return format_prompt(instruction, None)
         state = require_state(observation, self.config.state_dim)
-        return format_prompt(instruction, discretize_state(self.statistics.state.normalize(state)))
+        normalized = self.statistics.state.normalize(state)
+        if self.config.prompt_state_dim is not None:
+            missing = self.config.prompt_state_dim - normalized.shape[-1]
+            normalized = np.pad(normalized, (0, max(0, missing)))
+        return format_prompt(instruction, discretize_state(normalized))
+
+    def _tokens(self, prompt: str) -> list[int]:
+        """Token ids; a closing line break is a token of its own, as openpi encodes it."""
+        if not prompt.endswith("\n"):
+            return self.tokenizer.encode(prompt)
+        start = len(self.tokenizer.encode(""))
+        return [*self.tokenizer.encode(prompt[:-1]), *self.tokenizer.encode("\n")[start:]]
 
     def decode(self, chunk: Tensor) -> np.ndarray:
         """Normalized chunk [H, A] → robot actions [H, robot_action_dim], float32."""
@@ -121,6 +136,7 @@ class Pi05Policy(NativePolicy):
         files = {
             "norm_stats.json": self.processor.statistics.dump().encode(),
             "tokenizer.json": json.dumps(self.processor.tokenizer.dump()).encode(),
+            **self.processor.tokenizer.files(),
         }
         return self.config.model_dump(mode="json"), files
 
@@ -129,7 +145,7 @@ class Pi05Policy(NativePolicy):
         try:
             parsed = Pi05Config.model_validate(config)
             statistics = NormalizationStatistics.parse(files["norm_stats.json"], "norm_stats.json")
-            tokenizer = load_tokenizer(json.loads(files["tokenizer.json"]), "tokenizer.json")
+            tokenizer = load_tokenizer(json.loads(files["tokenizer.json"]), "tokenizer.json", files)
         except (ValidationError, KeyError, ValueError) as error:
             raise PolicyError(f"the artifact's pi0.5 description is invalid: {error}") from error
         with torch.device("meta"):

@@ -2,75 +2,26 @@
 
 Conventions follow openpi (``transforms.py``, ``tokenizer.py``):
 
-* images are resized with padding to a square and mapped from [0, 255] to [-1, 1];
-* state and actions are normalized by quantiles, x ↦ 2 (x - q01)/(q99 - q01 + 1e-6) - 1;
+* images are resized with padding to a square and mapped from [0, 255] to [-1, 1] (``images.py``);
+* state and actions are normalized, by quantiles unless the checkpoint says otherwise
+  (``normalization.py``);
 * with ``state_in_prompt`` the normalized state becomes integers of 256 equal bins over [-1, 1]
   (values below the first bin give -1, as in the original) written into the prompt.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F  # noqa: N812
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from omega_qvla.errors import ObservationError, PolicyError
+from omega_qvla.policies.tokenizers import QwenTokenizer, SentencePieceTokenizer
 
 STATE_BINS = 256
-_EPSILON = 1e-6
 _WORD = re.compile(r"-?\d+|\w+|[^\w\s]")
-
-
-class Quantiles(BaseModel):
-    """1 % and 99 % quantiles per dimension of one quantity, in the robot's units."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-    q01: tuple[float, ...]
-    q99: tuple[float, ...]
-
-    def normalize(self, x: np.ndarray) -> np.ndarray:
-        """Robot units [..., n] → about [-1, 1], float32."""
-        low, high = self._arrays(x.shape[-1])
-        return ((x - low) / (high - low + _EPSILON) * 2.0 - 1.0).astype(np.float32)
-
-    def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """The inverse of ``normalize``, float32."""
-        low, high = self._arrays(x.shape[-1])
-        return ((x + 1.0) / 2.0 * (high - low + _EPSILON) + low).astype(np.float32)
-
-    def _arrays(self, width: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.asarray(self.q01)[:width], np.asarray(self.q99)[:width]
-
-
-class NormalizationStatistics(BaseModel):
-    """openpi's ``norm_stats.json``: quantiles of the state and of the actions."""
-
-    model_config = ConfigDict(frozen=True)
-    state: Quantiles
-    actions: Quantiles
-
-    @classmethod
-    def parse(cls, text: str | bytes, where: str) -> NormalizationStatistics:
-        """Parse openpi's file; ``where`` names it in errors."""
-        try:
-            content = json.loads(text)
-            return cls.model_validate(content["norm_stats"])
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
-            raise PolicyError(
-                f"{where} is not an openpi norm_stats.json with q01/q99 for state and actions: "
-                f"{error}"
-            ) from error
-
-    def dump(self) -> str:
-        """The file's text, openpi's layout."""
-        return json.dumps({"norm_stats": self.model_dump(mode="json")}, indent=1)
 
 
 class Tokenizer(Protocol):
@@ -82,6 +33,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def dump(self) -> dict[str, Any]: ...
+
+    def files(self) -> dict[str, bytes]:
+        """What ``dump`` refers to, by file name."""
+        ...
 
 
 class WordTokenizer:
@@ -122,6 +77,9 @@ class WordTokenizer:
     def dump(self) -> dict[str, Any]:
         return {"kind": "words", "vocabulary": list(self.vocabulary)}
 
+    def files(self) -> dict[str, bytes]:
+        return {}
+
 
 class ByteTokenizer:
     """UTF-8 bytes plus an offset; for policies with random weights, which have no vocabulary."""
@@ -134,9 +92,19 @@ class ByteTokenizer:
     def dump(self) -> dict[str, Any]:
         return {"kind": "bytes"}
 
+    def files(self) -> dict[str, bytes]:
+        return {}
 
-def load_tokenizer(content: Mapping[str, Any], where: str) -> Tokenizer:
-    """A tokenizer from what its ``dump`` wrote."""
+
+def load_tokenizer(
+    content: Mapping[str, Any], where: str, files: Mapping[str, bytes] | None = None
+) -> Tokenizer:
+    """A tokenizer from what its ``dump`` and its ``files`` wrote.
+
+    Raises:
+        PolicyError: unknown kind, or a file is missing or invalid.
+        ResourceError: the library that the tokenizer needs is not installed.
+    """
     match content:
         case {"kind": "words", "vocabulary": list(vocabulary)} if (
             all(isinstance(word, str) for word in vocabulary) and "<bos>" in vocabulary
@@ -144,6 +112,10 @@ def load_tokenizer(content: Mapping[str, Any], where: str) -> Tokenizer:
             return WordTokenizer(vocabulary)
         case {"kind": "bytes"}:
             return ByteTokenizer()
+        case {"kind": SentencePieceTokenizer.kind}:
+            return SentencePieceTokenizer.from_files(files or {}, where)
+        case {"kind": QwenTokenizer.kind}:
+            return QwenTokenizer.from_files(files or {}, where)
     raise PolicyError(f"{where} does not describe a known tokenizer")
 
 
@@ -159,24 +131,6 @@ def format_prompt(instruction: str, state_bins: Sequence[int] | None) -> str:
     if state_bins is None:
         return f"{text}\n"
     return f"Task: {text}, State: {' '.join(map(str, state_bins))};\nAction: "
-
-
-def resize_with_padding(image: np.ndarray, size: int) -> Tensor:
-    """One image uint8 [H, W, 3] → float32 [3, size, size] in [-1, 1], black bars where needed."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).to(torch.float32)
-    height, width = pixels.shape[1:]
-    if (height, width) != (size, size):
-        ratio = max(height, width) / size
-        new_height, new_width = max(1, int(height / ratio)), max(1, int(width / ratio))
-        pixels = F.interpolate(
-            pixels.unsqueeze(0), size=(new_height, new_width), mode="bilinear", align_corners=False
-        )[0]
-        pixels = pixels.round().clamp_(0, 255)
-        top, left = (size - new_height) // 2, (size - new_width) // 2
-        pixels = F.pad(
-            pixels, (left, size - new_width - left, top, size - new_height - top), value=0.0
-        )
-    return pixels / 127.5 - 1.0
 
 
 def require_images(observation: Mapping[str, Any], cameras: Sequence[str]) -> list[np.ndarray]:

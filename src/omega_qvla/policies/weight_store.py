@@ -5,9 +5,9 @@ module is therefore built on the meta device, without memory, and a *store* give
 parameter by name.  ``hold`` puts the parameters below some paths into the module while a piece of
 the network runs, and takes them out again: what is resident is one layer.
 
-Two stores exist: safetensors files, read through a memory map that is closed after every tensor;
-and seeded random values, drawn tensor by tensor, so that a random policy of full size never exists
-as a whole.
+Two stores exist: safetensors files, one or many, read through a memory map that is closed after
+every tensor; and seeded random values, drawn tensor by tensor, so that a random policy of full
+size never exists as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,29 +33,38 @@ class WeightStore(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """Where a tensor is: a safetensors file, and the tensor's name there."""
+
+    file: Path
+    key: str
+
+
 class MappedWeights:
-    """Parameters in a safetensors file.
+    """Parameters in safetensors files.
 
     Args:
-        path: the file.
-        aliases: names under which the file holds a parameter, where they differ.
+        places: parameter name → where it is.
     """
 
-    def __init__(self, path: Path, aliases: Mapping[str, str] | None = None) -> None:
-        self._path, self._aliases = path, dict(aliases or {})
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        self._places = dict(places)
 
     def read(self, name: str) -> Tensor:
         """One parameter, float32.
 
         Raises:
-            PolicyError: the file cannot be read any more.
+            PolicyError: the file cannot be read any more, or the parameter is not finite.
         """
+        place = self._places[name]
         try:
-            with safe_open(self._path, framework="pt") as file:
-                stored = file.get_tensor(self._aliases.get(name, name))
-                return stored.to(torch.float32, copy=True)
+            with safe_open(place.file, framework="pt") as file:
+                found = file.get_tensor(place.key).to(torch.float32, copy=True)
         except (OSError, SafetensorError) as error:
-            raise PolicyError(f"cannot read {name} from {self._path}: {error}") from error
+            raise PolicyError(f"cannot read {place.key} from {place.file}: {error}") from error
+        if not bool(torch.isfinite(found).all()):
+            raise PolicyError(f"{place.file} does not fit the policy: {place.key} has NaN or Inf")
+        return found
 
 
 class SeededWeights:

@@ -107,14 +107,15 @@ def quantize_policy(
         _require_streamable(recipe)
     _require_finite_weights(policy)
     calibration = used.fingerprint
+    # Before the journal is opened: observations that do not fit leave nothing behind.
+    states = [
+        policy.initial_state(item, torch.Generator().manual_seed(recipe.seed + i))
+        for i, item in enumerate(used)
+    ]
     opened = None if journal is None else journal(journal_header(policy, calibration, recipe))
     working = policy.clone()
     embedding = _quantize_embedding(working, recipe)
     work = _Work(working, recipe, covered, numbers, opened, progress)
-    states = [
-        working.initial_state(item, torch.Generator().manual_seed(recipe.seed + i))
-        for i, item in enumerate(used)
-    ]
     stages = list(working.stages())
     for number, stage in enumerate(stages):
         with hold(working.module, working.store, stage.reads):

@@ -22,15 +22,10 @@ import torch
 from torch import Tensor
 
 from omega_qvla.evaluation.metaworld import BASE_VIEW, TASKS, WRIST_VIEW, project
+from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.pi05 import Pi05Config
 from omega_qvla.policies.pi05_policy import Pi05Processor
-from omega_qvla.policies.processing import (
-    NormalizationStatistics,
-    Quantiles,
-    WordTokenizer,
-    discretize_state,
-    format_prompt,
-)
+from omega_qvla.policies.processing import WordTokenizer, discretize_state, format_prompt
 from omega_qvla.training.demonstrations import CAMERAS, HORIZON, Demonstrations
 
 STATE_RANGE_FLOOR, ACTION_RANGE_FLOOR = 0.05, 0.5

@@ -1,85 +1,102 @@
 """openpi's PyTorch layout: ``model.safetensors`` and ``assets/<id>/norm_stats.json``.
 
-The embedded policies use the same layout plus ``config.json`` (``Pi05Config`` as JSON, since
-openpi keeps sizes in its training code) and ``tokenizer.json`` (a closed vocabulary).
+openpi keeps most of a policy in its training code.  Two forms are read:
+
+* **as published**, by openpi's converter and trainer: sizes come from the tensors
+  (``pi05_sizes.py``), the rest from the training configuration that the user names
+  (``openpi_training.py``).  A ``config.json`` of the converter must agree with it;
+* **self-contained**, as the embedded policies are: ``config.json`` is ``Pi05Config`` as JSON, and
+  ``tokenizer.json`` describes a closed vocabulary.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.checkpoints.strict import (
-    assign_strictly,
-    check_headers,
-    read_headers,
-    read_tensors,
-)
-from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_keys
+from omega_qvla.policies.checkpoints.choices import Choices
+from omega_qvla.policies.checkpoints.files import read_bytes, read_json
+from omega_qvla.policies.checkpoints.openpi_training import training_config
+from omega_qvla.policies.checkpoints.paligemma import paligemma_tokenizer
+from omega_qvla.policies.checkpoints.pi05_sizes import infer_sizes, untie
+from omega_qvla.policies.checkpoints.shards import WEIGHTS, StoredTensors, find_tensors
+from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
+from omega_qvla.policies.normalization import NormalizationStatistics
+from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_shapes
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
-from omega_qvla.policies.processing import NormalizationStatistics, load_tokenizer
-from omega_qvla.policies.weight_store import MappedWeights
+from omega_qvla.policies.processing import load_tokenizer
 
-WEIGHTS, CONFIG, TOKENIZER, STATISTICS = (
-    "model.safetensors",
-    "config.json",
-    "tokenizer.json",
-    "norm_stats.json",
-)
-_EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-_TIED_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
+CONFIG, TOKENIZER, STATISTICS = "config.json", "tokenizer.json", "norm_stats.json"
 
 
-def read_openpi(directory: Path) -> Pi05Policy:
-    """A policy from a directory in openpi's layout.
+def stream_openpi(directory: Path, choices: Choices) -> Pi05Policy:
+    """A policy from a directory in openpi's layout, its weights left in the file.
 
     Raises:
-        PolicyError: a file is missing or invalid, or the weights do not fit the configuration.
+        PolicyError: a file is missing or invalid, the weights do not fit the configuration, or
+            something has to be chosen that ``choices`` leaves open.
+        ResourceError: a library for the tokenizer is missing.
     """
-    module, processor = _read_structure(directory)
-    config = module.config
-    tensors = read_tensors(directory / WEIGHTS)
-    if _EMBEDDING not in tensors and _TIED_HEAD in tensors:
-        tensors[_EMBEDDING] = tensors.pop(_TIED_HEAD)  # tied: converters keep one of the names
-    assign_strictly(module, tensors, dropped=dropped_keys(config), where=str(directory / WEIGHTS))
-    dropped = sum(tensors[name].numel() for name in dropped_keys(config) & set(tensors))
-    return Pi05Policy(module, processor, dropped_parameters=dropped)
+    module, processor, stored = _read_structure(directory, choices)
+    dropped = dropped_shapes(module.config)
+    store = map_strictly(module, stored, dropped=dropped)
+    count = dropped_count(stored, dropped)
+    return Pi05Policy(module, processor, dropped_parameters=count, store=store)
 
 
-def stream_openpi(directory: Path) -> Pi05Policy:
-    """The policy ``read_openpi`` reads, its weights left in the file until they are used.
-
-    Raises:
-        PolicyError: as ``read_openpi``, except that NaN and Inf are found when they are read.
-    """
-    module, processor = _read_structure(directory)
-    path, dead = directory / WEIGHTS, dropped_keys(module.config)
-    headers, aliases = read_headers(path), {}
-    if _EMBEDDING not in headers and _TIED_HEAD in headers:
-        headers[_EMBEDDING] = headers.pop(_TIED_HEAD)
-        aliases[_EMBEDDING] = _TIED_HEAD
-    check_headers(module, headers, dropped=dead, where=str(path))
-    dropped = sum(math.prod(headers[name].shape) for name in dead & set(headers))
-    store = MappedWeights(path, aliases)
-    return Pi05Policy(module, processor, dropped_parameters=dropped, store=store)
-
-
-def _read_structure(directory: Path) -> tuple[Pi05Module, Pi05Processor]:
-    """A module on the meta device, and the processor."""
-    config = parse_config(_read(directory / CONFIG), str(directory / CONFIG))
-    processor = Pi05Processor(
-        config,
-        NormalizationStatistics.parse(_read(_statistics_path(directory)), STATISTICS),
-        load_tokenizer(_parse_json(directory / TOKENIZER), TOKENIZER),
-    )
+def _read_structure(
+    directory: Path, choices: Choices
+) -> tuple[Pi05Module, Pi05Processor, StoredTensors]:
+    """A module on the meta device, the processor, and the tensors under the module's names."""
+    content = read_json(directory, CONFIG) if (directory / CONFIG).exists() else {}
+    if "vision" in content or content.get("family") == Pi05Policy.family:
+        processor = _self_contained(directory)
+        stored = untie(find_tensors(directory))
+    else:
+        stored = untie(find_tensors(directory))
+        processor = _as_published(directory, choices, stored, content)
     with torch.device("meta"):
-        return Pi05Module(config), processor
+        return Pi05Module(processor.config), processor, stored
+
+
+def _self_contained(directory: Path) -> Pi05Processor:
+    config = parse_config(read_bytes(directory, CONFIG), str(directory / CONFIG))
+    described = load_tokenizer(read_json(directory, TOKENIZER), TOKENIZER, _attachments(directory))
+    return Pi05Processor(config, _statistics(directory, None), described)
+
+
+def _as_published(
+    directory: Path, choices: Choices, stored: StoredTensors, converted: dict[str, Any]
+) -> Pi05Processor:
+    training = training_config(choices.training_config, directory)
+    sizes = infer_sizes(stored)
+    for key, ours in (("action_horizon", training.horizon), ("action_dim", sizes.action_dim)):
+        if converted.get(key, ours) != ours:
+            raise PolicyError(
+                f"{directory / CONFIG} has {key} {converted[key]}, the training configuration "
+                f"{choices.training_config} and the tensors say {ours}: it is another policy's"
+            )
+    config = Pi05Config(
+        **sizes._asdict(),
+        horizon=training.horizon,
+        robot_action_dim=training.robot_action_dim,
+        state_dim=training.state_dim,
+        cameras=training.cameras,
+        prompt_length=training.prompt_length,
+        state_in_prompt=training.state_in_prompt,
+        image_fit="antialiased",
+    )
+    return Pi05Processor(
+        config,
+        _statistics(directory, training.asset_id),
+        paligemma_tokenizer(directory, choices.tokenizer),
+    )
 
 
 def write_openpi(
@@ -89,7 +106,7 @@ def write_openpi(
     asset_id: str = "metaworld",
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write a full-precision policy in the layout ``read_openpi`` reads.
+    """Write a full-precision policy in the layout ``stream_openpi`` reads.
 
     Args:
         policy: what to write.
@@ -101,6 +118,8 @@ def write_openpi(
     assets.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).write_text(policy.config.model_dump_json(indent=1) + "\n")
     (directory / TOKENIZER).write_text(json.dumps(policy.processor.tokenizer.dump()) + "\n")
+    for name, content in policy.processor.tokenizer.files().items():
+        (directory / name).write_bytes(content)
     (assets / STATISTICS).write_text(policy.processor.statistics.dump() + "\n")
     tensors = {
         name: tensor.detach().to(dtype).contiguous()
@@ -124,27 +143,27 @@ def parse_config(text: str | bytes, where: str) -> Pi05Config:
         raise PolicyError(f"{where} is not a pi0.5 configuration: {error}") from error
 
 
-def _statistics_path(directory: Path) -> Path:
-    found = sorted((directory / "assets").glob(f"*/{STATISTICS}"))
-    if len(found) != 1:
+def _statistics(directory: Path, asset_id: str | None) -> NormalizationStatistics:
+    """The statistics of the named robot, or the only ones there are."""
+    assets = directory / "assets"
+    found = {
+        path.parent.relative_to(assets).as_posix(): path.relative_to(directory).as_posix()
+        for path in sorted(assets.rglob(STATISTICS))
+    }
+    if asset_id in found:
+        name = found[asset_id]
+    elif len(found) == 1:
+        (name,) = found.values()
+    else:
+        wanted = "" if asset_id is None else f"; {asset_id} is not among them"
         raise PolicyError(
-            f"{directory}/assets must hold exactly one */{STATISTICS}, found {len(found)}"
+            f"{assets} must hold exactly one */{STATISTICS}, found {len(found)}"
+            f"{': ' if found else ''}{', '.join(found)}{wanted}"
         )
-    return found[0]
+    return NormalizationStatistics.parse(read_bytes(directory, name), str(directory / name))
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"cannot read {path}: {error}") from error
-
-
-def _parse_json(path: Path) -> dict:
-    try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise PolicyError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise PolicyError(f"{path} must hold a JSON object")
-    return content
+def _attachments(directory: Path) -> dict[str, bytes]:
+    """Vocabulary files beside ``tokenizer.json``, which a dump may refer to."""
+    names = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+    return {name: read_bytes(directory, name) for name in names if (directory / name).exists()}

@@ -1,0 +1,24 @@
+"""What a checkpoint leaves open and only its user knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Answers to what some checkpoints do not say; none is needed where they do.
+
+    Attributes:
+        training_config: name of openpi's training configuration (``pi05_libero``), or a JSON file
+            with the fields of ``TrainingConfig``.
+        tokenizer: PaliGemma's ``tokenizer.model``, or the directory of Qwen's files.
+        embodiment: tag of the robot, for a GR00T checkpoint that knows several.
+        data_config: name of GR00T's data configuration (``libero``), or a JSON file.
+    """
+
+    training_config: str | None = None
+    tokenizer: Path | None = None
+    embodiment: str | None = None
+    data_config: str | None = None

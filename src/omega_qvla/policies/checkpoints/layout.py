@@ -1,0 +1,68 @@
+"""Which layout a policy directory has, told by its ``config.json``, and the reader for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omega_qvla.errors import PolicyError
+from omega_qvla.policies.checkpoints.choices import Choices
+from omega_qvla.policies.checkpoints.files import read_json, refuse_unsafe
+from omega_qvla.policies.checkpoints.gr00t import stream_gr00t
+from omega_qvla.policies.checkpoints.lerobot_groot import stream_lerobot_groot
+from omega_qvla.policies.checkpoints.lerobot_pi05 import stream_lerobot_pi05
+from omega_qvla.policies.checkpoints.openpi import CONFIG, stream_openpi
+from omega_qvla.policies.checkpoints.shards import INDEX, WEIGHTS
+from omega_qvla.policies.native import NativePolicy
+
+READ = "openpi, LeRobot (pi05, groot), GR00T N1.5 and this project's own"
+
+
+Reader = Callable[[Path, Choices], NativePolicy]
+"""A directory, and what it leaves open → its policy, the weights left in the files."""
+
+LEROBOT: dict[str, Reader] = {"pi05": stream_lerobot_pi05, "groot": stream_lerobot_groot}
+"""LeRobot's policy types."""
+
+
+def reader_for(directory: Path) -> Reader:
+    """The reader of a policy directory.
+
+    Raises:
+        PolicyError: it is a quantized artifact, no policy, or one of a family that is not read.
+    """
+    if (directory / "omega_config.json").exists():
+        raise PolicyError(
+            f"{str(directory)!r} is a quantized artifact; load it with omega_qvla.load, or give "
+            "the full-precision checkpoint it was made from"
+        )
+    if (directory / CONFIG).exists():
+        return _by_config(directory, read_json(directory, CONFIG))
+    if not any((directory / name).exists() for name in (WEIGHTS, INDEX, "assets")):
+        refuse_unsafe(directory)
+        raise PolicyError(
+            f"{str(directory)!r} has no {CONFIG} and no {WEIGHTS}: it is not a policy directory "
+            f"this version reads ({READ}; docs/checkpoints.md)"
+        )
+    return stream_openpi
+
+
+def _by_config(directory: Path, content: dict[str, Any]) -> Reader:
+    where = directory / CONFIG
+    if "type" in content:
+        kind = content["type"]
+        if not isinstance(kind, str) or kind not in LEROBOT:
+            raise PolicyError(
+                f"{where} is a LeRobot policy of type {kind!r}; this version reads "
+                f"{', '.join(LEROBOT)}"
+            )
+        return LEROBOT[kind]
+    if "family" in content or "vision" in content or "paligemma_variant" in content:
+        return stream_openpi
+    if str(content.get("model_type", "")).startswith("gr00t"):
+        return stream_gr00t
+    raise PolicyError(
+        f"{where} is of no layout this version reads ({READ}; docs/checkpoints.md): it has neither "
+        "LeRobot's 'type' nor openpi's 'paligemma_variant' nor GR00T's 'model_type'"
+    )

@@ -1,0 +1,295 @@
+"""LeRobot's policy directories: ``config.json`` and two saved processing pipelines.
+
+LeRobot 0.4 and later writes beside the weights
+
+* ``config.json``: the policy's configuration, ``type`` naming its family;
+* ``policy_preprocessor.json`` and ``policy_postprocessor.json``: lists of steps by registered name,
+  each with a configuration; steps with statistics keep them as ``<feature>.<statistic>`` in a
+  safetensors file that the step names (``*_step_N_<name>.safetensors``).
+
+The pipelines are code by name.  Steps that are known are read; any other step would change what the
+network sees, and is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from omega_qvla.errors import PolicyError
+from omega_qvla.policies.checkpoints.files import contained_file, read_json
+from omega_qvla.policies.checkpoints.shards import StoredTensors
+from omega_qvla.policies.normalization import MeanStd, Normalization, Range, Unchanged
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+RENAME, NORMALIZE, UNNORMALIZE = (
+    "rename_observations_processor",
+    "normalizer_processor",
+    "unnormalizer_processor",
+)
+PLUMBING = ("to_batch_processor", "device_processor")
+"""Steps that move tensors about and change no value."""
+
+Statistics = Mapping[str, Mapping[str, tuple[float, ...]]]
+"""Feature → statistic (``mean``, ``q01``…) → numbers per dimension."""
+
+_BOUNDS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
+
+
+class Feature(BaseModel):
+    """One input or output: its kind and shape."""
+
+    model_config = ConfigDict(frozen=True)
+    type: str
+    shape: tuple[int, ...]
+
+
+class PolicyFeatures(BaseModel):
+    """What every LeRobot ``config.json`` has, whatever its family."""
+
+    model_config = ConfigDict(frozen=True)
+    type: str
+    input_features: dict[str, Feature] = Field(default_factory=dict)
+    output_features: dict[str, Feature] = Field(default_factory=dict)
+
+    def width(self, key: str, where: str) -> int:
+        """Dimensions of the state or of an action.
+
+        Raises:
+            PolicyError: the configuration does not have it.
+        """
+        feature = {**self.input_features, **self.output_features}.get(key)
+        if feature is None or len(feature.shape) != 1 or feature.shape[0] < 1:
+            raise PolicyError(f"{where} has no feature {key!r} with one dimension")
+        return feature.shape[0]
+
+    def cameras(self) -> list[str]:
+        """Names of the image features in order; placeholders for absent cameras are left out."""
+        return [
+            key
+            for key, feature in self.input_features.items()
+            if feature.type == "VISUAL" and not key.startswith(f"{IMAGES}empty_camera_")
+        ]
+
+
+class _Rename(BaseModel):
+    """The settings of the step that renames observations: the robot's name → the policy's."""
+
+    model_config = ConfigDict(frozen=True)
+    rename_map: dict[str, str] = Field(default_factory=dict)
+
+
+class _Normalize(BaseModel):
+    """The settings of a normalizer or unnormalizer."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    norm_map: dict[str, str] = Field(default_factory=dict)
+    eps: float = Field(default=1e-8, gt=0.0)
+    normalize_observation_keys: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pipeline.
+
+    Attributes:
+        name: its registered name.
+        config: its settings.
+        statistics: what its safetensors file holds; empty without one.
+        where: names it in errors.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    statistics: Statistics
+    where: str
+
+
+def read_pipeline(directory: Path, name: str, known: Sequence[str]) -> dict[str, Step]:
+    """The steps of a saved pipeline by name, plumbing left out.
+
+    Args:
+        directory: the policy directory.
+        name: ``policy_preprocessor.json`` or ``policy_postprocessor.json``.
+        known: names of the steps the caller understands.
+
+    Raises:
+        PolicyError: the file or a statistics file is missing or invalid, or a step is not known.
+    """
+    if not (directory / name).exists():
+        raise PolicyError(
+            f"{directory} has no {name}, so its statistics are unknown. Checkpoints from before "
+            "LeRobot 0.4 are migrated with: python -m lerobot.processor."
+            f"migrate_policy_normalization --pretrained-path {directory}"
+        )
+    where = str(directory / name)
+    steps = read_json(directory, name).get("steps")
+    if not isinstance(steps, list):
+        raise PolicyError(f"{where} has no list of 'steps'")
+    found: dict[str, Step] = {}
+    for entry in steps:
+        step = _step(directory, where, entry)
+        if step.name in PLUMBING:
+            continue
+        if step.name not in known:
+            raise PolicyError(
+                f"{where} has the step {step.name!r}, which this version does not know and must "
+                f"not leave out; it knows {', '.join((*known, *PLUMBING))}"
+            )
+        if step.name in found:
+            raise PolicyError(f"{where} has the step {step.name!r} twice")
+        found[step.name] = step
+    return found
+
+
+def require_step(steps: Mapping[str, Step], name: str, where: Path) -> Step:
+    """A step that must be there.
+
+    Raises:
+        PolicyError: it is not.
+    """
+    if name not in steps:
+        raise PolicyError(f"{where} has no step {name!r}")
+    return steps[name]
+
+
+def renamed_cameras(
+    features: PolicyFeatures,
+    steps: Mapping[str, Step],
+    ordered: Callable[[list[str]], list[str]] = list,
+) -> tuple[str, ...]:
+    """The cameras under the names the robot gives them, in the order the network sees them.
+
+    Args:
+        features: the policy's inputs.
+        steps: its preprocessor, which may rename them.
+        ordered: how the policy orders its own names; as they are listed by default.
+
+    Raises:
+        PolicyError: the renaming step is invalid.
+    """
+    robot: Mapping[str, str] = {}
+    if RENAME in steps:
+        step = steps[RENAME]
+        settings: _Rename = parse_config(step.config, _Rename, step.where)
+        robot = {policy: source for source, policy in settings.rename_map.items()}
+    return tuple(robot.get(key, key).removeprefix(IMAGES) for key in ordered(features.cameras()))
+
+
+def normalization(step: Step, key: str, width: int) -> Normalization:
+    """How a step normalizes one feature.
+
+    Args:
+        step: a normalizer or unnormalizer.
+        key: ``observation.state`` or ``action``.
+        width: dimensions of the feature.
+
+    Raises:
+        PolicyError: the statistics that its mode needs are missing (LeRobot would go on with raw
+            units), are of another width, or the mode is not known; or images are normalized, too.
+    """
+    settings: _Normalize = parse_config(step.config, _Normalize, step.where)
+    if settings.norm_map.get("VISUAL", "IDENTITY") != "IDENTITY":
+        raise PolicyError(f"{step.where} normalizes images, which is not supported")
+    kind = "ACTION" if key == ACTION else "STATE"
+    mode, wanted = settings.norm_map.get(kind, "IDENTITY"), settings.normalize_observation_keys
+    if mode == "IDENTITY" or (kind == "STATE" and wanted is not None and key not in wanted):
+        return Unchanged(width=width)
+    names = ("mean", "std") if mode == "MEAN_STD" else _BOUNDS.get(mode)
+    if names is None:
+        raise PolicyError(f"{step.where}: normalization {mode!r} of {kind} is not known")
+    given = step.statistics.get(key, {})
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise PolicyError(
+            f"{step.where} has no {' and no '.join(missing)} of {key}, which its normalization "
+            f"{mode} needs: this policy was saved without the statistics of its data set; "
+            "fine-tune it or save it again with them"
+        )
+    first, second = (given[name] for name in names)
+    if len(first) != width or len(second) != width:
+        raise PolicyError(
+            f"{step.where}: statistics of {key} have {len(first)} and {len(second)} dimensions, "
+            f"the policy has {width}"
+        )
+    try:
+        if mode == "MEAN_STD":
+            return MeanStd(mean=first, std=second, margin=settings.eps)
+        return Range(low=first, high=second, flat_width=settings.eps)
+    except ValidationError as error:
+        raise PolicyError(f"{step.where}: statistics of {key} are invalid: {error}") from error
+
+
+def without_prefix(stored: StoredTensors, prefix: str) -> StoredTensors:
+    """The tensors under the original's names: LeRobot's prefix, where there is one, taken off.
+
+    Raises:
+        PolicyError: some tensors have the prefix and some have not.
+    """
+    bare = [name for name in stored.headers if not name.startswith(prefix)]
+    if len(bare) == len(stored.headers):
+        return stored
+    if bare:
+        raise PolicyError(
+            f"{stored.where}: some tensors have LeRobot's prefix {prefix!r} and {bare[0]} does not"
+        )
+    return stored.renamed(lambda name: name.removeprefix(prefix))
+
+
+def parse_config(content: Mapping[str, Any], model: type[Any], where: str) -> Any:
+    """A LeRobot configuration as one of our models.
+
+    Raises:
+        PolicyError: a setting is missing or invalid.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise PolicyError(f"{where} is not a LeRobot configuration: {error}") from error
+
+
+def refuse_adapters(directory: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a directory that holds only differences to another checkpoint.
+
+    Raises:
+        PolicyError: it does.
+    """
+    if content.get("use_peft") or (directory / "adapter_config.json").exists():
+        raise PolicyError(
+            f"{directory} holds adapters to another checkpoint; merge them into it first (peft's "
+            "merge_and_unload) and save the whole policy"
+        )
+
+
+def _step(directory: Path, where: str, entry: Any) -> Step:
+    if not isinstance(entry, dict):
+        raise PolicyError(f"{where}: a step must be an object, found {entry!r}")
+    name = entry.get("registry_name", entry.get("class"))
+    config, file = entry.get("config", {}), entry.get("state_file")
+    if not isinstance(name, str) or not isinstance(config, dict):
+        raise PolicyError(f"{where}: a step needs a name and a configuration, found {entry!r}")
+    if file is None:
+        return Step(name, config, {}, f"{where}, step {name}")
+    if not isinstance(file, str):
+        raise PolicyError(f"{where}: the file of step {name} is {file!r}")
+    return Step(name, config, _statistics(contained_file(directory, file)), str(directory / file))
+
+
+def _statistics(path: Path) -> Statistics:
+    found: dict[str, dict[str, tuple[float, ...]]] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                feature, _, statistic = name.rpartition(".")
+                if feature in (STATE, ACTION):
+                    values = file.get_tensor(name).reshape(-1)
+                    found.setdefault(feature, {})[statistic] = tuple(map(float, values))
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise PolicyError(f"cannot read the statistics {path}: {error}") from error
+    return found
