@@ -9,7 +9,8 @@
 namespace w4a4 {
 namespace {
 
-constexpr int64_t kItemMacs = 1 << 21;  // about 10 microseconds: long against claiming an item
+constexpr int64_t kItemMacs = 1 << 21;   // about 10 microseconds: long against claiming an item
+constexpr int64_t kBriefMacs = 1 << 28;  // one or two milliseconds: less than a time slice
 
 struct Freer {
   void operator()(void* p) const { std::free(p); }
@@ -75,7 +76,7 @@ void run(const Path& path, const Problem& given, int threads) {
                        reinterpret_cast<uint8_t*>(memory));
        }},
   };
-  run_phases(phases, 2, threads);
+  run_phases(phases, 2, threads, p.M * p.N * p.K < kBriefMacs);
 }
 
 // Eight nibbles of a word to eight bytes.
@@ -114,7 +115,7 @@ void to_panels(const uint32_t* words, int64_t N, int64_t K, int64_t padded, int 
   const int64_t bytes = padded / 4 * kUnit;
   const Phase phase{(N + kPanel - 1) / kPanel,
                     [&](int64_t p) { one_panel(words, N, K, padded, p, panels + p * bytes); }};
-  run_phases(&phase, 1, threads);
+  run_phases(&phase, 1, threads, false);
 }
 
 void from_panels(const uint8_t* panels, int64_t N, int64_t K, int64_t padded, int threads, uint32_t* words) {
@@ -131,7 +132,7 @@ void from_panels(const uint8_t* panels, int64_t N, int64_t K, int64_t padded, in
       words[n * width + w] = gather(n % kPanel < 16 ? both : both >> 4) & (w + 1 == width ? last : 0xffffffffu);
     }
   }};
-  run_phases(&phase, 1, threads);
+  run_phases(&phase, 1, threads, false);
 }
 
 }  // namespace w4a4

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -68,10 +69,18 @@ void run_alone(const Phase* phases, int count) {
     for (int64_t item = 0; item < phases[p].items; ++item) phases[p].work(item);
 }
 
-// Whether help is worth asking for.  A worker that another process interrupts in the middle of an
-// item makes the caller wait for a whole time slice, many times what a call takes; on a busy machine
-// that would happen again and again.  So after one such wait the next calls are made alone, twice
-// as many after each further one, and half as many again after a long spell without any.
+// Time the calling thread has spent on a processor.
+Clock::duration processor_time() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+}
+
+// Whether help is worth asking for.  On a busy machine it is not: a worker is interrupted in the
+// middle of an item and the caller waits for it; or the worker, just woken, pushes the caller off its
+// processor, and others get their turn before the caller does.  Either costs a time slice, many times
+// what a call takes, and would happen again and again.  One call that lost more time than it worked may
+// be chance; after two within a short while the next ones are made alone, then help is tried again.
 class Trust {
  public:
   bool ask() {
@@ -81,30 +90,27 @@ class Trust {
     return true;
   }
 
-  void learn(Clock::duration worked, Clock::duration waited) {
-    if (waited > worked + kLate) {
-      const int calls = penalty_.load(std::memory_order_relaxed);
-      alone_.store(calls, std::memory_order_relaxed);
-      penalty_.store(std::min(2 * calls, kLongest), std::memory_order_relaxed);
-      good_.store(0, std::memory_order_relaxed);
-    } else if (good_.fetch_add(1, std::memory_order_relaxed) + 1 >= kSpell) {
-      good_.store(0, std::memory_order_relaxed);
-      penalty_.store(std::max(penalty_.load(std::memory_order_relaxed) / 2, kShortest),
-                     std::memory_order_relaxed);
-    }
+  void learn(Clock::duration worked, Clock::duration lost) {
+    const int calls = since_.fetch_add(1, std::memory_order_relaxed) + 1;
+    if (lost <= worked + kLate) return;
+    since_.store(0, std::memory_order_relaxed);
+    if (calls <= kSoon) alone_.store(kAlone, std::memory_order_relaxed);
   }
 
  private:
   // Longer than an item of any path takes beyond the caller's own share, shorter than a time slice.
   static constexpr Clock::duration kLate = std::chrono::microseconds(200);
-  static constexpr int kShortest = 64, kLongest = 4096, kSpell = 256;  // calls
-  std::atomic<int> alone_{0}, penalty_{kShortest}, good_{0};
+  static constexpr int kSoon = 32, kAlone = 512;  // calls
+  std::atomic<int> alone_{0}, since_{kSoon};
 };
 
 class Pool {
  public:
-  void run(const Phase* phases, int count, int threads) {
-    if (!trust_.ask()) return run_alone(phases, count);
+  void run(const Phase* phases, int count, int threads, bool brief) {
+    if (brief && !trust_.ask()) return run_alone(phases, count);
+    // From before workers are woken: that is when one may take the caller's processor.
+    const Clock::time_point begin = Clock::now();
+    const Clock::duration before = processor_time();
     auto job = std::make_shared<Job>();
     job->phases = phases;
     job->count = count;
@@ -123,9 +129,10 @@ class Pool {
       asleep = asleep_;
     }
     if (asleep > 0) wake_.notify_all();
-    const Clock::time_point begin = Clock::now();
     const Clock::duration waited = job->help();
-    trust_.learn(Clock::now() - begin - waited, waited);
+    // Waiting, the caller is on its processor at times and off it at others.
+    const Clock::duration worked = std::max(processor_time() - before - waited, Clock::duration{});
+    if (brief) trust_.learn(worked, Clock::now() - begin - worked);
   }
 
  private:
@@ -171,10 +178,10 @@ void make_pool() {
 
 }  // namespace
 
-void run_phases(const Phase* phases, int count, int threads) {
+void run_phases(const Phase* phases, int count, int threads, bool brief) {
   if (threads <= 1) return run_alone(phases, count);
   std::call_once(made, make_pool);
-  pool->run(phases, count, threads);
+  pool->run(phases, count, threads, brief);
 }
 
 }  // namespace w4a4
