@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omega_qvla.cli import main
+from omega_qvla.cli import _Pace, main
 
 POLICY = "builtin:tiny-pi05"
 DRY = ("quantize", "--out", "x", "--dry-run")
@@ -197,3 +197,14 @@ def test_random_observations_need_a_number(
     assert run(*quantize, "--calibration", "random:many") == 2
     assert "random:8" in capsys.readouterr().err
     assert run(*quantize, "--calibration", "random:1", "--recipe", "rtn") == 0
+
+
+def test_the_time_left_follows_the_work_and_forgets_what_was_found_done() -> None:
+    now = [0.0]
+    pace = _Pace(clock=lambda: now[0], reports=3)
+    for share in (0.0, 0.1, 0.2, 0.5):  # a resumed run passes these at once
+        assert pace.text(share) == ""
+    for _ in range(3):
+        now[0] += 60.0
+        text = pace.text(0.5 + now[0] / 6000.0)
+    assert text == "3 min elapsed, about 47 min left"  # a hundredth a minute

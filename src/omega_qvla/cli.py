@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from omega_qvla.api import quantize
@@ -73,7 +74,7 @@ from omega_qvla.policies.loading import (
 )
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
-from omega_qvla.quantization.pipeline import weights_fingerprint
+from omega_qvla.quantization.pipeline import weights_fingerprint, work_shares
 from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.roofline import roofline_figure
@@ -235,7 +236,8 @@ class Quantize(_Calibrated, _Checkpoint, _Common):
             screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
         preflight(self.out, predict(policy, recipe)["total_bytes"])
         work = self.out.with_name(f".{self.out.name}.journal")
-        with screen.bar(f"quantizing with {recipe.name}") as step:
+        shares = work_shares(policy, recipe)
+        with screen.bar(f"quantizing with {recipe.name}", shares) as step:
             quantized = quantize(
                 policy,
                 observations,
@@ -586,9 +588,9 @@ class Screen:
         if narrow is not None:
             self.say(f"the paper's count (linears of backbone and action head only): {narrow:.1%}")
 
-    def bar(self, label: str) -> _SingleBar:
-        """A progress bar for one loop."""
-        return _SingleBar(self, label)
+    def bar(self, label: str, shares: Sequence[float] | None = None) -> _SingleBar:
+        """A progress bar for one loop; ``shares``: of the work done before each of its items."""
+        return _SingleBar(self, label, shares)
 
     def bars(self) -> _Bars:
         """Progress bars that appear as (label, done, total) reports come in."""
@@ -604,13 +606,13 @@ class _Bars(AbstractContextManager["_Bars"]):
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[times]}"),
             console=screen.console,
             disable=not screen.console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
         self._tenths: dict[str, int] = {}
-        self._started: dict[str, float] = {}
+        self._paces: dict[str, _Pace] = {}
 
     def __enter__(self) -> _Bars:
         self._bars.start()
@@ -619,33 +621,50 @@ class _Bars(AbstractContextManager["_Bars"]):
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def __call__(self, label: str, done: int, total: int) -> None:
+    def __call__(self, label: str, done: int, total: int, share: float | None = None) -> None:
+        """``share``: the part of the work that is done, where things differ in cost."""
+        share = done / max(total, 1) if share is None else share
+        times = self._paces.setdefault(label, _Pace()).text(share)
         if self._screen.console.is_terminal:
             if label not in self._tasks:
-                self._tasks[label] = self._bars.add_task(label, total=total)
-            self._bars.update(self._tasks[label], completed=done)
+                self._tasks[label] = self._bars.add_task(label, total=total, times=times)
+            self._bars.update(self._tasks[label], completed=done, times=times)
             return
         tenth = 10 * done // max(total, 1)
         if tenth != self._tenths.get(label):
             self._tenths[label] = tenth
-            self._screen.say(f"{label}: {done}/{total}{self._times(label, done, total)}")
+            self._screen.say(f"{label}: {done}/{total}{', ' if times else ''}{times}")
 
-    def _times(self, label: str, done: int, total: int) -> str:
-        """Time used and, as soon as that takes minutes, what is left if it goes on like this."""
-        elapsed = monotonic() - self._started.setdefault(label, monotonic())
-        if elapsed < 60 or not done:
+
+class _Pace:
+    """What is left, judged by the last few reports: what was done before comes in all at once."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic, reports: int = 12) -> None:
+        self._clock, self._begin = clock, clock()
+        self._reports: deque[tuple[float, float]] = deque(maxlen=reports)
+
+    def text(self, share: float) -> str:
+        """Time used and left, as soon as that takes minutes; empty before."""
+        now = self._clock()
+        self._reports.append((now, share))
+        (then, before), elapsed = self._reports[0], now - self._begin
+        if elapsed < 60 or share <= before:
             return ""
-        left = elapsed * (total - done) / done
-        return f", {elapsed / 60:.0f} min elapsed, about {left / 60:.0f} min left"
+        left = (now - then) * (1.0 - share) / (share - before)
+        return f"{elapsed / 60:.0f} min elapsed, about {left / 60:.0f} min left"
 
 
 class _SingleBar(AbstractContextManager[Callable[[int, int, str], None]]):
-    def __init__(self, screen: Screen, label: str) -> None:
-        self._bars, self._label = _Bars(screen), label
+    def __init__(self, screen: Screen, label: str, shares: Sequence[float] | None) -> None:
+        self._bars, self._label, self._shares = _Bars(screen), label, shares
 
     def __enter__(self) -> Callable[[int, int, str], None]:
         self._bars.__enter__()
-        return lambda done, total, _what: self._bars(self._label, done, total)
+        return self._report
+
+    def _report(self, done: int, total: int, _what: str) -> None:
+        share = None if self._shares is None else self._shares[done]
+        self._bars(self._label, done, total, share)
 
     def __exit__(self, *exit_info: object) -> None:
         self._bars.__exit__(*exit_info)

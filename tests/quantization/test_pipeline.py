@@ -27,11 +27,16 @@ from omega_qvla.errors import (
 )
 from omega_qvla.policies.base import sites_of
 from omega_qvla.policies.checkpoints.openpi import write_openpi
-from omega_qvla.policies.loading import load_policy, random_policy, stream_policy
+from omega_qvla.policies.loading import (
+    load_policy,
+    random_policy,
+    random_structure,
+    stream_policy,
+)
 from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.quantization import pipeline
 from omega_qvla.quantization.journal import HEADER, Journal, discard_journal
-from omega_qvla.quantization.pipeline import quantize_policy
+from omega_qvla.quantization.pipeline import quantize_policy, work_shares
 from omega_qvla.recipe import Recipe
 
 LAST = "paligemma_with_expert.gemma_expert.model.layers.1"
@@ -468,3 +473,16 @@ def test_observations_that_do_not_fit_leave_no_journal_behind(
     with pytest.raises(ObservationError, match=r"shape \[4\], got \[9\]"):
         oq.quantize(policy, wide, work_directory=tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def test_work_is_shared_out_by_cost() -> None:
+    recipe = Recipe.load("omega-w4a4")
+    policy = random_structure("pi05-libero")
+    covered = [site.name for site in sites_of(policy) if recipe.scheme_of(site) is not None]
+    shares = work_shares(policy, recipe)
+    assert (shares[0], shares[-1], len(shares)) == (0.0, 1.0, len(covered) + 1)
+    cost = {name: shares[i + 1] - shares[i] for i, name in enumerate(covered)}
+    assert min(cost.values()) > 0.0
+    # 17 of the 250 sites, those of 16 384 inputs, take most of the hour.
+    wide = [value for name, value in cost.items() if "language_model" in name and "down" in name]
+    assert len(wide) == 17 and sum(wide) > 0.8

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 
 from omega_qvla.report.results import ReportError, load_results
-from omega_qvla.report.table import comparison_table, human_bytes, markdown, task_table
+from omega_qvla.report.table import (
+    comparison_table,
+    human_bytes,
+    kernel_table,
+    latency_table,
+    markdown,
+    task_table,
+)
 
 UNMEASURED = ("success_mean", "success_ci95", "action_error", "noise_floor", "smoothness")
 UNMEASURED += ("checkpoint_bytes", "resident_bytes", "ms_per_chunk")
@@ -91,3 +98,21 @@ def test_bad_files_are_refused_with_the_place(row, save, tmp_path):
     for change in ({"success": 3}, {"success": {"a": [1]}}, {"success_mean": "most"}):
         with pytest.raises(ReportError, match="row 1: a value has the wrong kind"):
             load_results(save(row("fp32", **change)))
+
+
+def test_a_kernel_line_has_a_dash_for_a_peer_that_was_not_measured() -> None:
+    entry = {"site": "layer", "gmacs": 123.4, "vs_fp32": 7.44, "vs_int8_dynamic": 1.326}
+    full = {**entry, "vs_llama_cpp": 2.96, "share_of_peak": 0.523, "share_of_vpmaddubsw_peak": 0.65}
+    table = kernel_table([entry, full])
+    assert table.rows[0] == ("layer", "123", "7.4×", "1.33×", "–", "–", "–")
+    assert table.rows[1] == ("layer", "123", "7.4×", "1.33×", "3.0×", "52%", "65%")
+    assert len(table.header) == 7
+
+
+def test_latency_is_judged_by_the_busy_tail_over_the_idle_median() -> None:
+    entry = {
+        "threads": 2, "idle_p50_us": 300.4, "idle_p99_us": 501.0, "busy_p50_us": 280.0,
+        "busy_p99_us": 600.8, "busy_p99_over_idle_p50": 2.0,
+    }  # fmt: skip
+    (line,) = latency_table([entry]).rows
+    assert line == ("2", "300", "501", "280", "601", "2.0×")

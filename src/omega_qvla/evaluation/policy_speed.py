@@ -129,6 +129,7 @@ class _Worker:
 def _serve(connection: Connection, subject: Subject) -> None:
     torch.set_num_threads(subject.threads)
     try:
+        _read_once(Path(subject.source))
         begin = perf_counter()
         policy = _load(subject)
         loaded = perf_counter() - begin
@@ -144,6 +145,18 @@ def _serve(connection: Connection, subject: Subject) -> None:
     except Exception as error:  # it must not look like a process that was killed
         text = f"measuring {subject.source} failed: {type(error).__name__}: {error}"
         connection.send({"error": text, "exit_status": OmegaError.exit_status})
+
+
+def _read_once(directory: Path) -> None:
+    """Bring a directory's files into the page cache, from where loading is measured.
+
+    Another subject's memory may have pushed them out.
+    """
+    for path in sorted(directory.rglob("*")) if directory.is_dir() else ():
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
 
 
 def _load(subject: Subject) -> NativePolicy:

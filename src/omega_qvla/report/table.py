@@ -173,6 +173,24 @@ def kernel_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     return Table(header, rows)
 
 
+def latency_table(contention: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per number of threads: a brief call alone, and with every core kept busy."""
+    header = ("threads", "idle median µs", "idle p99 µs", "busy median µs", "busy p99 µs")
+    header += ("busy p99 / idle median",)
+    keys = ("idle_p50_us", "idle_p99_us", "busy_p50_us", "busy_p99_us")
+    return Table(
+        header,
+        tuple(
+            (
+                str(entry["threads"]),
+                *(f"{entry[key]:.0f}" for key in keys),
+                f"{entry['busy_p99_over_idle_p50']:.1f}×",
+            )
+            for entry in contention
+        ),
+    )
+
+
 def policy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line per precision of ``bench policy``."""
     header = ("policy", "precision", "kernel", "vision ms", "prefix ms", "denoise ms", "chunk ms")
