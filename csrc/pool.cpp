@@ -91,7 +91,7 @@ class Trust {
   }
 
   void learn(Clock::duration worked, Clock::duration lost) {
-    const int calls = since_.fetch_add(1, std::memory_order_relaxed) + 1;
+    const int64_t calls = since_.fetch_add(1, std::memory_order_relaxed) + 1;
     if (lost <= worked + kLate) return;
     since_.store(0, std::memory_order_relaxed);
     if (calls <= kSoon) alone_.store(kAlone, std::memory_order_relaxed);
@@ -101,7 +101,8 @@ class Trust {
   // Longer than an item of any path takes beyond the caller's own share, shorter than a time slice.
   static constexpr Clock::duration kLate = std::chrono::microseconds(200);
   static constexpr int kSoon = 32, kAlone = 512;  // calls
-  std::atomic<int> alone_{0}, since_{kSoon};
+  std::atomic<int> alone_{0};             // calls still to be made without help
+  std::atomic<int64_t> since_{kSoon};     // calls since the last that lost time
 };
 
 class Pool {
