@@ -101,17 +101,30 @@ class Trust {
   // Longer than an item of any path takes beyond the caller's own share, shorter than a time slice.
   static constexpr Clock::duration kLate = std::chrono::microseconds(200);
   static constexpr int kSoon = 32, kAlone = 512;  // calls
-  std::atomic<int> alone_{0};             // calls still to be made without help
-  std::atomic<int64_t> since_{kSoon};     // calls since the last that lost time
+  std::atomic<int> alone_{0};          // calls still to be made without help
+  std::atomic<int64_t> since_{kSoon};  // calls since the last that lost time
 };
 
 class Pool {
  public:
   void run(const Phase* phases, int count, int threads, bool brief) {
-    if (brief && !trust_.ask()) return run_alone(phases, count);
+    if (!brief) {
+      with_help(phases, count, threads);
+      return;
+    }
+    if (!trust_.ask()) return run_alone(phases, count);
     // From before workers are woken: that is when one may take the caller's processor.
     const Clock::time_point begin = Clock::now();
     const Clock::duration before = processor_time();
+    const Clock::duration waited = with_help(phases, count, threads);
+    // Waiting, the caller is on its processor at times and off it at others.
+    const Clock::duration worked = std::max(processor_time() - before - waited, Clock::duration{});
+    trust_.learn(worked, Clock::now() - begin - worked);
+  }
+
+ private:
+  // Returns how long the caller waited for items of workers.
+  Clock::duration with_help(const Phase* phases, int count, int threads) {
     auto job = std::make_shared<Job>();
     job->phases = phases;
     job->count = count;
@@ -130,13 +143,9 @@ class Pool {
       asleep = asleep_;
     }
     if (asleep > 0) wake_.notify_all();
-    const Clock::duration waited = job->help();
-    // Waiting, the caller is on its processor at times and off it at others.
-    const Clock::duration worked = std::max(processor_time() - before - waited, Clock::duration{});
-    if (brief) trust_.learn(worked, Clock::now() - begin - worked);
+    return job->help();
   }
 
- private:
   void start() {
     ++workers_;
     std::thread([this] { serve(); }).detach();
