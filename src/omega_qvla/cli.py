@@ -90,7 +90,7 @@ from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.kernels.cpu import available_cores
 from omega_qvla.runtime.linear import best_kernel
 from omega_qvla.runtime.memory import predict
-from omega_qvla.training.tiny_pi05 import rebuild
+from omega_qvla.training.embedded import rebuild
 
 EVALUATION_SEED = 0
 """First seed of evaluation episodes; demonstrations use seeds far above."""
@@ -482,17 +482,20 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
 class Train(_Common):
     """Rebuild an embedded policy from scratch: demonstrations, training, admission."""
 
-    policy: Positional[Literal["tiny-pi05"]] = "tiny-pi05"
-    out: Annotated[Path, tyro.conf.arg(help="the policy directory")] = Path("out/tiny-pi05")
+    policy: Positional[Literal["tiny-pi05", "tiny-gr00t"]] = "tiny-pi05"
+    out: Annotated[Path | None, tyro.conf.arg(help="the policy directory; out/POLICY")] = None
     steps: Annotated[int | None, tyro.conf.arg(help="optimizer steps; the recipe's own")] = None
     workers: Annotated[int, tyro.conf.arg(help="simulator processes")] = 2
     threads: Annotated[int, tyro.conf.arg(help="threads of the training")] = 2
 
     def run(self, screen: Screen) -> int:
+        out = self.out or Path("out") / self.policy
         with screen.bars() as bars:
-            provenance = rebuild(self.out, steps=self.steps, workers=self.workers, progress=bars)
+            provenance = rebuild(
+                self.policy, out, steps=self.steps, workers=self.workers, progress=bars
+            )
         _write(self.json, provenance)
-        screen.say(f"policy in {self.out}; admitted: {', '.join(provenance['admitted'])}")
+        screen.say(f"policy in {out}; admitted: {', '.join(provenance['admitted'])}")
         return 0
 
 

@@ -6,8 +6,10 @@ import pytest
 
 from omega_qvla.evaluation.metaworld import TASKS
 from omega_qvla.evaluation.statistics import wilson_interval
-from omega_qvla.training import tiny_pi05
 from omega_qvla.training.admission import _shuffle, _swaps, admitted
+from omega_qvla.training.embedded import EMBEDDED, EmbeddedPolicy
+
+recipes = pytest.mark.parametrize("recipe", EMBEDDED.values(), ids=EMBEDDED)
 
 
 def row(plain: int, blank: int, shuffled: int) -> dict:
@@ -32,18 +34,20 @@ def test_a_task_is_admitted_if_it_is_solved_because_of_images_and_words(
     assert admitted(row(plain, blank, shuffled)) is verdict
 
 
-def test_the_shuffled_control_never_uses_the_words_of_the_same_scene():
-    told = _shuffle(tiny_pi05.TRAINED_TASKS)
+@recipes
+def test_the_shuffled_control_never_uses_the_words_of_the_same_scene(recipe: EmbeddedPolicy):
+    told = _shuffle(recipe.tasks)
     scene_of = {task.instruction: task.scene for task in TASKS.values()}
     assert all(scene_of[text] != TASKS[task].scene for task, text in told.items())
 
 
 def test_the_swapped_control_exchanges_the_words_of_the_same_scene():
-    swaps = _swaps(tiny_pi05.TRAINED_TASKS)
+    swaps = _swaps(EMBEDDED["tiny-pi05"].tasks)
     assert swaps["faucet-open-v3"] == TASKS["faucet-close-v3"].instruction
     assert swaps["pick-place-v3"] == TASKS["push-v3"].instruction
     assert "door-open-v3" not in swaps
 
 
-def test_every_trained_task_has_its_share_of_corrections():
-    assert set(tiny_pi05.CORRECTION_EPISODES) == set(tiny_pi05.TRAINED_TASKS)
+@recipes
+def test_every_trained_task_has_its_share_of_corrections(recipe: EmbeddedPolicy):
+    assert set(recipe.corrections) == set(recipe.tasks)

@@ -9,26 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.pi05 import Pi05Module
-from omega_qvla.training.dataset import (
-    TrainingSet,
-    load_demonstrations,
-    make_processor,
-    quantiles,
-)
+from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.training.dataset import TrainingSet, load_demonstrations
 from omega_qvla.training.demonstrations import CAMERAS, HORIZON, Demonstrations
+from omega_qvla.training.families import FAMILIES, fit_quantiles, fit_range
+from omega_qvla.training.learner import patch_weights
+from omega_qvla.training.pi05_learner import Pi05Learner, initialize_pi05
 from omega_qvla.training.run import train_policy
-from omega_qvla.training.train import (
-    Learner,
-    Trainer,
-    TrainingPlan,
-    initialize,
-    learning_rate,
-    patch_weights,
-)
+from omega_qvla.training.train import Trainer, TrainingPlan, learning_rate
 
 TASKS = ("faucet-open-v3", "faucet-close-v3", "door-open-v3")
+PI05 = FAMILIES[Pi05Policy.family]
 PLAN = TrainingPlan(steps=4, batch=4, noise_samples=2, warmup=2, half=False, compiled=False)
 
 
@@ -47,12 +41,12 @@ def demonstrations(task: str, count: int = 6) -> Demonstrations:
 @pytest.fixture(scope="module")
 def data() -> TrainingSet:
     sets = [demonstrations(task) for task in TASKS]
-    return TrainingSet(sets, make_processor(sets), mismatch=0.0, shares={})
+    return TrainingSet(sets, PI05.processor(sets), PI05.text, mismatch=0.0, shares={})
 
 
 def initialized(data: TrainingSet) -> Pi05Module:
     module = Pi05Module(data.processor.config)
-    initialize(module, data.processor.tokenizer, 0)
+    initialize_pi05(module, data.processor.tokenizer, 0)
     return module
 
 
@@ -67,12 +61,19 @@ def test_demonstrations_survive_a_round_trip_and_later_rounds_are_added(tmp_path
 
 
 def test_a_constant_dimension_does_not_blow_up_when_normalized():
-    fitted = quantiles(np.zeros((100, 1)), floor=0.5)
-    assert fitted.normalize(np.array([0.01], np.float32)) == pytest.approx(0.04, abs=1e-5)
+    for fit in (fit_quantiles, fit_range):
+        fitted = fit(np.zeros((100, 1)), 0.5)
+        assert fitted.normalize(np.array([0.01], np.float32)) == pytest.approx(0.04, abs=1e-5)
+
+
+def test_minima_and_maxima_are_mapped_to_one():
+    values = np.array([[0.0, -3.0], [2.0, 5.0], [1.0, 0.0]], np.float32)
+    normalized = fit_range(values, 0.05).normalize(values)
+    np.testing.assert_allclose(normalized, [[-1, -1], [1, 1], [0, -0.25]], atol=1e-6)
 
 
 def test_shorter_prompts_are_padded_and_the_padding_changes_nothing(data: TrainingSet):
-    learner = Learner(initialized(data)).eval()
+    learner = Pi05Learner(initialized(data)).eval()
     batch = data.batch(4, torch.Generator().manual_seed(1))
     noise = torch.randn(4, HORIZON, 4, generator=torch.Generator().manual_seed(2))
     times = torch.full((4,), 0.4)
@@ -86,7 +87,7 @@ def test_shorter_prompts_are_padded_and_the_padding_changes_nothing(data: Traini
 
 
 def test_the_loss_is_zero_for_the_true_velocity(data: TrainingSet, monkeypatch):
-    learner = Learner(initialized(data)).eval()
+    learner = Pi05Learner(initialized(data)).eval()
     batch = data.batch(2, torch.Generator().manual_seed(1))
     noise = torch.randn(4, HORIZON, 4, generator=torch.Generator().manual_seed(2))
     times = torch.tensor([0.2, 0.9, 0.5, 0.01])
@@ -102,8 +103,8 @@ def test_the_loss_is_zero_for_the_true_velocity(data: TrainingSet, monkeypatch):
 
 def test_a_mismatched_instruction_comes_from_another_scene_and_means_hold_still():
     sets = [demonstrations(task) for task in TASKS]
-    processor = make_processor(sets)
-    always = TrainingSet(sets, processor, mismatch=1.0, shares={})
+    processor = PI05.processor(sets)
+    always = TrainingSet(sets, processor, PI05.text, mismatch=1.0, shares={})
     batch = always.batch(64, torch.Generator().manual_seed(0))
     still = processor.statistics.actions.normalize(np.zeros(4, np.float32))[:3]
     np.testing.assert_allclose(batch.actions[..., :3], np.broadcast_to(still, (64, HORIZON, 3)))
@@ -143,14 +144,14 @@ def test_neighbouring_state_bins_start_as_neighbours(data: TrainingSet):
 
 
 def test_an_interrupted_run_continues_as_if_it_had_not_been(data: TrainingSet, tmp_path: Path):
-    whole = Trainer(data, PLAN, tmp_path / "whole")
+    whole = Trainer(PI05, data, PLAN, tmp_path / "whole")
     for _ in range(4):
         whole.train_step()
-    first = Trainer(data, PLAN, tmp_path / "parts")
+    first = Trainer(PI05, data, PLAN, tmp_path / "parts")
     for _ in range(2):
         first.train_step()
     first.save()
-    second = Trainer(data, PLAN, tmp_path / "parts")
+    second = Trainer(PI05, data, PLAN, tmp_path / "parts")
     assert second.step == 2
     for _ in range(2):
         second.train_step()
@@ -158,11 +159,19 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(data: TrainingSet, t
         torch.testing.assert_close(value, second.average[name], rtol=0, atol=0)
 
 
-def test_training_writes_a_policy_that_loads_and_acts(tmp_path: Path):
+@pytest.mark.parametrize("family", [Pi05Policy.family, Gr00tN15Policy.family])
+def test_training_writes_a_policy_that_loads_and_acts(family: str, tmp_path: Path):
     for task in TASKS:
         demonstrations(task).save(tmp_path / f"{task}.npz")
-    train_policy(tmp_path, TASKS, PLAN, tmp_path / "policy", lambda point: None)
+    trained = train_policy(
+        FAMILIES[family], tmp_path, TASKS, PLAN, tmp_path / "policy", lambda point: None
+    )
     policy = load_policy(tmp_path / "policy")
+    assert policy.family == family
+    for name, value in trained.module.state_dict().items():
+        torch.testing.assert_close(
+            policy.module.state_dict()[name], value.bfloat16().float(), rtol=0, atol=0
+        )
     observation = {
         "images": {c: np.zeros((84, 84, 3), np.uint8) for c in CAMERAS},
         "state": np.zeros(4, np.float32),

@@ -89,7 +89,7 @@ class Gr00tN15Policy(NativePolicy):
             statistics = NormalizationStatistics.parse(files[_STATISTICS], _STATISTICS)
             tokenizer = load_tokenizer(json.loads(files[_TOKENIZER]), _TOKENIZER, files)
         except (ValidationError, KeyError, ValueError) as error:
-            raise PolicyError(f"the artifact's GR00T description is invalid: {error}") from error
+            raise PolicyError(f"this GR00T description is invalid: {error}") from error
         with torch.device("meta"):
             module = Gr00tN15Module(parsed)
         return cls(module, Gr00tProcessor(parsed, statistics, tokenizer))

@@ -1,7 +1,7 @@
 """Demonstrations of several tasks as one training set, and the batches drawn from it.
 
-Everything is kept in the network's terms: uint8 pixels, token ids of pi0.5's prompt (instruction,
-state as 256-bin integers), quantile-normalized action chunks.
+Everything is kept in the network's terms: uint8 pixels, token ids of the prompt, normalized states
+and action chunks.
 
 **Mismatched instructions.**  Scenes differ between tasks, so a policy could recognise its task from
 the image and ignore what it is told.  A share of every batch is therefore given the instruction of
@@ -12,24 +12,36 @@ this way; between them only the instruction decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from omega_qvla.evaluation.metaworld import BASE_VIEW, TASKS, WRIST_VIEW, project
-from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
-from omega_qvla.policies.pi05 import Pi05Config
-from omega_qvla.policies.pi05_policy import Pi05Processor
-from omega_qvla.policies.processing import WordTokenizer, discretize_state, format_prompt
-from omega_qvla.training.demonstrations import CAMERAS, HORIZON, Demonstrations
+from omega_qvla.policies.normalization import NormalizationStatistics
+from omega_qvla.policies.processing import Tokenizer
+from omega_qvla.training.demonstrations import CAMERAS, Demonstrations
 
-STATE_RANGE_FLOOR, ACTION_RANGE_FLOOR = 0.05, 0.5
-"""Least distance of the 1 % and 99 % quantiles (m, action units): no blow-up of a constant."""
+
+class Processor(Protocol):
+    """What a training set needs of a policy's processor."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def statistics(self) -> NormalizationStatistics: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+PromptText = Callable[[str, np.ndarray], str]
+"""Instruction and normalized state [4] → the text that the tokenizer is given."""
 
 
 @dataclass(frozen=True)
@@ -48,40 +60,20 @@ class Batch:
     points: Tensor
 
 
-def quantiles(values: np.ndarray, floor: float) -> Quantiles:
-    """1 % and 99 % quantiles of [N, n], moved apart symmetrically to at least ``floor``."""
-    low, high = np.quantile(values.astype(np.float64), [0.01, 0.99], axis=0)
-    widen = np.maximum(floor - (high - low), 0.0) / 2.0
-    low, high = low - widen, high + widen
-    return Quantiles(q01=tuple(map(float, low)), q99=tuple(map(float, high)))
-
-
-def make_processor(sets: Sequence[Demonstrations]) -> Pi05Processor:
-    """Statistics and vocabulary fitted on the training data."""
-    statistics = NormalizationStatistics(
-        state=quantiles(np.concatenate([d.state for d in sets]), STATE_RANGE_FLOOR),
-        actions=quantiles(
-            np.concatenate([d.actions.reshape(-1, d.actions.shape[-1]) for d in sets]),
-            ACTION_RANGE_FLOOR,
-        ),
-    )
-    tokenizer = WordTokenizer.for_instructions([TASKS[d.task].instruction for d in sets])
-    config = Pi05Config.tiny(vocabulary=len(tokenizer.vocabulary), horizon=HORIZON)
-    return Pi05Processor(config, statistics, tokenizer)
-
-
 class TrainingSet:
     """All samples in memory, and random batches of them."""
 
     def __init__(
         self,
         sets: Sequence[Demonstrations],
-        processor: Pi05Processor,
+        processor: Processor,
+        text: PromptText,
         *,
         mismatch: float,
         shares: Mapping[str, float],
     ) -> None:
         self.processor = processor
+        self._text = text
         self.mismatch = mismatch
         self.tasks = [d.task for d in sets]
         self._shares = torch.tensor([shares.get(task, 1.0) for task in self.tasks])
@@ -126,8 +118,7 @@ class TrainingSet:
 
     def _encode(self, task: str, state: np.ndarray) -> list[int]:
         """Token ids of a prompt; their number depends on the instruction alone."""
-        text = format_prompt(TASKS[task].instruction, discretize_state(state))
-        return self.processor.tokenizer.encode(text)
+        return self.processor.tokenizer.encode(self._text(TASKS[task].instruction, state))
 
     def _tokenize(self, index: list[int], told: list[int]) -> tuple[Tensor, Tensor]:
         rows: list[list[int]] = []

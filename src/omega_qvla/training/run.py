@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from omega_qvla.policies.checkpoints.openpi import write_openpi
-from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
-from omega_qvla.training.dataset import TrainingSet, load_demonstrations, make_processor
+from omega_qvla.policies.native import NativePolicy
+from omega_qvla.training.dataset import Processor, TrainingSet, load_demonstrations
+from omega_qvla.training.families import Family
 from omega_qvla.training.train import Trainer, TrainingPlan
 
 MISMATCH = 0.08
@@ -17,37 +17,38 @@ SHARES = {"pick-place-v3": 2.0, "push-v3": 1.5}
 
 
 def train_policy(
+    family: Family,
     demonstrations: Path,
     tasks: Sequence[str],
     plan: TrainingPlan,
     directory: Path,
     report: Callable[[Mapping[str, float]], None],
     *,
-    processor: Pi05Processor | None = None,
+    processor: Processor | None = None,
     until: int | None = None,
     export_every: int = 500,
-) -> Pi05Policy:
+) -> NativePolicy:
     """Train on ``demonstrations`` and write the policy to ``directory``; continues if interrupted.
 
-    ``directory/run`` holds what is needed to continue; the policy itself, in openpi's layout, is
-    written every ``export_every`` steps and at the end.  ``processor`` keeps the statistics and the
-    vocabulary of an earlier round; ``until`` stops before the plan's last step.
+    ``directory/run`` holds what is needed to continue; the policy itself, in its family's layout,
+    is written every ``export_every`` steps and at the end.  ``processor`` keeps the statistics and
+    the vocabulary of an earlier round; ``until`` stops before the plan's last step.
     """
     sets = load_demonstrations(demonstrations, tasks)
-    data = TrainingSet(sets, processor or make_processor(sets), mismatch=MISMATCH, shares=SHARES)
-    trainer = Trainer(data, plan, directory / "run")
+    fitted = processor or family.processor(sets)
+    data = TrainingSet(sets, fitted, family.text, mismatch=MISMATCH, shares=SHARES)
+    trainer = Trainer(family, data, plan, directory / "run")
+
+    def export() -> NativePolicy:
+        policy = trainer.averaged_policy()
+        directory.mkdir(parents=True, exist_ok=True)
+        family.write(policy, directory)
+        return policy
 
     def export_too(point: Mapping[str, float]) -> None:
         report(point)
         if int(point["step"]) % export_every == 0:
-            _export(trainer, directory)
+            export()
 
     trainer.train(export_too, until=until)
-    return _export(trainer, directory)
-
-
-def _export(trainer: Trainer, directory: Path) -> Pi05Policy:
-    policy = Pi05Policy(trainer.averaged_module(), trainer.data.processor)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_openpi(policy, directory)
-    return policy
+    return export()

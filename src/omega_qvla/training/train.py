@@ -1,16 +1,4 @@
-"""Flow-matching imitation learning of a small pi0.5 policy, on a CPU.
-
-The loss is openpi's.  For a normalized action chunk a, noise e ~ N(0, 1) and a flow time
-t ~ 0.001 + 0.999 · Beta(1.5, 1):
-
-    x_t = t e + (1 - t) a,      L = E ‖v(x_t, t, prefix) - (e - a)‖²
-
-``noise_samples`` pairs (e, t) share one prefix, because the prefix is the expensive part.
-
-Actions alone teach a vision tower slowly where things are.  Two heads that are thrown away
-afterwards help: one predicts object and goal positions, absolute and relative to the hand, from the
-residual stream of the last prompt token; one says for every image token whether the object or the
-goal is in its patch.  Both targets come from the simulator.
+"""The optimizer's steps, checkpoints and curve of a training run on a CPU.
 
 AdamW with linear warm-up and a cosine to 2 %; the weights that are kept are an exponential moving
 average.  Randomness of step n comes from a generator seeded with (seed, n), so that an interrupted
@@ -30,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omega_qvla.errors import ResumeError
-from omega_qvla.policies.pi05 import Pi05Module
-from omega_qvla.policies.processing import STATE_BINS, WordTokenizer
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.training.dataset import Batch, TrainingSet
+from omega_qvla.training.families import Family
 
-POSITION_TARGETS = 12
-POINTS = 2
 Losses = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -73,134 +58,6 @@ class TrainingPlan:
     half: bool = True
     compiled: bool = True
     seed: int = 0
-
-
-class AuxiliaryHeads(nn.Module):
-    """Two small layers that say where things are, and are thrown away after training."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.position_head = nn.Linear(width, POSITION_TARGETS)
-        self.point_head = nn.Linear(width, POINTS)
-        with torch.no_grad():
-            for head in (self.position_head, self.point_head):
-                head.weight.zero_()
-                head.bias.zero_()
-
-    def position_loss(self, residual: Tensor, positions: Tensor) -> Tensor:
-        """Squared error of the positions guessed from one token's residual stream [B, D]."""
-        guess = self.position_head(F.rms_norm(residual, (residual.shape[-1],)))
-        return F.mse_loss(guess.float(), positions)
-
-    def point_loss(self, images: Tensor, points: Tensor) -> Tensor:
-        """Cross-entropy of "which patch is it in" for every visible point of every view."""
-        views = points.shape[1]
-        logits = self.point_head(F.rms_norm(images, (images.shape[-1],))).float()
-        logits = logits.unflatten(1, (views, -1)).transpose(2, 3)  # [B, V, points, patches]
-        target = patch_weights(points, math.isqrt(logits.shape[-1]))
-        surprise = -(target * logits.log_softmax(-1)).sum(-1)
-        return surprise.sum() / target.sum().clamp_min(1.0)
-
-
-class Learner(nn.Module):
-    """The policy's network and the auxiliary heads."""
-
-    def __init__(self, module: Pi05Module) -> None:
-        super().__init__()
-        self.policy = module
-        self.heads = AuxiliaryHeads(module.config.backbone.width)
-
-    def losses(self, batch: Batch, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Flow-matching, position and point loss; noise [B·K, horizon, A], times [B·K]."""
-        policy, repeats = self.policy, len(times) // len(batch.actions)
-        images = policy.embed_images(to_unit(batch.pixels))
-        point_loss = self.heads.point_loss(images, batch.points)
-        prefix = torch.cat((images, policy.embed_text(batch.tokens)), dim=1)
-        seen = prefix_mask(batch, prefix.shape[1])
-        positions = seen.long().cumsum(1) - 1
-        cache, residual = policy.prefill(prefix, positions, seen[:, None, None, :])
-        last = residual[torch.arange(len(residual)), seen.sum(1) - 1]
-        position_loss = self.heads.position_loss(last, batch.positions)
-
-        cache = [(repeat(keys, repeats), repeat(values, repeats)) for keys, values in cache]
-        actions = repeat(batch.actions, repeats)
-        t = times[:, None, None]
-        velocity = policy.velocity(
-            t * noise + (1.0 - t) * actions,
-            policy.step_modulation(times),
-            cache,
-            policy.suffix_rotary(repeat(seen.sum(1, keepdim=True), repeats)),
-            _suffix_mask(repeat(seen, repeats), noise.shape[1]),
-        )
-        return F.mse_loss(velocity.float(), noise - actions), position_loss, point_loss
-
-
-def patch_weights(points: Tensor, grid: int) -> Tensor:
-    """Image points [..., 2] in [0, 1] → bilinear weights over grid² patches; zero if not visible.
-
-    A point between the centres of patches is shared among them, so that the target keeps its
-    position to less than a patch.
-    """
-    visible = ((points >= 0.0) & (points < 1.0)).all(-1)
-    place = (points * grid - 0.5).clamp(0.0, grid - 1.0)
-    centres = torch.arange(grid, dtype=points.dtype)
-    near = (1.0 - (place[..., None] - centres).abs()).clamp_min(0.0)  # [..., 2, grid]
-    across, down = near.unbind(-2)
-    return (down[..., :, None] * across[..., None, :]).flatten(-2) * visible[..., None]
-
-
-def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 or float [B, V, H, W, 3] in 0..255 → [B, V, 3, H, W] in [-1, 1]."""
-    return pixels.permute(0, 1, 4, 2, 3).to(torch.float32) / 127.5 - 1.0
-
-
-def repeat(x: Tensor, times: int) -> Tensor:
-    """Every row ``times`` times in a row."""
-    return x.repeat_interleave(times, dim=0)
-
-
-def prefix_mask(batch: Batch, length: int) -> Tensor:
-    """[B, P] bool: image tokens and prompt tokens, not the padding after them."""
-    images = length - batch.tokens.shape[1]
-    return torch.arange(length)[None] < (images + batch.lengths)[:, None]
-
-
-def _suffix_mask(seen: Tensor, horizon: int) -> Tensor:
-    """[B, 1, 1, P + horizon]: the prefix without padding, and every action token."""
-    return torch.cat((seen, seen.new_ones(len(seen), horizon)), dim=1)[:, None, None, :]
-
-
-def initialize(module: Pi05Module, tokenizer: WordTokenizer, seed: int) -> None:
-    """Starting weights that suit a small network and a short run.
-
-    Embeddings have unit norm after Gemma's √D, and the 257 numbers of the state's bins start as
-    sines and cosines of their value, so that neighbouring bins are neighbours from the beginning;
-    adaptive norms start with open gates.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    width = module.config.backbone.width
-    with torch.no_grad():
-        for layer in module.modules():
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                fan_in = layer.weight[0].numel()
-                layer.weight.normal_(0.0, fan_in**-0.5, generator=generator)
-                if layer.bias is not None:
-                    layer.bias.zero_()
-        for norm in module.adaptive_norms():
-            if norm.dense is not None:
-                norm.dense.weight.zero_()
-                norm.dense.bias.zero_()
-                norm.dense.bias.unflatten(0, (3, -1))[2] = 1.0
-        module.action_out_proj.weight.mul_(0.1)
-        positions = module.vision_model.embeddings.position_embedding.weight
-        positions.normal_(0.0, 0.3, generator=generator)
-        table = module.embed_tokens.get_parameter("weight")
-        table.normal_(0.0, width**-0.5, generator=generator)
-        frequency = torch.logspace(-1, 1.5, width // 2, base=4.0)
-        for value in range(-1, STATE_BINS):
-            angle = frequency * (2.0 * math.pi * value / STATE_BINS)
-            code = torch.cat((angle.sin(), angle.cos())) * math.sqrt(2.0 / width)
-            table[tokenizer.vocabulary.index(str(value))] = code
 
 
 def learning_rate(plan: TrainingPlan, step: int) -> float:
@@ -238,15 +95,13 @@ def augment(batch: Batch, plan: TrainingPlan, generator: torch.Generator) -> Bat
 class Trainer:
     """One run: its state, its steps and its files under ``directory``."""
 
-    def __init__(self, data: TrainingSet, plan: TrainingPlan, directory: Path) -> None:
-        self.data, self.plan, self.directory = data, plan, directory
-        module = Pi05Module(data.processor.config)
-        tokenizer = data.processor.tokenizer
-        if not isinstance(tokenizer, WordTokenizer):
-            raise TypeError("the embedded policies are trained with a word tokenizer")
-        initialize(module, tokenizer, plan.seed)
-        self.learner = Learner(module)
-        self.average = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    def __init__(
+        self, family: Family, data: TrainingSet, plan: TrainingPlan, directory: Path
+    ) -> None:
+        self.family, self.data, self.plan, self.directory = family, data, plan, directory
+        self.learner = family.learner(data.processor, plan.seed)
+        weights = self.learner.policy.state_dict()
+        self.average = {k: v.detach().clone() for k, v in weights.items()}
         self.optimizer = make_optimizer(self.learner, plan)
         self._losses = _compiled(self.learner.losses) if plan.compiled else self.learner.losses
         self.step = 0
@@ -307,11 +162,11 @@ class Trainer:
         self.step += 1
         return float(flow.detach()), float(position.detach()), float(point.detach())
 
-    def averaged_module(self) -> Pi05Module:
-        """The network with the averaged weights."""
-        module = Pi05Module(self.data.processor.config)
-        module.load_state_dict(self.average)
-        return module
+    def averaged_policy(self) -> NativePolicy:
+        """The policy with the averaged weights."""
+        policy = self.family.policy(self.data.processor)
+        policy.module.load_state_dict(self.average)
+        return policy
 
     def save(self) -> None:
         """Write everything that ``_resume`` reads, atomically, and the curve."""

@@ -13,7 +13,9 @@ from omega_qvla.policies.checkpoints.gr00t import stream_gr00t
 from omega_qvla.policies.checkpoints.lerobot_groot import stream_lerobot_groot
 from omega_qvla.policies.checkpoints.lerobot_pi05 import stream_lerobot_pi05
 from omega_qvla.policies.checkpoints.openpi import CONFIG, stream_openpi
+from omega_qvla.policies.checkpoints.own import stream_own
 from omega_qvla.policies.checkpoints.shards import INDEX, WEIGHTS
+from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
 from omega_qvla.policies.native import NativePolicy
 
 READ = "openpi, LeRobot (pi05, groot), GR00T N1.5 and this project's own"
@@ -58,6 +60,8 @@ def _by_config(directory: Path, content: dict[str, Any]) -> Reader:
                 f"{', '.join(LEROBOT)}"
             )
         return LEROBOT[kind]
+    if content.get("family") == Gr00tN15Policy.family:
+        return stream_own
     if "family" in content or "vision" in content or "paligemma_variant" in content:
         return stream_openpi
     if str(content.get("model_type", "")).startswith("gr00t"):

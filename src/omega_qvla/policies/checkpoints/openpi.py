@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.choices import Choices
@@ -25,7 +24,7 @@ from omega_qvla.policies.checkpoints.files import read_bytes, read_json
 from omega_qvla.policies.checkpoints.openpi_training import training_config
 from omega_qvla.policies.checkpoints.paligemma import paligemma_tokenizer
 from omega_qvla.policies.checkpoints.pi05_sizes import infer_sizes, untie
-from omega_qvla.policies.checkpoints.shards import WEIGHTS, StoredTensors, find_tensors
+from omega_qvla.policies.checkpoints.shards import StoredTensors, find_tensors, write_weights
 from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.policies.normalization import NormalizationStatistics
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_shapes
@@ -121,14 +120,7 @@ def write_openpi(
     for name, content in policy.processor.tokenizer.files().items():
         (directory / name).write_bytes(content)
     (assets / STATISTICS).write_text(policy.processor.statistics.dump() + "\n")
-    tensors = {
-        name: tensor.detach().to(dtype).contiguous()
-        for name, tensor in policy.module.state_dict().items()
-    }
-    partial = directory / f"{WEIGHTS}.partial"
-    save_file(tensors, partial)
-    partial.chmod(0o644)
-    partial.replace(directory / WEIGHTS)
+    write_weights(policy.module, directory, dtype)
 
 
 def parse_config(text: str | bytes, where: str) -> Pi05Config:

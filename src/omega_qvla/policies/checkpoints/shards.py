@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.files import (
@@ -198,3 +200,14 @@ def _unreadable(path: Path, error: BaseException) -> str:
 def _present(path: Path) -> bool:
     """Whether the name exists, be it a dangling link (which is then refused as such)."""
     return path.exists() or path.is_symlink()
+
+
+def write_weights(module: nn.Module, directory: Path, dtype: torch.dtype) -> None:
+    """Write a module's tensors as one file, in ``dtype``; the file appears whole or not at all."""
+    tensors = {
+        name: tensor.detach().to(dtype).contiguous() for name, tensor in module.state_dict().items()
+    }
+    partial = directory / f"{WEIGHTS}.partial"
+    save_file(tensors, partial)
+    partial.chmod(0o644)
+    partial.replace(directory / WEIGHTS)

@@ -1,7 +1,7 @@
-"""How the embedded policy ``tiny-pi05`` is made, from nothing, on two CPU cores.
+"""How the embedded policies are made, from nothing, on two CPU cores.
 
 1. demonstrations of scripted experts (``demonstrations.py``), about 10 minutes;
-2. flow-matching imitation (``train.py``) to step ``CORRECTION_STEP``;
+2. flow-matching imitation (``train.py``) to a third of its steps;
 3. corrections: the half-trained policy acts, the expert labels (``correction.py``), 2 minutes;
 4. the rest of the training, 50 minutes in all;
 5. evaluation with controls, which decides what is admitted (``admission.py``), 20 minutes;
@@ -20,7 +20,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,11 @@ import torch
 
 from omega_qvla.calibration.observations import FILE as OBSERVATIONS
 from omega_qvla.evaluation.metaworld import TASKS
-from omega_qvla.policies.checkpoints.openpi import CONFIG, WEIGHTS
+from omega_qvla.policies.checkpoints.openpi import CONFIG
+from omega_qvla.policies.checkpoints.shards import WEIGHTS
+from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
 from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.training.admission import (
     EVALUATION_SEED,
     EXECUTE,
@@ -39,29 +42,70 @@ from omega_qvla.training.admission import (
 )
 from omega_qvla.training.correction import CORRECTION_SEED, collect_corrections
 from omega_qvla.training.demonstrations import TRAINING_SEED, CollectionPlan, collect_all
+from omega_qvla.training.families import FAMILIES
 from omega_qvla.training.run import MISMATCH, SHARES, train_policy
 from omega_qvla.training.train import TrainingPlan
 
-TRAINED_TASKS = (
-    "drawer-open-v3",
-    "door-open-v3",
-    "faucet-open-v3",
-    "push-v3",
-    "faucet-close-v3",
-    "pick-place-v3",
-)
-"""In an order in which no task is followed by one of its own scene (see ``rollout.shifted``)."""
-PLAN = TrainingPlan(steps=3500)
 COLLECTION = CollectionPlan()
-CORRECTION_STEP = 1235
-CORRECTION_EPISODES = {
-    "pick-place-v3": 60,
-    "push-v3": 45,
-    "drawer-open-v3": 25,
-    "door-open-v3": 25,
-    "faucet-open-v3": 20,
-    "faucet-close-v3": 20,
+
+
+@dataclass(frozen=True)
+class EmbeddedPolicy:
+    """The recipe of one embedded policy.
+
+    Attributes:
+        family: key of ``FAMILIES``.
+        tasks: what it is taught, in an order in which no task is followed by one of its own scene
+            (see ``rollout.shifted``).
+        plan: of the whole training.
+        correction_step: when the policy is left to act and is corrected.
+        corrections: episodes per task.
+    """
+
+    family: str
+    tasks: tuple[str, ...]
+    plan: TrainingPlan
+    correction_step: int
+    corrections: Mapping[str, int]
+
+
+EMBEDDED: Mapping[str, EmbeddedPolicy] = {
+    "tiny-pi05": EmbeddedPolicy(
+        family=Pi05Policy.family,
+        tasks=(
+            "drawer-open-v3",
+            "door-open-v3",
+            "faucet-open-v3",
+            "push-v3",
+            "faucet-close-v3",
+            "pick-place-v3",
+        ),
+        plan=TrainingPlan(steps=3500),
+        correction_step=1235,
+        corrections={
+            "pick-place-v3": 60,
+            "push-v3": 45,
+            "drawer-open-v3": 25,
+            "door-open-v3": 25,
+            "faucet-open-v3": 20,
+            "faucet-close-v3": 20,
+        },
+    ),
+    # The tasks that tiny-pi05 was admitted on.
+    "tiny-gr00t": EmbeddedPolicy(
+        family=Gr00tN15Policy.family,
+        tasks=("drawer-open-v3", "faucet-open-v3", "door-open-v3", "faucet-close-v3"),
+        plan=TrainingPlan(steps=3000),
+        correction_step=1000,
+        corrections={
+            "drawer-open-v3": 25,
+            "door-open-v3": 25,
+            "faucet-open-v3": 20,
+            "faucet-close-v3": 20,
+        },
+    ),
 }
+
 EVALUATION_EPISODES, CONTROL_EPISODES = 100, 30
 PROVENANCE = "provenance.json"
 
@@ -70,36 +114,42 @@ Progress = Callable[[str, int, int], None]
 
 
 def rebuild(
+    name: str,
     out: Path,
     *,
     steps: int | None = None,
     workers: int = 2,
     progress: Progress,
-    tasks: Sequence[str] = TRAINED_TASKS,
+    tasks: Sequence[str] | None = None,
     episodes: int = EVALUATION_EPISODES,
 ) -> dict[str, Any]:
-    """Make the policy in ``out``; returns its provenance, which is written there too.
+    """Make a policy in ``out``; returns its provenance, which is written there too.
 
     Args:
+        name: of the policy, a key of ``EMBEDDED``.
         out: the policy directory; demonstrations and checkpoints are kept in it too.
         steps: optimizer steps if not the recipe's own.
         workers: simulator processes.
+        tasks: what it is taught if not the recipe's own.
+        episodes: per task of the evaluation.
     """
-    plan = PLAN if steps is None else replace(PLAN, steps=steps)
-    correction_step = plan.steps * CORRECTION_STEP // PLAN.steps
+    recipe = EMBEDDED[name]
+    tasks = recipe.tasks if tasks is None else tuple(tasks)
+    plan = recipe.plan if steps is None else replace(recipe.plan, steps=steps)
+    correction_step = plan.steps * recipe.correction_step // recipe.plan.steps
     demos, minutes, summary = out / "demonstrations", Minutes(), []
     with minutes.of("collection"):
         for count in collect_all(tasks, COLLECTION, demos, workers):
             summary.append(count)
             progress("demonstrations", len(summary), len(tasks))
     with minutes.of("training"):
-        _train(plan, demos, tasks, out, progress, until=correction_step)
+        _train(recipe, plan, demos, tasks, out, progress, until=correction_step)
     with minutes.of("correction"):
-        for count in _correct_all(out, demos, tasks, workers):
+        for count in _correct_all(out, demos, tasks, recipe.corrections, workers):
             summary.append(count)
             progress("corrections", len(summary) - len(tasks), len(tasks))
     with minutes.of("training"):
-        _train(plan, demos, tasks, out, progress)
+        _train(recipe, plan, demos, tasks, out, progress)
     policy = load_policy(out)
     with minutes.of("evaluation"):
         results = measure(
@@ -114,12 +164,13 @@ def rebuild(
         )
     useful = [task for task in tasks if results[task]["admitted"]] or tasks
     held_out_observations(policy, useful).save_npz(out / OBSERVATIONS)
-    provenance = describe(out, plan, tasks, results, summary, minutes.spent)
+    provenance = describe(name, out, plan, tasks, results, summary, minutes.spent)
     (out / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
     return provenance
 
 
 def describe(
+    name: str,
     directory: Path,
     plan: TrainingPlan,
     tasks: Sequence[str],
@@ -130,10 +181,10 @@ def describe(
     """Everything someone needs to judge or repeat the policy."""
     curve = json.loads((directory / "run" / "curve.json").read_text())["curve"]
     return {
-        "policy": "tiny-pi05",
-        "command": "omega-qvla train tiny-pi05 --out DIR",
+        "policy": name,
+        "command": f"omega-qvla train {name} --out DIR",
         "machine": f"{os.cpu_count()} {platform.machine()} processor cores, no GPU",
-        "minutes": {name: round(value, 1) for name, value in minutes.items()},
+        "minutes": {part: round(value, 1) for part, value in minutes.items()},
         "tasks": {task: TASKS[task].instruction for task in tasks},
         "admitted": [task for task in tasks if results[task]["admitted"]],
         "results": dict(results),
@@ -153,7 +204,7 @@ def describe(
         },
         "demonstrations": list(demonstrations),
         "collection": asdict(COLLECTION),
-        "training": asdict(plan) | {"correction_step": CORRECTION_STEP},
+        "training": asdict(plan) | {"correction_step": EMBEDDED[name].correction_step},
         "shares": SHARES,
         "mismatched_instructions": {
             "share": MISMATCH,
@@ -192,6 +243,7 @@ class _Stopwatch:
 
 
 def _train(
+    recipe: EmbeddedPolicy,
     plan: TrainingPlan,
     demos: Path,
     tasks: Sequence[str],
@@ -201,6 +253,7 @@ def _train(
 ) -> None:
     started = all((directory / name).is_file() for name in (CONFIG, WEIGHTS))
     train_policy(
+        FAMILIES[recipe.family],
         demos,
         tasks,
         plan,
@@ -212,13 +265,14 @@ def _train(
 
 
 def _correct_all(
-    directory: Path, demos: Path, tasks: Sequence[str], workers: int
+    directory: Path,
+    demos: Path,
+    tasks: Sequence[str],
+    episodes: Mapping[str, int],
+    workers: int,
 ) -> Iterator[dict[str, Any]]:
     """Corrections of every task that has none yet; yields summaries."""
-    jobs = [
-        (str(directory), task, CORRECTION_EPISODES[task], str(demos / f"{task}.1.npz"))
-        for task in tasks
-    ]
+    jobs = [(str(directory), task, episodes[task], str(demos / f"{task}.1.npz")) for task in tasks]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = [pool.submit(_correct, job) for job in jobs if not Path(job[3]).is_file()]
