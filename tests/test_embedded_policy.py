@@ -1,13 +1,17 @@
-"""What the embedded policy has to show: the default recipe's action error, plain and under stress.
+"""What the embedded policies have to show: the default recipe's action error, plain and stressed.
 
 The figures are the project's own targets: 4-bit weights and activations cost at most 0.01 relative
 error of the action chunk in the paper's scope and 0.015 with everything quantized, also when 3 % of
 the channels carry outliers of about thirty times their size.
+
+The error is heavy-tailed: with one noise per observation it scatters by a factor of two
+(docs/benchmark.md).  Here every second held-out observation is taken with several noises.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,67 +19,90 @@ import pytest
 import omega_qvla as oq
 from omega_qvla.evaluation.comparison import stress_twin
 from omega_qvla.evaluation.openloop import draw_noises, relative_error, sample_chunks
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.evaluation.step_change import measure_step_change
+from omega_qvla.policies.loading import BUILTIN
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import Recipe, Scope
 
-SOURCE = "builtin:tiny-pi05"
 MAGNITUDE = 30.0
+NOISES = 4
+
+every_policy = pytest.mark.parametrize("name", BUILTIN)
 
 
 @cache
-def policy() -> Pi05Policy:
-    return oq.load_policy(SOURCE)
+def policy(name: str) -> NativePolicy:
+    return oq.load_policy(f"builtin:{name}")
 
 
 @cache
-def twin() -> Pi05Policy:
-    return stress_twin(policy(), MAGNITUDE, probe=held_out()[0])
+def twin(name: str) -> NativePolicy:
+    return stress_twin(policy(name), MAGNITUDE, probe=held_out(name)[0])
 
 
 @cache
-def held_out() -> oq.Observations:
-    return oq.Observations.load(SOURCE, split="heldout")
+def held_out(name: str) -> list[Any]:
+    """Every second observation, as often as there are noises."""
+    observations = oq.Observations.load(f"builtin:{name}", split="heldout")
+    return [item for item in list(observations)[::2] for _ in range(NOISES)]
 
 
 @cache
-def chunks_of_full_precision() -> np.ndarray:
-    noises = draw_noises(policy(), len(held_out()), 0)
-    return sample_chunks(policy(), held_out(), noises, normalized=True)
+def noises(name: str) -> np.ndarray:
+    return draw_noises(policy(name), len(held_out(name)), 0)
 
 
 @cache
-def error(recipe: str, scope: Scope, *, stress: bool) -> float:
+def chunks_of_full_precision(name: str) -> np.ndarray:
+    return sample_chunks(policy(name), held_out(name), noises(name), normalized=True)
+
+
+@cache
+def error(name: str, recipe: str, scope: Scope, *, stress: bool) -> float:
     """Relative error of the chunks of a recipe against full precision."""
-    base = twin() if stress else policy()
-    observations = oq.Observations.load(SOURCE)
+    base = twin(name) if stress else policy(name)
+    observations = oq.Observations.load(f"builtin:{name}")
     quantized = oq.quantize(base, observations, Recipe.load(recipe), scope=scope)
-    noises = draw_noises(policy(), len(held_out()), 0)
-    chunks = sample_chunks(quantized, held_out(), noises, normalized=True)
-    return relative_error(chunks, chunks_of_full_precision())
+    chunks = sample_chunks(quantized, held_out(name), noises(name), normalized=True)
+    return relative_error(chunks, chunks_of_full_precision(name))
 
 
-def test_the_stress_twin_computes_the_same_function() -> None:
-    noises = draw_noises(policy(), len(held_out()), 0)
-    chunks = sample_chunks(twin(), held_out(), noises, normalized=True)
-    assert relative_error(chunks, chunks_of_full_precision()) < 1e-9
+@every_policy
+def test_the_stress_twin_computes_the_same_function(name: str) -> None:
+    chunks = sample_chunks(twin(name), held_out(name), noises(name), normalized=True)
+    assert relative_error(chunks, chunks_of_full_precision(name)) < 1e-9
 
 
-def test_stress_in_the_papers_scope_stays_below_a_hundredth_and_a_tenth_of_the_paper() -> None:
-    ours = error("omega-w4a4", "paper", stress=True)
+@every_policy
+def test_stress_in_the_papers_scope_stays_below_a_hundredth_and_a_tenth_of_the_paper(
+    name: str,
+) -> None:
+    ours = error(name, "omega-w4a4", "paper", stress=True)
     assert ours <= 0.01
-    assert ours <= 0.1 * error("omega-paper", "paper", stress=True)
+    assert ours <= 0.1 * error(name, "omega-paper", "paper", stress=True)
 
 
-def test_plain_in_the_papers_scope_is_no_worse_than_the_paper_by_a_fifth() -> None:
-    assert error("omega-w4a4", "paper", stress=False) <= 1.2 * error(
-        "omega-paper", "paper", stress=False
+@every_policy
+def test_plain_in_the_papers_scope_is_no_worse_than_the_paper_by_a_fifth(name: str) -> None:
+    assert error(name, "omega-w4a4", "paper", stress=False) <= 1.2 * error(
+        name, "omega-paper", "paper", stress=False
     )
 
 
+@every_policy
 @pytest.mark.parametrize("stress", [False, True])
-def test_everything_quantized_stays_within_its_bar(stress: bool) -> None:
-    assert error("omega-w4a4", "all", stress=stress) <= 0.015
+def test_everything_quantized_stays_within_its_bar(name: str, stress: bool) -> None:
+    assert error(name, "omega-w4a4", "all", stress=stress) <= 0.015
 
 
-def test_rounding_to_nearest_breaks_under_stress() -> None:
-    assert error("rtn", "paper", stress=True) > 0.1
+@every_policy
+def test_rounding_to_nearest_breaks_under_stress(name: str) -> None:
+    assert error(name, "rtn", "paper", stress=True) > 0.1
+
+
+@every_policy
+def test_four_steps_calibrated_and_eight_run_cost_half_as_much_again_at_most(name: str) -> None:
+    few = held_out(name)[:: 2 * NOISES]
+    observations = oq.Observations.load(f"builtin:{name}")
+    found = measure_step_change(policy(name), observations, few, calibrated=4, steps=8)
+    assert found.ratio <= 1.5

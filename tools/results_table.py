@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +17,42 @@ from omega_qvla.report.table import Table, comparison_table, markdown, task_tabl
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-PROVENANCE = ROOT / "src" / "omega_qvla" / "assets" / "tiny_pi05" / "provenance.json"
+ASSETS = ROOT / "src" / "omega_qvla" / "assets"
+POLICIES = {"tiny-pi05": ASSETS / "tiny_pi05", "tiny-gr00t": ASSETS / "tiny_gr00t"}
 CONTROLS = ("blank", "shuffled", "swapped")
 ADMISSION = (
-    "The embedded policy in full precision on unseen seeds, with Wilson 95 % intervals: as it is, "
-    "with black images, and with the instruction of a task of another scene (shuffled) or of the "
-    "same scene (swapped). A task is admitted to the benchmark if full precision solves 80 % and "
-    "the controls far less."
+    "The embedded policies in full precision on unseen seeds, with Wilson 95 % intervals: as they "
+    "are, with black images, and with the instruction of a task of another scene (shuffled) or of "
+    "the same scene (swapped). A task is admitted to the benchmark if full precision solves 80 % "
+    "and the controls far less."
 )
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
-SECTIONS = (
-    (
-        "tiny-pi05-closed-loop.json",
-        "The embedded policy in the simulator, everything quantized (`--scope all`), the same "
-        "unseen seeds in every row:",
-    ),
-    (
-        "tiny-pi05-paper-scope.json",
-        "Open loop on held-out observations, backbone and action head only (`--scope paper`), "
-        "the scope of the paper:",
-    ),
+CLOSED_LOOP = (
+    "`{}` in the simulator, everything quantized (`--scope all`), the same unseen seeds in every "
+    "row:"
+)
+PAPER_SCOPE = (
+    "`{}` open loop on held-out observations, backbone and action head only (`--scope paper`), "
+    "the scope of the paper:"
+)
+SECTIONS = tuple(
+    (f"{name}-{suffix}.json", text.format(name))
+    for suffix, text in (("closed-loop", CLOSED_LOOP), ("paper-scope", PAPER_SCOPE))
+    for name in POLICIES
 )
 
 
-def admission_table(path: Path) -> Table:
+def admission_table(policies: Mapping[str, Path]) -> Table:
     """Full-precision success of every trained task, its controls, and whether it was admitted."""
-    content = json.loads(path.read_text("utf-8"))
-    header = ("task", "instruction", "full precision", *CONTROLS, "admitted")
-    rows = []
-    for task, result in content["results"].items():
-        rates = tuple(_rate(result.get(name)) for name in ("plain", *CONTROLS))
-        verdict = "yes" if result["admitted"] else "no"
-        rows.append((task, content["tasks"][task], *rates, verdict))
+    header = ("policy", "task", "instruction", "full precision", *CONTROLS, "admitted")
+    rows: list[tuple[str, ...]] = []
+    for name, folder in policies.items():
+        content = json.loads((folder / "provenance.json").read_text("utf-8"))
+        for task, result in content["results"].items():
+            rates = tuple(_rate(result.get(kind)) for kind in ("plain", *CONTROLS))
+            verdict = "yes" if result["admitted"] else "no"
+            rows.append((name, task, content["tasks"][task], *rates, verdict))
     return Table(header, tuple(rows))
 
 
@@ -61,9 +65,7 @@ def _rate(measured: dict[str, Any] | None) -> str:
 
 def generated() -> str:
     """The text between the markers."""
-    parts: list[str] = []
-    if PROVENANCE.exists():
-        parts += [ADMISSION, "", markdown(admission_table(PROVENANCE))]
+    parts = [ADMISSION, "", markdown(admission_table(POLICIES))]
     for name, introduction in SECTIONS:
         path = RESULTS / name
         if not path.exists():

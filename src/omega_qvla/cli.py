@@ -121,6 +121,9 @@ class _Simulation:
 class Demo(_Simulation, _Common):
     """The main job on the embedded policy: quantize, save, reload, run the robot, compare."""
 
+    policy: Annotated[Literal["tiny-pi05", "tiny-gr00t"], tyro.conf.arg(help="embedded policy")] = (
+        "tiny-pi05"
+    )
     episodes: Annotated[int, tyro.conf.arg(help="episodes per task, method and condition")] = 4
     out: Annotated[Path, tyro.conf.arg(help="artifacts, table, picture and JSON go here")] = Path(
         "out/demo"
@@ -128,7 +131,7 @@ class Demo(_Simulation, _Common):
 
     def run(self, screen: Screen) -> int:
         command = Compare(
-            policy="builtin:tiny-pi05",
+            policy=f"builtin:{self.policy}",
             recipes="rtn,omega-paper,omega-w4a4",
             episodes=self.episodes,
             stress=30.0,
@@ -206,6 +209,9 @@ class Quantize(_Calibrated, _Checkpoint, _Common):
     out: Annotated[Path, tyro.conf.arg(help="directory of the artifact")] = tyro.MISSING
     recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = "omega-w4a4"
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
+    steps: Annotated[
+        int | None, tyro.conf.arg(help="denoising steps it will run with; the checkpoint's own")
+    ] = None
     device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
     resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="only predict the memory table")] = False
@@ -214,7 +220,7 @@ class Quantize(_Calibrated, _Checkpoint, _Common):
         _require_cpu(self.device)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         if self.dry_run:
-            policy = policy_structure(self.policy, self.choices)
+            policy = _with_steps(policy_structure(self.policy, self.choices), self.steps)
             sites = [{"name": name} for name in _covered_sites(policy, recipe)]
             content = recipe.model_dump(mode="json")
             report = _inspection(predict(policy, recipe), content, sites, best_kernel())
@@ -228,7 +234,7 @@ class Quantize(_Calibrated, _Checkpoint, _Common):
             )
         # A recipe that cascades runs on its own results, which needs the whole policy in memory.
         read = load_policy if recipe.cascade else stream_policy
-        policy = read(self.policy, self.choices)
+        policy = _with_steps(read(self.policy, self.choices), self.steps)
         source = self.calibration or _default_calibration(self.policy)
         observations = _calibration(source, policy, self, recipe.observations)
         screen.report(observations)
@@ -742,6 +748,10 @@ def _policy_row(source: str, stress: float, choices: Choices) -> SweepRow:
         condition_name(stress),
         footprint=lambda built: full_footprint(built, _checkpoint_bytes(source)),
     )
+
+
+def _with_steps(policy: NativePolicy, steps: int | None) -> NativePolicy:
+    return policy if steps is None else policy.with_steps(steps)
 
 
 def _artifact_labels(directory: Path) -> dict[str, Any]:

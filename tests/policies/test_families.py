@@ -127,3 +127,15 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
 def test_a_description_that_is_not_one_is_refused(family: str) -> None:
     with pytest.raises(PolicyError, match="description is invalid"):
         policy_skeleton(family, {"family": family}, {})
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_another_number_of_steps_changes_the_clock_and_no_weight(name: str) -> None:
+    policy = oq.load_policy(f"random:{name}")
+    other = policy.with_steps(3)
+    assert (other.steps, policy.steps != 3) == (3, True)
+    assert other.describe()[0]["steps"] == 3
+    for ours, theirs in zip(policy.module.parameters(), other.module.parameters(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr()
+    with pytest.raises(PolicyError, match="at least one"):
+        policy.with_steps(0)

@@ -26,7 +26,7 @@ from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 from omega_qvla.policies.processing import ByteTokenizer
 from omega_qvla.policies.weight_store import SeededWeights, materialize
 
-BUILTIN = {"tiny-pi05": "tiny_pi05"}
+BUILTIN = {"tiny-pi05": "tiny_pi05", "tiny-gr00t": "tiny_gr00t"}
 """Embedded policies and their folder under ``assets``."""
 
 
@@ -78,9 +78,9 @@ def load_policy(source: str | Path, choices: Choices | None = None) -> NativePol
     """Load a full-precision policy.
 
     Args:
-        source: ``builtin:tiny-pi05``; ``random:`` and one of ``RANDOM`` (true shapes, seeded
-            random weights); a directory in the layout of openpi, LeRobot or GR00T; or such a
-            directory on the hub, ``owner/name@revision`` (docs/checkpoints.md).
+        source: ``builtin:`` and one of ``BUILTIN``; ``random:`` and one of ``RANDOM`` (true shapes,
+            seeded random weights); a directory in the layout of openpi, LeRobot or GR00T; or such
+            a directory on the hub, ``owner/name@revision`` (docs/checkpoints.md).
         choices: answers to what the checkpoint does not say.
 
     Raises:

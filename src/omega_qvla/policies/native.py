@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.errors import ObservationError
+from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
 from omega_qvla.policies.outlier_paths import OutlierPath
 from omega_qvla.policies.step_table import StepTable
@@ -168,6 +169,20 @@ class NativePolicy(ABC):
             dropped_parameters=self.dropped_parameters,
             store=self.store,
         )
+
+    def with_steps(self, steps: int) -> Self:
+        """The same policy with another default number of denoising steps, to which it calibrates.
+
+        Raises:
+            PolicyError: not a positive number.
+        """
+        if steps < 1:
+            raise PolicyError(f"{steps} denoising steps: at least one is needed")
+        other = self.clone()
+        other.config = self.config.model_copy(update={"steps": steps})
+        other.module.config = other.config
+        other.processor = replace(self.processor, config=other.config)
+        return other
 
     def use_step_table(self, table: StepTable) -> None:
         """Read adaptive-norm modulation from a table; the layers that computed it are removed.
