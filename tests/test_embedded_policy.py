@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import omega_qvla as oq
-from omega_qvla.evaluation.comparison import stress_twin
 from omega_qvla.evaluation.openloop import draw_noises, relative_error, sample_chunks
+from omega_qvla.evaluation.twin import stress_twin
 from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.recipe import Recipe, Scope
 

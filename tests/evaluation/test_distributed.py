@@ -10,12 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fake_policy import PointPolicy
+from inline_crew import InlineCrew
 
 from omega_qvla.errors import PolicyError, ResourceError, ResumeError
-from omega_qvla.evaluation import work
 from omega_qvla.evaluation.blueprint import Blueprint, Footprint
-from omega_qvla.evaluation.channel import LENGTHS, decode, encode
-from omega_qvla.evaluation.crew import Death, Reply
 from omega_qvla.evaluation.distributed import evaluate_with
 from omega_qvla.evaluation.local_crew import LocalCrew
 from omega_qvla.evaluation.rollout import EvaluationError, blank_images
@@ -51,45 +49,6 @@ def open_loop():
 def closed_loop(environment):
     with SimulatorPool(1, environment) as pool:
         yield ClosedLoop(pool, TASKS, range(6))
-
-
-class ThreadlessCrew:
-    """A crew without processes: each job is carried out when it is asked about.
-
-    ``deadly`` says of each message whether the worker dies instead of sending it.
-    """
-
-    def __init__(self, deadly=lambda message: False):
-        self._deadly, self._jobs, self._events = deadly, [], []
-        self._worker = work.Worker()
-
-    def start(self, job, request):
-        self._jobs.append((job, request))
-
-    def wait(self):
-        while not self._events:
-            job, request = self._jobs.pop(0)
-            self._worker.perform(through_the_wire(request), lambda m, job=job: self._tell(job, m))
-        return self._events.pop(0)
-
-    def close(self):
-        self._worker.close()
-
-    def _tell(self, job, message):
-        if self._events and isinstance(self._events[-1], Death):
-            return  # the dead say nothing
-        dies = self._deadly(message)
-        self._events.append(
-            Death(job, "killed by signal 9") if dies else Reply(job, through_the_wire(message))
-        )
-
-
-def through_the_wire(message):
-    """What arrives at the other end."""
-    data = encode(message)
-    header, _ = LENGTHS.unpack_from(data)
-    split = LENGTHS.size + header
-    return decode(data[LENGTHS.size : split], bytearray(data[split:]))
 
 
 def deterministic(document):
@@ -167,7 +126,7 @@ def test_an_interrupted_sweep_continues_on_either_side(
 
     sides = {
         "alone": lambda: None,
-        "together": lambda: evaluate_with(ThreadlessCrew(), seeds_per_job=4),
+        "together": lambda: evaluate_with(InlineCrew(), seeds_per_job=4),
     }
     second = "together" if first == "alone" else "alone"
     starts = tmp_path / "starts"
@@ -186,15 +145,15 @@ def test_an_interrupted_sweep_continues_on_either_side(
 
 def test_a_journal_of_another_comparison_is_refused(rows, closed_loop, tmp_path):
     kept = replace(closed_loop, journals=tmp_path, identity={"weights": "a"}, seeds=range(1))
-    run_sweep(rows, closed_loop=kept, open_loop=None, evaluate=evaluate_with(ThreadlessCrew()))
+    run_sweep(rows, closed_loop=kept, open_loop=None, evaluate=evaluate_with(InlineCrew()))
     other = replace(kept, identity={"weights": "b"})
     with pytest.raises(ResumeError, match="weights"):
-        run_sweep(rows, closed_loop=other, open_loop=None, evaluate=evaluate_with(ThreadlessCrew()))
+        run_sweep(rows, closed_loop=other, open_loop=None, evaluate=evaluate_with(InlineCrew()))
 
 
 def test_without_a_simulator_the_open_loop_half_runs(rows, open_loop):
     alone = run_sweep(rows, closed_loop=None, open_loop=open_loop)
-    crew = evaluate_with(ThreadlessCrew())
+    crew = evaluate_with(InlineCrew())
     together = run_sweep(rows, closed_loop=None, open_loop=open_loop, evaluate=crew)
     assert deterministic(together) == deterministic(alone)
 
@@ -215,12 +174,12 @@ def test_an_error_in_a_worker_arrives_with_its_kind_and_the_row(rows, open_loop)
     broken = [*rows, point_row("broken", fail=True)]
     with pytest.raises(PolicyError, match=r"point, broken, plain: no such policy"):
         run_sweep(
-            broken, closed_loop=None, open_loop=open_loop, evaluate=evaluate_with(ThreadlessCrew())
+            broken, closed_loop=None, open_loop=open_loop, evaluate=evaluate_with(InlineCrew())
         )
 
 
 def test_a_job_that_kills_every_worker_is_named(rows, closed_loop):
-    crew = ThreadlessCrew(deadly=lambda message: message.get("record", {}).get("seed") == 4)
+    crew = InlineCrew(deadly=lambda message: message.get("record", {}).get("seed") == 4)
     evaluate = evaluate_with(crew)
     with pytest.raises(EvaluationError, match=r"fp32, plain, near, .* 5: 3 workers died.*signal 9"):
         run_sweep(rows[1:2], closed_loop=closed_loop, open_loop=None, evaluate=evaluate)
@@ -237,13 +196,13 @@ def test_a_worker_that_dies_after_its_last_episode_is_not_asked_again(rows, clos
         rows[1:2],
         closed_loop=closed_loop,
         open_loop=None,
-        evaluate=evaluate_with(ThreadlessCrew(deadly)),
+        evaluate=evaluate_with(InlineCrew(deadly)),
     )
     assert sent.count("record") == 12
 
 
 def test_workers_of_another_version_are_refused(rows, open_loop):
-    class Outdated(ThreadlessCrew):
+    class Outdated(InlineCrew):
         def start(self, job, request):
             super().start(job, {**request, "versions": {**request["versions"], "torch": "0.4"}})
 
@@ -253,7 +212,7 @@ def test_workers_of_another_version_are_refused(rows, open_loop):
 
 
 def test_rows_that_cannot_be_built_elsewhere_are_refused(rows, closed_loop, open_loop):
-    crew = ThreadlessCrew()
+    crew = InlineCrew()
     lone = replace(rows[1], blueprint=None)
     with pytest.raises(PolicyError, match="blueprint"):
         run_sweep([lone], closed_loop=None, open_loop=open_loop, evaluate=evaluate_with(crew))

@@ -52,6 +52,12 @@ class RayCrew:
         self._answer = task(answer)
         self._running: dict[Any, int] = {}
 
+    @property
+    def description(self) -> str:
+        """Size of the cluster, for the user."""
+        cores = int(self._ray.cluster_resources().get("CPU", 0))
+        return f"Ray {self._ray.__version__}: {len(self._ray.nodes())} machine(s), {cores} cores"
+
     def start(self, job: int, request: Mapping[str, Any]) -> None:
         """See :class:`crew.Crew`."""
         self._running[self._answer.remote(encode(request))] = job
