@@ -56,6 +56,7 @@ from omega_qvla.evaluation.kernel_speed import (
 from omega_qvla.evaluation.libero import (
     FACTORY,
     PROTOCOLS,
+    chosen_tasks,
     convention_of,
     environment_options,
     per_suite,
@@ -423,7 +424,9 @@ class Eval(_Simulation, _Checkpoint, _Common):
         "metaworld"
     )
     tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
-    episodes: Annotated[int, tyro.conf.arg(help="episodes per task")] = 20
+    episodes: Annotated[
+        int | None, tyro.conf.arg(help="of Meta-World: episodes per task, 20 by default")
+    ] = None
     stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none")] = 0.0
     suite: Annotated[
         str, tyro.conf.arg(help="of LIBERO: spatial, object, goal, long, several or all")
@@ -444,7 +447,8 @@ class Eval(_Simulation, _Checkpoint, _Common):
         if self.env == "libero":
             return self._libero(screen)
         row, resident = _policy_row(self.policy, self.stress, self.choices)
-        document = _sweep(screen, [row], self, None, _split(self.tasks), self.policy, resident)
+        options = replace(self, episodes=20 if self.episodes is None else self.episodes)
+        document = _sweep(screen, [row], options, None, _split(self.tasks), self.policy, resident)
         result = {**document["rows"][0], **_artifact_labels(Path(self.policy))}
         _write(self.json, {"schema": 1, "row": result})
         for task, (solved, episodes) in result["success"].items():
@@ -457,7 +461,12 @@ class Eval(_Simulation, _Checkpoint, _Common):
 
     def _libero(self, screen: Screen) -> int:
         """The paper's table: success per suite."""
-        tasks = _split(self.tasks) or suite_tasks(self.suite)
+        if self.episodes is not None:
+            raise RecipeError(
+                "LIBERO's protocols fix the episodes: give --protocol paper or full instead of "
+                "--episodes"
+            )
+        tasks = chosen_tasks(_split(self.tasks)) or suite_tasks(self.suite)
         row, resident = _policy_row(self.policy, self.stress, self.choices)
         policy: Any = row.build()
         config = policy.config
@@ -488,6 +497,10 @@ class Eval(_Simulation, _Checkpoint, _Common):
         screen.say(
             f"LIBERO, {self.protocol} protocol: {len(trials)} recorded initial states of each of "
             f"{len(tasks)} tasks, {convention.execute} action(s) of each chunk"
+        )
+        screen.say(
+            "this project has measured no published checkpoint on LIBERO: see first that full "
+            "precision reaches its published figure"
         )
         closed = ClosedLoop(pool, tasks, trials, execute=convention.execute)
         if journals is not None:

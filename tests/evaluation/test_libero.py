@@ -7,12 +7,14 @@ package and its scenes are installed the last test drives those; docs/libero.md 
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
 from omega_qvla.evaluation.libero import (
@@ -22,6 +24,7 @@ from omega_qvla.evaluation.libero import (
     SUITES,
     LiberoEnv,
     axis_angle,
+    chosen_tasks,
     environment_options,
     per_suite,
     robot_action,
@@ -171,6 +174,9 @@ def test_suites_and_protocols_are_the_papers():
     assert len(suite_tasks("goal")) * PROTOCOLS["full"] == 500
     with pytest.raises(PolicyError, match=r"'libero_90'.*spatial, object, goal, long or all"):
         suite_tasks("libero_90")
+    assert chosen_tasks(["goal:3"]) == ["goal:3"] and chosen_tasks(None) == []
+    with pytest.raises(PolicyError, match=r"'goal:10'.*spatial:0 to long:9"):
+        chosen_tasks(["goal:1", "goal:10"])
     counts = {"goal:0": [3, 10], "goal:1": [4, 10], "long:0": [0, 10]}
     assert per_suite(counts) == {"goal": [7, 20], "long": [0, 10]}
 
@@ -241,12 +247,8 @@ def test_missing_scenes_are_named_with_how_to_get_them(stand_in):
 
 
 def test_libero_is_not_let_ask_questions_on_a_terminal(stand_in, tmp_path, monkeypatch):
-    import os
-
     LiberoEnv("goal:0", "pi05", CAMERAS)
     written = Path(os.environ["LIBERO_CONFIG_PATH"]) / "config.yaml"
-    import yaml
-
     content = yaml.safe_load(written.read_text())
     assert content["init_states"] == str(stand_in / "init_files")
     answered = tmp_path / "answered"

@@ -133,6 +133,22 @@ def suite_tasks(suites: str) -> list[str]:
     return [f"{name}:{index}" for name in names for index in range(TASKS_PER_SUITE)]
 
 
+def chosen_tasks(names: Sequence[str] | None) -> list[str]:
+    """The tasks that a user named; empty if none were.
+
+    Raises:
+        PolicyError: LIBERO has no such task.
+    """
+    known = suite_tasks("all")
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise PolicyError(
+            f"LIBERO has no task {', '.join(map(repr, unknown))}: tasks are SUITE:NUMBER, from "
+            f"{known[0]} to {known[-1]}"
+        )
+    return list(names or ())
+
+
 def per_suite(success: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """[successes, episodes] of each suite, from those of its tasks."""
     suites: dict[str, list[int]] = {}
