@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint format bench train clean
+.PHONY: setup demo test test-scale lint format bench train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -47,6 +47,11 @@ demo: $(STAMP)
 
 test: $(STAMP) $(EMULATOR)
 	$(BIN)/python -m pytest -q
+
+# Ray is 80 MB to fetch, 240 MB installed, and slow to start: its tests are not part of `make test`.
+test-scale: $(STAMP)
+	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[scale]"
+	$(BIN)/python -m pytest -q -m scale tests/evaluation/test_ray.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from omega_qvla.cli import _Pace, main
 
 POLICY = "builtin:tiny-pi05"
+no_ray = find_spec("ray") is None
 DRY = ("quantize", "--out", "x", "--dry-run")
 
 
@@ -110,6 +112,12 @@ def test_verify_passes_on_an_intact_artifact_and_names_a_flipped_bit(
         (("inspect", "."), 2, "artifact"),
         (("verify", "nowhere"), 2, "nowhere"),
         (("eval", "random:tiny-pi05"), 2, "--tasks"),
+        (("eval", POLICY, "--env", "libero", "--suite", "90"), 2, "spatial"),
+        (("eval", POLICY, "--env", "libero", "--tasks", "goal:10"), 2, "long:9"),
+        (("eval", POLICY, "--env", "libero", "--episodes", "5"), 2, "--protocol"),
+        (("eval", POLICY, "--env", "libero"), 2, "8 state numbers"),
+        (("eval", POLICY, "--ray", "auto", "--processes", "2"), 3, "leave --processes out"),
+        (("eval", POLICY, "--ray", "nowhere"), 3, "scale" if no_ray else "HOST:PORT"),
         ((*DRY, "random:tiny-pi05", "--embodiment", "1"), 2, "pi05 policy has no layers"),
         ((*DRY, "random:gr00t-n1.5", "--embodiment", "32"), 2, "[32] with 32 acting"),
     ],

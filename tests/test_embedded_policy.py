@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import omega_qvla as oq
-from omega_qvla.evaluation.comparison import stress_twin
 from omega_qvla.evaluation.openloop import draw_noises, relative_error, sample_chunks
 from omega_qvla.evaluation.step_change import measure_step_change
+from omega_qvla.evaluation.twin import stress_twin
 from omega_qvla.policies.loading import BUILTIN
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import Recipe, Scope

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
@@ -40,11 +41,9 @@ from omega_qvla.evaluation.comparison import (
     FULL_PRECISION,
     Comparison,
     comparison_rows,
-    condition_name,
-    directory_bytes,
-    full_footprint,
-    stress_twin,
+    discard_simulations,
 )
+from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
 from omega_qvla.evaluation.kernel_speed import (
     SHAPES,
     machine_name,
@@ -54,9 +53,21 @@ from omega_qvla.evaluation.kernel_speed import (
     measure_shape,
     summarise,
 )
+from omega_qvla.evaluation.libero import (
+    FACTORY,
+    PROTOCOLS,
+    chosen_tasks,
+    convention_of,
+    environment_options,
+    per_suite,
+    suite_tasks,
+)
 from omega_qvla.evaluation.llama_cpp import Ggml
+from omega_qvla.evaluation.placing import place
 from omega_qvla.evaluation.policy_speed import Subject, measure_policies
+from omega_qvla.evaluation.prepare import artifact_blueprint, full_blueprint
 from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.statistics import wilson_interval
 from omega_qvla.evaluation.sweep import (
     ClosedLoop,
     Footprint,
@@ -65,6 +76,7 @@ from omega_qvla.evaluation.sweep import (
     run_sweep,
     write_json,
 )
+from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import (
     builtin_directory,
@@ -95,6 +107,9 @@ from omega_qvla.training.embedded import rebuild
 EVALUATION_SEED = 0
 """First seed of evaluation episodes; demonstrations use seeds far above."""
 
+LIBERO_PATIENCE_S = 1800.0
+"""Building a LIBERO scene on a busy machine takes minutes."""
+
 _PLAIN_WIDTH = 160
 _WIDE_COLUMNS = ("vs full precision", "noise floor", "resident")
 """Columns that are left to the JSON and the picture, so that the table fits a terminal."""
@@ -112,9 +127,20 @@ class _Common:
 
 @dataclass(frozen=True)
 class _Simulation:
-    workers: Annotated[int, tyro.conf.arg(help="simulator processes")] = 2
+    workers: Annotated[int, tyro.conf.arg(help="simulators of a policy in this process")] = 2
     threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
     seed: Annotated[int, tyro.conf.arg(help="first episode seed")] = EVALUATION_SEED
+    processes: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="worker processes, each with the policy and a simulator; by default as many as "
+            "cores and memory allow, if there are enough episodes"
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        tyro.conf.arg(help="run on a Ray cluster: local, auto, or HOST:PORT of its head node"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +167,8 @@ class Demo(_Simulation, _Common):
             workers=self.workers,
             threads=self.threads,
             seed=self.seed,
+            processes=self.processes,
+            ray=self.ray,
         )
         status = command.run(screen)
         screen.say(f"\nthe W4A4 policy is in {self.out / 'artifacts' / 'omega-w4a4-plain'}")
@@ -398,15 +426,35 @@ class Eval(_Simulation, _Checkpoint, _Common):
     """Run a policy or an artifact in the simulator."""
 
     policy: Positional[str] = tyro.MISSING
-    env: Annotated[Literal["metaworld"], tyro.conf.arg(help="the simulator")] = "metaworld"
+    env: Annotated[Literal["metaworld", "libero"], tyro.conf.arg(help="the simulator")] = (
+        "metaworld"
+    )
     tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
-    episodes: Annotated[int, tyro.conf.arg(help="episodes per task")] = 20
+    episodes: Annotated[
+        int | None, tyro.conf.arg(help="of Meta-World: episodes per task, 20 by default")
+    ] = None
     stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none")] = 0.0
+    suite: Annotated[
+        str, tyro.conf.arg(help="of LIBERO: spatial, object, goal, long, several or all")
+    ] = "all"
+    protocol: Annotated[
+        Literal["paper", "full"],
+        tyro.conf.arg(help="of LIBERO: 10 trials per task, as in the paper, or all 50"),
+    ] = "paper"
+    simulator_python: Annotated[
+        Path | None,
+        tyro.conf.arg(help="of LIBERO: interpreter of the environment it is installed in"),
+    ] = None
+    out: Annotated[Path | None, tyro.conf.arg(help="of LIBERO: keep finished episodes here")] = None
+    resume: Annotated[bool, tyro.conf.arg(help="keep the episodes already finished")] = False
 
     def run(self, screen: Screen) -> int:
         torch.set_num_threads(self.threads)
-        row = _policy_row(self.policy, self.stress, self.choices)
-        document = _sweep(screen, [row], self, None, _split(self.tasks), self.policy)
+        if self.env == "libero":
+            return self._libero(screen)
+        row, resident = _policy_row(self.policy, self.stress, self.choices)
+        options = replace(self, episodes=20 if self.episodes is None else self.episodes)
+        document = _sweep(screen, [row], options, None, _split(self.tasks), self.policy, resident)
         result = {**document["rows"][0], **_artifact_labels(Path(self.policy))}
         _write(self.json, {"schema": 1, "row": result})
         for task, (solved, episodes) in result["success"].items():
@@ -415,6 +463,72 @@ class Eval(_Simulation, _Checkpoint, _Common):
         screen.say(f"{'all':24s} {result['success_mean']:.1%}  [{low:.1%}, {high:.1%}]")
         if result["smoke"]:
             screen.say("fewer than 100 episodes a task: a smoke test, not a measurement")
+        return 0
+
+    def _libero(self, screen: Screen) -> int:
+        """The paper's table: success per suite."""
+        if self.episodes is not None:
+            raise RecipeError(
+                "LIBERO's protocols fix the episodes: give --protocol paper or full instead of "
+                "--episodes"
+            )
+        tasks = chosen_tasks(_split(self.tasks)) or suite_tasks(self.suite)
+        row, resident = _policy_row(self.policy, self.stress, self.choices)
+        policy: Any = row.build()
+        config = policy.config
+        options = environment_options(
+            policy.family, config.cameras, config.state_dim, config.robot_action_dim
+        )
+        convention = convention_of(policy.family)
+        pool = SimulatorPool(
+            self.workers,
+            FACTORY,
+            options,
+            timeout_s=LIBERO_PATIENCE_S,
+            python=None if self.simulator_python is None else str(self.simulator_python),
+        )
+        trials = range(PROTOCOLS[self.protocol])
+        journals = None
+        if self.out is not None:
+            journals = _Journals(self.out / "journals", {"weights": _identity_of(row)})
+            if not self.resume:
+                journals.discard()
+        placement = place(
+            ray=self.ray,
+            processes=self.processes,
+            threads=self.threads,
+            episodes=len(tasks) * len(trials),
+            policy_bytes=resident,
+        )
+        screen.say(
+            f"LIBERO, {self.protocol} protocol: {len(trials)} recorded initial states of each of "
+            f"{len(tasks)} tasks, {convention.execute} action(s) of each chunk"
+        )
+        screen.say(
+            "this project has measured no published checkpoint on LIBERO: see first that full "
+            "precision reaches its published figure"
+        )
+        closed = ClosedLoop(pool, tasks, trials, execute=convention.execute)
+        if journals is not None:
+            closed = replace(closed, journals=journals.folder, identity=journals.identity)
+        with pool, screen.bars() as bars:
+            document = run_sweep(
+                [row],
+                closed_loop=closed,
+                open_loop=None,
+                progress=bars,
+                evaluate=placement.evaluate,
+            )
+        result = {**document["rows"][0], **_artifact_labels(Path(self.policy))}
+        result |= {"benchmark": "libero", "protocol": self.protocol}
+        result["suites"] = per_suite(result["success"])
+        _write(self.json, {"schema": 1, "row": result})
+        for suite, (solved, episodes) in result["suites"].items():
+            low, high = wilson_interval(solved, episodes)
+            rate = f"{solved / episodes:.1%}  [{low:.1%}, {high:.1%}]"
+            screen.say(f"{suite:10s} {solved}/{episodes}  {rate}")
+        low, high = result["success_ci95"]
+        screen.say(f"{'all':10s} {result['success_mean']:.1%}  [{low:.1%}, {high:.1%}]")
         return 0
 
 
@@ -442,6 +556,8 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
         comparison = Comparison(
             label=self.policy,
             policy=policy,
+            choices=self.choices,
+            weights=weights_fingerprint(policy),
             checkpoint_bytes=_checkpoint_bytes(self.policy),
             calibration=_observations(source, policy, self),
             recipes=_split(self.recipes) or (),
@@ -455,7 +571,7 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
         journals = _Journals(
             self.out / "journals",
             {
-                "weights": weights_fingerprint(policy),
+                "weights": comparison.weights,
                 "calibration": comparison.calibration.fingerprint,
             },
         )
@@ -470,9 +586,11 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
                 OpenLoop(held_out),
                 _split(self.tasks),
                 self.policy,
+                _resident_bytes(policy),
                 bars,
                 journals,
             )
+        discard_simulations(comparison)
         target = self.out / "results.json"
         write_json(document, target)
         _write(self.json, document)
@@ -686,6 +804,7 @@ def _sweep(
     open_loop: OpenLoop | None,
     tasks: Sequence[str] | None,
     source: str,
+    policy_bytes: int,
     bars: Callable[[str, int, int], None] | None = None,
     journals: _Journals | None = None,
 ) -> dict[str, Any]:
@@ -693,22 +812,36 @@ def _sweep(
     episodes: int = options.episodes  # type: ignore[attr-defined]
     if bars is None:
         with screen.bars() as own:
-            return _sweep(screen, rows, options, open_loop, tasks, source, own, journals)
-    if episodes == 0:
-        return run_sweep(rows, closed_loop=None, open_loop=open_loop, progress=bars)
+            return _sweep(
+                screen, rows, options, open_loop, tasks, source, policy_bytes, own, journals
+            )
     seeds = range(options.seed, options.seed + episodes)
-    chosen = tasks or benchmark_tasks(source)
+    chosen = (tasks or benchmark_tasks(source)) if episodes else []
+    place_rows = partial(
+        place,
+        ray=options.ray,
+        processes=options.processes,
+        threads=options.threads,
+        episodes=len(rows) * len(chosen) * episodes,
+        policy_bytes=policy_bytes,
+    )
+    placement = place_rows()
+    if placement.notice:
+        screen.say(placement.notice)
+    run = partial(run_sweep, rows, open_loop=open_loop, progress=bars)
+    if episodes == 0:
+        return run(closed_loop=None, evaluate=placement.evaluate)
     try:
         with SimulatorPool(options.workers) as pool:
             closed = ClosedLoop(pool, chosen, seeds)
             if journals is not None:
                 closed = replace(closed, journals=journals.folder, identity=journals.identity)
-            return run_sweep(rows, closed_loop=closed, open_loop=open_loop, progress=bars)
+            return run(closed_loop=closed, evaluate=placement.evaluate)
     except SimulatorUnavailable as error:
         if open_loop is None:
             raise
         screen.say(f"no closed loop: {error}")
-        return run_sweep(rows, closed_loop=None, open_loop=open_loop, progress=bars)
+        return run(closed_loop=None, evaluate=place_rows().evaluate)
 
 
 @dataclass(frozen=True)
@@ -724,8 +857,8 @@ class _Journals:
             path.unlink()
 
 
-def _policy_row(source: str, stress: float, choices: Choices) -> SweepRow:
-    """One row for ``eval``: a full-precision policy or an artifact."""
+def _policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, int]:
+    """One row for ``eval``, a full-precision policy or an artifact, and its bytes in memory."""
     directory = Path(source)
     if (directory / "omega_config.json").exists():
         if stress:
@@ -734,20 +867,45 @@ def _policy_row(source: str, stress: float, choices: Choices) -> SweepRow:
                 f"{source} is an artifact"
             )
         artifact: Any = load(directory)
-        return SweepRow(
+        resident = artifact.resident_bytes()
+        row = SweepRow(
             source,
             FULL_PRECISION,
             lambda: artifact,
-            footprint=lambda _: Footprint(directory_bytes(directory), artifact.resident_bytes()),
+            footprint=lambda _: Footprint(directory_bytes(directory), resident),
+            blueprint=artifact_blueprint(directory, artifact.content_hash),
         )
+        return row, resident
     policy = load_policy(source, choices)
-    return SweepRow(
+    size = _checkpoint_bytes(source)
+    row = SweepRow(
         source,
         FULL_PRECISION,
         lambda: stress_twin(policy, stress),
         condition_name(stress),
-        footprint=lambda built: full_footprint(built, _checkpoint_bytes(source)),
+        footprint=lambda built: full_footprint(built, size),
+        blueprint=full_blueprint(
+            source,
+            choices,
+            weights_fingerprint(policy),
+            stress,
+            seed=0,
+            probe=None,
+            checkpoint_bytes=size,
+        ),
     )
+    return row, _resident_bytes(policy)
+
+
+def _identity_of(row: SweepRow) -> str:
+    """What fixes the weights of a row of ``eval``: their fingerprint, or the artifact's hash."""
+    assert row.blueprint is not None
+    arguments = row.blueprint.arguments
+    return str(arguments.get("weights") or arguments.get("content_hash"))
+
+
+def _resident_bytes(policy: NativePolicy) -> int:
+    return sum(parameter.nbytes for parameter in policy.module.parameters())
 
 
 def _with_steps(policy: NativePolicy, steps: int | None) -> NativePolicy:

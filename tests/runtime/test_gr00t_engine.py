@@ -14,7 +14,7 @@ import omega_qvla as oq
 from omega_qvla.artifact import read_artifact, write_artifact
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ArtifactError, PolicyError
-from omega_qvla.evaluation.comparison import stress_twin
+from omega_qvla.evaluation.twin import stress_twin
 from omega_qvla.policies.base import sites_of
 from omega_qvla.policies.gr00t_policy import Gr00tN15Policy, KeptRows
 from omega_qvla.policies.gr00t_stages import BLOCKS

@@ -24,7 +24,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-_LENGTHS = struct.Struct("<IQ")
+LENGTHS = struct.Struct("<IQ")
+"""Of header and arrays, in front of both."""
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 _ARRAY = "$array"
 MAX_HEADER_BYTES = 1 << 24
@@ -70,7 +71,7 @@ class Channel:
         Raises:
             ChannelError: the channel closed, even between messages, or the bytes are no message.
         """
-        header_length, array_length = _LENGTHS.unpack(self._read(_LENGTHS.size))
+        header_length, array_length = LENGTHS.unpack(self._read(LENGTHS.size))
         if header_length > MAX_HEADER_BYTES or array_length > MAX_ARRAY_BYTES:
             raise ChannelError(f"refused a message of {header_length} + {array_length} bytes")
         return decode(bytes(self._read(header_length)), self._read(array_length))
@@ -100,7 +101,7 @@ def encode(message: Mapping[str, Any]) -> bytes:
     described = [[array.dtype.name, list(array.shape)] for array in arrays]
     header = json.dumps({"arrays": described, "message": content}).encode()
     body = b"".join(array.tobytes() for array in arrays)
-    return _LENGTHS.pack(len(header), len(body)) + header + body
+    return LENGTHS.pack(len(header), len(body)) + header + body
 
 
 def decode(header: bytes, body: bytearray) -> dict[str, Any]:

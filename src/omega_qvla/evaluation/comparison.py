@@ -11,26 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.errors import PolicyError
-from omega_qvla.evaluation.sweep import Footprint, SweepRow
+from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
+from omega_qvla.evaluation.prepare import full_blueprint, quantized_blueprint, save_and_load
+from omega_qvla.evaluation.sweep import SweepRow
+from omega_qvla.evaluation.twin import condition_name, stress_twin
+from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.quantization.outliers import inject_outliers
+from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.recipe import Recipe, Scope
-from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, load
 
-STRESS_FRACTION = 0.03
-"""Share of channels per producer that carry outliers (METHOD's published comparisons)."""
-
-TWIN_TOLERANCE = 1e-5
-"""Largest relative difference of a float32 action chunk between a policy and its twin."""
-
-PLAIN = "plain"
 FULL_PRECISION = "fp32"
 
 QuantizeProgress = Callable[[str, int, int], None]
@@ -43,6 +36,8 @@ class Comparison:
     Attributes:
         label: the policy as the user named it.
         policy: full precision.
+        choices: what its checkpoint leaves open, so that other processes can load it too.
+        weights: fingerprint of its weights.
         checkpoint_bytes: size of its checkpoint.
         calibration: observations for calibration.
         recipes: names or files of recipes.
@@ -54,6 +49,8 @@ class Comparison:
 
     label: str
     policy: NativePolicy
+    choices: Choices
+    weights: str
     checkpoint_bytes: int | None
     calibration: Observations
     recipes: Sequence[str]
@@ -61,48 +58,6 @@ class Comparison:
     scope: Scope
     artifacts: Path
     seed: int = 0
-
-
-def stress_twin(
-    policy: NativePolicy, magnitude: float, *, seed: int = 0, probe: Any | None = None
-) -> NativePolicy:
-    """The same function with outlier channels in backbone, action head and vision tower.
-
-    Args:
-        magnitude: median factor of the chosen channels; 0 returns the policy itself.
-        seed: draws channels and factors.
-        probe: an observation on which the function is checked to be unchanged.
-
-    Raises:
-        PolicyError: the twin's action chunk differs by more than ``TWIN_TOLERANCE``.
-    """
-    if magnitude == 0:
-        return policy
-    twin = policy.clone()
-    twin.module.load_state_dict(
-        {k: v.clone() for k, v in twin.module.state_dict().items()}, assign=True
-    )
-    twin.module.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    pairs = policy.outlier_pairs("all")
-    inject_outliers(twin.module, pairs, magnitude, STRESS_FRACTION, generator)
-    if probe is not None:
-        noise = torch.randn(policy.noise_shape, generator=generator)
-        ours = policy.sample_normalized(probe, noise)
-        theirs = twin.sample_normalized(probe, noise)
-        difference = float((ours - theirs).norm() / ours.norm())
-        if not difference <= TWIN_TOLERANCE:
-            raise PolicyError(
-                f"the stress twin of magnitude {magnitude:g} changed the policy's function by "
-                f"{difference:.1e} (allowed {TWIN_TOLERANCE:g}): float32 does not carry outliers "
-                "of that size; use a smaller magnitude"
-            )
-    return twin
-
-
-def condition_name(magnitude: float) -> str:
-    """``plain`` or ``stress:30``."""
-    return PLAIN if magnitude == 0 else f"stress:{magnitude:g}"
 
 
 def comparison_rows(comparison: Comparison, progress: QuantizeProgress) -> list[SweepRow]:
@@ -127,65 +82,77 @@ def _condition_rows(
 ) -> list[SweepRow]:
     condition = condition_name(magnitude)
     probe = comparison.calibration[0]
+    extra = {"scope": comparison.scope}
 
     def full() -> NativePolicy:
         return stress_twin(comparison.policy, magnitude, seed=comparison.seed, probe=probe)
 
-    def quantized(recipe: Recipe) -> Callable[[], Any]:
-        def build() -> QuantizedPolicy | SimulatedPolicy:
-            label = f"quantizing {recipe.name}, {condition}"
-            made = quantize(
-                full(),
-                comparison.calibration,
-                recipe,
-                progress=lambda done, total, _site: progress(label, done, total),
-            )
-            if isinstance(made, SimulatedPolicy):
-                return made
-            name = f"{recipe.name}-{condition}".replace(":", "-")
-            return load(made.save_pretrained(comparison.artifacts / name))
-
-        return build
-
-    rows = [
-        SweepRow(
-            comparison.label,
-            FULL_PRECISION,
-            full,
-            condition,
-            footprint=lambda built: full_footprint(built, comparison.checkpoint_bytes),
-            extra={"scope": comparison.scope},
-        )
+    blueprint = full_blueprint(
+        comparison.label,
+        comparison.choices,
+        comparison.weights,
+        magnitude,
+        seed=comparison.seed,
+        probe=dict(probe),
+        checkpoint_bytes=comparison.checkpoint_bytes,
+    )
+    reference = SweepRow(
+        comparison.label,
+        FULL_PRECISION,
+        full,
+        condition,
+        footprint=lambda built: full_footprint(built, comparison.checkpoint_bytes),
+        extra=extra,
+        blueprint=blueprint,
+    )
+    return [
+        reference,
+        *(
+            _recipe_row(comparison, reference, recipe, full, condition, progress)
+            for recipe in recipes
+        ),
     ]
-    for recipe in recipes:
-        folder = comparison.artifacts / f"{recipe.name}-{condition}".replace(":", "-")
-        rows.append(
-            SweepRow(
-                comparison.label,
-                recipe.name,
-                quantized(recipe),
-                condition,
-                realizable=recipe.realizable,
-                footprint=_footprint(folder if recipe.realizable else None),
-                extra={"scope": comparison.scope, "recipe_hash": recipe.content_hash},
-            )
+
+
+def _recipe_row(
+    comparison: Comparison,
+    reference: SweepRow,
+    recipe: Recipe,
+    full: Callable[[], NativePolicy],
+    condition: str,
+    progress: QuantizeProgress,
+) -> SweepRow:
+    label = f"quantizing {recipe.name}, {condition}"
+    folder = comparison.artifacts / f"{recipe.name}-{condition}".replace(":", "-")
+
+    def save() -> Any:
+        return save_and_load(full(), comparison.calibration, recipe, folder, label, progress)
+
+    def simulate() -> Any:
+        return quantize(
+            full(),
+            comparison.calibration,
+            recipe,
+            progress=lambda done, total, _site: progress(label, done, total),
         )
-    return rows
+
+    assert reference.blueprint is not None
+    on_disk = folder if recipe.realizable else None
+    return SweepRow(
+        comparison.label,
+        recipe.name,
+        save if recipe.realizable else simulate,
+        condition,
+        realizable=recipe.realizable,
+        footprint=lambda policy: artifact_footprint(cast(Any, policy), on_disk),
+        extra={**reference.extra, "recipe_hash": recipe.content_hash},
+        blueprint=quantized_blueprint(
+            reference.blueprint, recipe, comparison.calibration, folder, label
+        ),
+    )
 
 
-def full_footprint(policy: Any, checkpoint_bytes: int | None) -> Footprint:
-    """Bytes of a full-precision policy."""
-    return Footprint(checkpoint_bytes, sum(p.nbytes for p in policy.module.parameters()))
-
-
-def _footprint(folder: Path | None) -> Callable[[Any], Footprint]:
-    def measure(policy: QuantizedPolicy | SimulatedPolicy) -> Footprint:
-        on_disk = None if folder is None else directory_bytes(folder)
-        return Footprint(on_disk, policy.resident_bytes())
-
-    return measure
-
-
-def directory_bytes(directory: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+def discard_simulations(comparison: Comparison) -> None:
+    """Remove what worker processes kept of simulations, which is of no use afterwards."""
+    for journal in comparison.artifacts.glob(".*.journal"):
+        discard_journal(journal)

@@ -18,6 +18,7 @@ policy's own sampling spread.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -105,6 +106,52 @@ def sample_chunks(
             raise NonFiniteError(f"the chunk for held-out observation {index} is not finite")
         chunks.append(chunk)
     return np.stack(chunks)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a policy answers to the held-out observations.
+
+    Attributes:
+        normalized: whether the chunks are in the network's units instead of the robot's.
+        chunks: [n, horizon, action_dim] float64.
+        floor: relative error between two noises; full precision only, else None.
+    """
+
+    normalized: bool
+    chunks: Array
+    floor: float | None
+
+
+def measure_reference(policy: Sampler, observations: Sequence[Any], seed: int) -> Measurement:
+    """Full precision on the held-out observations, with its noise floor.
+
+    Raises:
+        ObservationError, NonFiniteError: see :func:`sample_chunks`.
+    """
+    normalized = offers_normalized(policy)
+    noises = draw_noises(policy, len(observations), seed)
+    others = draw_noises(policy, len(observations), seed + 1)
+    chunks = sample_chunks(policy, observations, noises, normalized=normalized)
+    varied = sample_chunks(policy, observations, others, normalized=normalized)
+    return Measurement(normalized, chunks, relative_error(varied, chunks))
+
+
+def measure_row(
+    policy: Sampler, observations: Sequence[Any], seed: int, *, normalized: bool
+) -> Measurement:
+    """A policy on the same observations and noises as its reference, in the reference's units.
+
+    Raises:
+        PolicyError: it is to be compared in the network's units and does not offer them.
+        ObservationError, NonFiniteError: see :func:`sample_chunks`.
+    """
+    if normalized and not offers_normalized(policy):
+        raise PolicyError("needs sample_normalized, which its reference has")
+    noises = draw_noises(policy, len(observations), seed)
+    return Measurement(
+        normalized, sample_chunks(policy, observations, noises, normalized=normalized), None
+    )
 
 
 def relative_error(chunks: npt.ArrayLike, reference: npt.ArrayLike) -> float:

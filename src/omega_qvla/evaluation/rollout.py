@@ -29,9 +29,10 @@ import numpy.typing as npt
 
 from omega_qvla.errors import NonFiniteError, OmegaError, PolicyError, SimulatorUnavailable
 from omega_qvla.evaluation.channel import ChannelError
+from omega_qvla.evaluation.child import wait_for_replies
 from omega_qvla.evaluation.episodes import EpisodeJournal, EpisodeRecord
 from omega_qvla.evaluation.openloop import Sampler, shape_of_noise
-from omega_qvla.evaluation.simulators import Simulator, SimulatorPool, wait_for_replies
+from omega_qvla.evaluation.simulators import Simulator, SimulatorPool
 from omega_qvla.evaluation.statistics import mean_squared_jerk
 
 Actions = npt.NDArray[np.float32]
@@ -78,6 +79,7 @@ def rollout(
     journal: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    keep: Callable[[EpisodeRecord], None] | None = None,
 ) -> list[EpisodeRecord]:
     """Run every task with every seed.
 
@@ -93,6 +95,7 @@ def rollout(
         identity: JSON values describing policy and transform, kept in the journal; resuming with
             others is refused.
         progress: called with (finished, total), first with what the journal held.
+        keep: called with each record as its episode ends, where something else keeps the journal.
 
     Returns:
         One record per episode, ordered by task, then seed, as given.
@@ -107,18 +110,25 @@ def rollout(
     distinct = list(dict.fromkeys(seeds))
     episodes = [(task, seed) for task in dict.fromkeys(tasks) for seed in distinct]
     run = _Run(policy, pool, execute, transform)
-    settings = {
+    settings = journal_settings(pool, execute, identity)
+    if journal is None:
+        finished = run.finish(episodes, {}, keep or (lambda record: None), progress)
+    else:
+        with EpisodeJournal(journal, settings) as book:
+            finished = run.finish(episodes, dict(book.records), book.append, progress)
+    return [finished[episode] for episode in episodes]
+
+
+def journal_settings(
+    pool: SimulatorPool, execute: int, identity: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a journal's first line says: everything that fixes the outcome of an episode."""
+    return {
         "environment": pool.environment,
         "options": pool.options,
         "execute": execute,
         "identity": dict(identity or {}),
     }
-    if journal is None:
-        finished = run.finish(episodes, {}, lambda record: None, progress)
-    else:
-        with EpisodeJournal(journal, settings) as book:
-            finished = run.finish(episodes, dict(book.records), book.append, progress)
-    return [finished[episode] for episode in episodes]
 
 
 class _Run:

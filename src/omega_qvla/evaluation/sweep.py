@@ -6,6 +6,10 @@ chunks and outcomes are kept.  Every row is compared with the full-precision row
 ``bf16``) of the same policy and condition, or with the plain one if that condition has none:
 action error, noise floor, smoothness, and success on the same seeds.
 
+A sweep has three parts: which row is compared with which, where the rows are evaluated, and the
+document.  Only the second differs between one process (:func:`evaluate_here`), several processes
+and a cluster (``distributed.py``), so all of them give the same document.
+
 Without a simulator the open-loop half still runs: pass ``pool=None`` and the closed-loop values are
 empty or null.
 """
@@ -16,20 +20,21 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omega_qvla.errors import PolicyError, RecipeError, ResourceError
+from omega_qvla.evaluation.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.episodes import EpisodeRecord
 from omega_qvla.evaluation.openloop import (
-    Array,
+    Measurement,
     Sampler,
-    draw_noises,
-    offers_normalized,
+    measure_reference,
+    measure_row,
     relative_error,
-    sample_chunks,
 )
 from omega_qvla.evaluation.rollout import Transform, rollout
 from omega_qvla.evaluation.simulators import SimulatorPool
@@ -44,14 +49,6 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Bytes of the whole policy, quantized layers and everything else."""
-
-    checkpoint_bytes: int | None = None
-    resident_bytes: int | None = None
-
-
-@dataclass(frozen=True)
 class SweepRow:
     """One line of the comparison.
 
@@ -63,6 +60,7 @@ class SweepRow:
         realizable: whether the recipe's integers can be multiplied as stored.
         footprint: measures the built policy; None leaves the bytes null.
         extra: further keys of the row, for example ``{"scope": "paper"}``.
+        blueprint: how another process builds the policy; None: only this one can.
     """
 
     policy: str
@@ -72,6 +70,7 @@ class SweepRow:
     realizable: bool = True
     footprint: Callable[[Sampler], Footprint] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    blueprint: Blueprint | None = None
 
     @property
     def label(self) -> str:
@@ -108,15 +107,44 @@ class OpenLoop:
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What later rows may be compared with."""
+class Outcome:
+    """What the evaluation of one row came to.
+
+    Attributes:
+        episodes: one record per task and seed, in order; empty without a simulator.
+        measurement: the open-loop half; None if it did not run.
+        footprint: bytes of the policy.
+    """
 
     episodes: list[EpisodeRecord]
-    chunks: Array | None
-    normalized: bool
+    measurement: Measurement | None
     footprint: Footprint
-    floor: float | None = None
-    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be evaluated.
+
+    Attributes:
+        rows: in the order given.
+        references: label of each row → the full-precision row it is compared with.
+    """
+
+    rows: Sequence[SweepRow]
+    references: Mapping[str, SweepRow]
+    closed_loop: ClosedLoop | None
+    open_loop: OpenLoop | None
+
+    def episodes(self) -> list[tuple[str, int]]:
+        """(task, seed) of every row, in order."""
+        if self.closed_loop is None:
+            return []
+        seeds = list(dict.fromkeys(self.closed_loop.seeds))
+        return [(task, seed) for task in dict.fromkeys(self.closed_loop.tasks) for seed in seeds]
+
+
+Evaluate = Callable[[Plan, Progress], Mapping[str, Outcome]]
+"""Evaluates every row of a plan; outcomes by label."""
 
 
 def run_sweep(
@@ -125,11 +153,13 @@ def run_sweep(
     closed_loop: ClosedLoop | None,
     open_loop: OpenLoop | None,
     progress: Progress | None = None,
+    evaluate: Evaluate | None = None,
 ) -> dict[str, Any]:
     """Evaluate every row.
 
     Args:
         progress: called with (row label, finished episodes, all episodes of the row).
+        evaluate: where the rows are evaluated; None is :func:`evaluate_here`.
 
     Returns:
         The document of DESIGN's ``compare``: ``{"schema": 1, "policy": ..., "rows": [...]}``, rows
@@ -143,11 +173,8 @@ def run_sweep(
     """
     _check(rows)
     references = {row.label: _reference_of(row, rows) for row in rows}
-    outcomes: dict[str, _Outcome] = {}
-    for row in sorted(rows, key=lambda row: not row.is_reference):
-        reference = references[row.label]
-        known = None if reference is row else outcomes[reference.label]
-        outcomes[row.label] = _evaluate(row, known, closed_loop, open_loop, progress)
+    plan = Plan(rows, references, closed_loop, open_loop)
+    outcomes = (evaluate or evaluate_here)(plan, progress or _silent)
     return {
         "schema": SCHEMA,
         "policy": ", ".join(dict.fromkeys(row.policy for row in rows)),
@@ -156,6 +183,38 @@ def run_sweep(
             for row in rows
         ],
     }
+
+
+def evaluate_here(plan: Plan, progress: Progress) -> dict[str, Outcome]:
+    """Every row in this process, one after the other, full precision first."""
+    outcomes: dict[str, Outcome] = {}
+    for row in sorted(plan.rows, key=lambda row: not row.is_reference):
+        policy = row.build()
+        footprint = Footprint() if row.footprint is None else row.footprint(policy)
+        measurement = None
+        if plan.open_loop is not None:
+            observations, seed = plan.open_loop.observations, plan.open_loop.seed
+            if row.is_reference:
+                measurement = measure_reference(policy, observations, seed)
+            else:
+                known = outcomes[plan.references[row.label].label].measurement
+                assert known is not None
+                with _naming(row):
+                    measurement = measure_row(
+                        policy, observations, seed, normalized=known.normalized
+                    )
+        closed_loop = plan.closed_loop
+        episodes = [] if closed_loop is None else _run_episodes(row, policy, closed_loop, progress)
+        outcomes[row.label] = Outcome(episodes, measurement, footprint)
+    return outcomes
+
+
+def journal_of(row: SweepRow, closed_loop: ClosedLoop) -> tuple[Path | None, dict[str, Any]]:
+    """The journal of a row's episodes, and the identity that its first line must agree with."""
+    labels = {"policy": row.policy, "recipe": row.recipe, "condition": row.condition}
+    folder = closed_loop.journals
+    path = None if folder is None else folder / f"{_file_name(row.label)}.jsonl"
+    return path, {**labels, **row.extra, **closed_loop.identity}
 
 
 def write_json(document: Mapping[str, Any], path: str | Path) -> None:
@@ -203,47 +262,10 @@ def _reference_of(row: SweepRow, rows: Sequence[SweepRow]) -> SweepRow:
     raise RecipeError(f"{row.label}: add the full-precision row (fp32 or bf16) to compare with")
 
 
-def _evaluate(
-    row: SweepRow,
-    reference: _Outcome | None,
-    closed_loop: ClosedLoop | None,
-    open_loop: OpenLoop | None,
-    progress: Progress | None,
-) -> _Outcome:
-    policy = row.build()
-    footprint = Footprint() if row.footprint is None else row.footprint(policy)
-    normalized = offers_normalized(policy)
-    if reference is not None and reference.chunks is not None:
-        if reference.normalized and not normalized:
-            raise PolicyError(f"{row.label}: needs sample_normalized, which its reference has")
-        normalized = reference.normalized
-    chunks, floor, error = None, None, None
-    if open_loop is not None:
-        observations = open_loop.observations
-        noises = draw_noises(policy, len(observations), open_loop.seed)
-        chunks = sample_chunks(policy, observations, noises, normalized=normalized)
-        if reference is None:
-            others = draw_noises(policy, len(observations), open_loop.seed + 1)
-            floor = relative_error(
-                sample_chunks(policy, observations, others, normalized=normalized), chunks
-            )
-            error = 0.0
-        elif reference.chunks is not None:
-            floor, error = reference.floor, relative_error(chunks, reference.chunks)
-    episodes = [] if closed_loop is None else _run_episodes(row, policy, closed_loop, progress)
-    return _Outcome(episodes, chunks, normalized, footprint, floor, error)
-
-
 def _run_episodes(
-    row: SweepRow, policy: Sampler, closed_loop: ClosedLoop, progress: Progress | None
+    row: SweepRow, policy: Sampler, closed_loop: ClosedLoop, progress: Progress
 ) -> list[EpisodeRecord]:
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress(row.label, done, total)
-
-    labels = {"policy": row.policy, "recipe": row.recipe, "condition": row.condition}
-    identity = {**labels, **row.extra, **closed_loop.identity}
-    folder = closed_loop.journals
+    journal, identity = journal_of(row, closed_loop)
     return rollout(
         policy,
         closed_loop.tasks,
@@ -251,10 +273,32 @@ def _run_episodes(
         pool=closed_loop.pool,
         execute=closed_loop.execute,
         transform=closed_loop.transform,
-        journal=None if folder is None else folder / f"{_file_name(row.label)}.jsonl",
+        journal=journal,
         identity=identity,
-        progress=report,
+        progress=lambda done, total: progress(row.label, done, total),
     )
+
+
+@contextmanager
+def _naming(row: SweepRow) -> Iterator[None]:
+    """A policy that does not fit its reference is named."""
+    try:
+        yield
+    except PolicyError as error:
+        raise PolicyError(f"{row.label}: {error}") from error
+
+
+def _silent(label: str, done: int, total: int) -> None:
+    del label, done, total
+
+
+def _open_loop_errors(outcome: Outcome, reference: Outcome) -> tuple[float | None, float | None]:
+    """Action error and noise floor."""
+    ours, theirs = outcome.measurement, reference.measurement
+    if ours is None or theirs is None:
+        return None, None
+    error = 0.0 if outcome is reference else relative_error(ours.chunks, theirs.chunks)
+    return error, theirs.floor
 
 
 def _file_name(label: str) -> str:
@@ -262,10 +306,11 @@ def _file_name(label: str) -> str:
 
 
 def _assemble(
-    row: SweepRow, outcome: _Outcome, reference: _Outcome, closed_loop: ClosedLoop | None
+    row: SweepRow, outcome: Outcome, reference: Outcome, closed_loop: ClosedLoop | None
 ) -> dict[str, Any]:
     episodes = outcome.episodes
     successes = sum(record.success for record in episodes)
+    error, floor = _open_loop_errors(outcome, reference)
     return {
         "policy": row.policy,
         "recipe": row.recipe,
@@ -274,8 +319,8 @@ def _assemble(
         "success": _per_task(episodes),
         "success_mean": successes / len(episodes) if episodes else None,
         "success_ci95": list(wilson_interval(successes, len(episodes))) if episodes else None,
-        "action_error": outcome.error,
-        "noise_floor": outcome.floor,
+        "action_error": error,
+        "noise_floor": floor,
         "smoothness": relative_smoothness(
             [record.jerk for record in episodes], [record.jerk for record in reference.episodes]
         ),
@@ -301,7 +346,7 @@ def _per_task(episodes: Sequence[EpisodeRecord]) -> dict[str, list[int]]:
     return counts
 
 
-def _paired(outcome: _Outcome, reference: _Outcome) -> dict[str, Any] | None:
+def _paired(outcome: Outcome, reference: Outcome) -> dict[str, Any] | None:
     if not outcome.episodes:
         return None
     compared = compare_paired(

@@ -31,8 +31,11 @@ from omega_qvla.evaluation.channel import Channel, ChannelError
 BOOTSTRAP = """
 import importlib.util, sys
 
-descriptor, *sys.path[:] = sys.argv[1:]
-spec = importlib.util.find_spec("omega_qvla")
+descriptor, directory, *path = sys.argv[1:]
+sys.path[:] = path or sys.path
+spec = importlib.util.spec_from_file_location(
+    "omega_qvla", directory + "/__init__.py", submodule_search_locations=[directory]
+)
 package = sys.modules["omega_qvla"] = importlib.util.module_from_spec(spec)
 
 def load_on_demand(name):
@@ -47,7 +50,9 @@ package.__getattr__ = load_on_demand
 from omega_qvla.evaluation.worker import main
 main(int(descriptor))
 """
-"""Program of the subprocess; its arguments are the socket's descriptor and the import path.
+"""Program of the subprocess: the socket's descriptor, where the package lies, the import path.
+
+Without a path the interpreter keeps its own: it is another one than the parent's.
 
 The package's public API imports torch, seconds and hundreds of megabytes that physics does not
 need; here it is loaded only if an environment asks for it.
@@ -139,16 +144,28 @@ def import_factory(path: str) -> Callable[..., Environment]:
     Raises:
         SimulatorUnavailable: it cannot be imported or is not callable.
     """
-    module, _, name = path.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        return import_callable(path)
+    except ImportError as error:
         raise SimulatorUnavailable(
             f"environment {path!r} cannot be imported: {error}; give it as 'module:callable'"
         ) from error
-    if not callable(factory):
-        raise SimulatorUnavailable(f"environment {path!r} is not callable")
-    return cast(Callable[..., Environment], factory)
+
+
+def import_callable(path: str) -> Callable[..., Any]:
+    """What ``module:callable`` names.
+
+    Raises:
+        ImportError: there is no such module, it does not have the name, or it is not callable.
+    """
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (AttributeError, ValueError) as error:
+        raise ImportError(str(error)) from error
+    if not callable(found):
+        raise ImportError(f"{path!r} is not callable")
+    return cast(Callable[..., Any], found)
 
 
 def _describe(error: Exception) -> dict[str, str]:

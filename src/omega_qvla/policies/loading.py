@@ -242,7 +242,7 @@ def _unit_quantiles(width: int) -> Quantiles:
 
 
 def _require_memory(needed: int, name: str) -> None:
-    available = _available_memory()
+    available = available_memory()
     if needed > available:
         raise ResourceError(
             f"{name} needs {needed / 1e9:.1f} GB of memory in float32, "
@@ -250,7 +250,7 @@ def _require_memory(needed: int, name: str) -> None:
         )
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that can be had without swapping; unlike free pages this counts the file cache."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
