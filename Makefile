@@ -30,10 +30,16 @@ $(BIN)/python:
 	  echo "python3-venv is missing; run: apt-get install -y python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
+# The published client of openpi, for the tests.  It asks for numpy < 2, which would take away the
+# numpy that everything else runs with, and works with 2 all the same: so it comes without its
+# dependencies, and `serve` and `dev` bring those the tests need.
+OPENPI_CLIENT := openpi-client==0.1.2
+
 # torch first and alone: resolved with the rest, pip may pick another build and fetch gigabytes.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) tools/rendering.sh | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,data,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,data,serve,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "$(OPENPI_CLIENT)"
 	sh tools/rendering.sh $(BIN)/python
 	@touch $@
 
