@@ -45,8 +45,13 @@ class Metrics:
 
     def counted(self, name: str, value: str) -> int:
         """How many there were."""
+        return self.totals(name).get(value, 0)
+
+    def totals(self, name: str) -> dict[str, int]:
+        """How many of each value there were."""
         with self._lock:
-            return sum(n for (k, _, v), n in self._counts.items() if (k, v) == (name, value))
+            counts = sorted(self._counts.items())
+        return {value: number for (key, _, value), number in counts if key == name}
 
     def observe(self, name: str, seconds: float) -> None:
         """One more latency in a histogram."""

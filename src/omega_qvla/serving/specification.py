@@ -208,7 +208,7 @@ def _image(name: str, value: Any) -> Array:
             f"image {name!r} must be uint8 [height, width, 3] with sides of 1 to {MAX_IMAGE_SIDE}; "
             f"found {image.dtype} {list(image.shape)}"
         )
-    return image
+    return image.copy()  # PyTorch wants memory of its own, which the message's is not
 
 
 def _state(values: Sequence[Any], specification: Specification) -> Array:
@@ -284,7 +284,7 @@ def _noise(value: Any, specification: Specification) -> Array | None:
     noise = cast(Array, value)
     if not np.isfinite(noise).all():
         raise _bad("'noise' has NaN or Inf")
-    return noise
+    return noise.copy()
 
 
 def _bad(message: str) -> ServingError:

@@ -47,6 +47,10 @@ except ImportError as error:
     ) from error
 
 
+_FLUSH_S = 0.3
+"""After the last answer is known: how long it may take to leave."""
+
+
 @dataclass(frozen=True)
 class Listening:
     """Where and how a server listens.
@@ -173,20 +177,24 @@ class WebsocketFront:
         self._core, self._listening = core, listening
         self._door = _Door(core, listening)
         self._underway = 0
-        self._metadata = encode({**metadata(core), "server": "openpi websocket"})
+        self._metadata = b""
         core.metrics.gauge("connections", lambda: float(self._door.opened))
 
-    async def serve(self, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
+    async def serve(self, stop: asyncio.Event, ready: Callable[[int], None]) -> bool:
         """Serve until ``stop`` is set, then drain.
 
         Args:
             stop: ends the service.
             ready: called with the port once connections are accepted.
 
+        Returns:
+            Whether everything that was on its way got its answer in time.
+
         Raises:
             OSError: the address cannot be used.
         """
         listening = self._listening
+        self._metadata = encode(metadata(self._core))  # complete only after the warm-up
 
         def connect(*arguments: Any, **options: Any) -> ServerConnection:
             return _GuardedConnection(self._door, *arguments, **options)
@@ -211,7 +219,7 @@ class WebsocketFront:
         try:
             ready(server.sockets[0].getsockname()[1])
             await stop.wait()
-            await self._drain()
+            return await self._drain()
         finally:
             sweeper.cancel()
             server.close()
@@ -223,15 +231,16 @@ class WebsocketFront:
             await asyncio.sleep(1.0)
             self._door.sweep()
 
-    async def _drain(self) -> None:
+    async def _drain(self) -> bool:
         """Finish what is on its way, refuse what comes, let the answers leave."""
         loop, core = asyncio.get_running_loop(), self._core
-        end = loop.time() + self._listening.drain_s
         core.log("draining", waiting=core.waiting)
         finished = await loop.run_in_executor(None, core.drain, self._listening.drain_s)
-        while self._underway and loop.time() < end + 0.5:
+        flushed = loop.time() + _FLUSH_S
+        while self._underway and loop.time() < flushed:
             await asyncio.sleep(0.01)
         core.log("drained", finished=finished)
+        return finished
 
     def _admit(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
         """Health and metrics over HTTP; a websocket for who may have one."""
