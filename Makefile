@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint format bench train clean
+.PHONY: setup demo test lint format bench soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -72,6 +72,19 @@ format: $(STAMP)
 bench: $(STAMP)
 	@mkdir -p $(OUT)
 	$(BIN)/omega-qvla bench kernels --json $(OUT)/kernels.json --figure $(OUT)/kernels.png
+
+# A server under load: overload, slow clients, and REQUESTS requests; hours, on an idle machine.
+REQUESTS ?= 1000000
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak_serving.py --requests $(REQUESTS) --out $(OUT)/serving-soak.json
+
+# Damaged artifacts and malformed requests; hours.  COUNT and MESSAGES say how many.
+COUNT ?= 1000000
+MESSAGES ?= 5000000
+fuzz: $(STAMP)
+	@mkdir -p $(OUT)
+	$(BIN)/python benchmarks/fuzz_artifact.py --count $(COUNT) --out $(OUT)/fuzz-artifact.json
+	$(BIN)/python benchmarks/fuzz_wire.py --count $(MESSAGES) --out $(OUT)/fuzz-wire.json
 
 train: $(STAMP)
 	$(BIN)/omega-qvla train tiny-pi05 --out $(OUT)/tiny-pi05

@@ -531,7 +531,7 @@ class Serve(_Common):
     threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
     kernel: Annotated[str | None, tyro.conf.arg(help="integer kernel; the best by default")] = None
     seed: Annotated[int | None, tyro.conf.arg(help="of the noise; drawn by default")] = None
-    drain_s: Annotated[float, tyro.conf.arg(help="seconds to finish in at the end")] = 4.0
+    drain_s: Annotated[float, tyro.conf.arg(help="seconds to finish in at the end")] = 3.0
 
     def run(self, screen: Screen) -> int:
         from omega_qvla.serving.service import Service, Settings, run_until_signal

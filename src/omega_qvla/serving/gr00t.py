@@ -71,7 +71,7 @@ class Gr00tFront:
         port: int = 5555,
         *,
         bounds: Bounds = DEFAULT_BOUNDS,
-        drain_s: float = 4.0,
+        drain_s: float = 3.0,
     ) -> None:
         if not is_loopback(host):
             raise PolicyError(

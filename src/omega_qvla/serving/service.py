@@ -41,7 +41,7 @@ class Settings:
     threads: int = 1
     kernel: str | None = None
     seed: int | None = None
-    drain_s: float = 4.0
+    drain_s: float = 3.0
 
     def __post_init__(self) -> None:
         """Numbers that make no sense are refused before anything is loaded.

@@ -79,7 +79,7 @@ class Listening:
     message_s: float = 10.0
     unfinished_bytes: int = 256 << 20
     pipeline: int = 4
-    drain_s: float = 4.0
+    drain_s: float = 3.0
 
 
 @dataclass(eq=False)
