@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -99,10 +100,10 @@ def test_gr00ts_protocol_serves_the_same_artifact(
     first = request()
     data = {f"video.{name}": image[None] for name, image in first["images"].items()}
     data |= {"state.state": first["state"][None], "annotation.task": [first["prompt"]]}
-    with zmq.Context() as context, context.socket(zmq.REQ) as socket:
-        socket.connect(f"tcp://127.0.0.1:{port}")
-        socket.send(encode({"endpoint": "get_action", "data": data}, gr00t_array))
-        answer = decode_map(socket.recv())
+    with zmq.Context() as context, context.socket(zmq.REQ) as asking:
+        asking.connect(f"tcp://127.0.0.1:{port}")
+        asking.send(encode({"endpoint": "get_action", "data": data}, gr00t_array))
+        answer = decode_map(asking.recv())
     assert answer["action.action"].shape == (10, 4)
     assert server.end(signal.SIGINT) == (0, "")
 
@@ -135,6 +136,17 @@ def test_what_cannot_be_served_is_one_message(
     assert run("serve", str(artifact), *arguments) == status
     message = capsys.readouterr().err
     assert told in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("protocol", ["openpi", "gr00t"])
+def test_a_port_that_is_taken_is_one_message(
+    artifact: Path, protocol: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run("serve", str(artifact), "--protocol", protocol, "--port", port) == 3
+    message = capsys.readouterr().err
+    assert "in use" in message and message.count("\n") == 1
 
 
 def test_a_directory_that_is_no_artifact_is_refused(

@@ -209,6 +209,19 @@ def test_trouble_inside_is_an_error_without_its_insides(
         assert "actions" in exchange(client, encode(observation()))
 
 
+def test_a_failed_allocation_while_parsing_is_an_error_reply(
+    serve: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: Any) -> Any:
+        raise MemoryError
+
+    with plain_client(serve().port) as client:
+        monkeypatch.setattr("omega_qvla.serving.websocket.parse_request", exhausted)
+        assert exchange(client, encode(observation()))["error"] == "out_of_memory"
+        monkeypatch.undo()
+        assert "actions" in exchange(client, encode(observation()))
+
+
 def test_a_message_over_the_limit_closes_that_connection_only(
     serve: Callable[..., Service],
 ) -> None:

@@ -231,7 +231,7 @@ class Core:
                 drawn = self._draw() if noise is None else noise
                 ready.append((ticket, self._engine.encode(ticket.content.observation), drawn))
             except Exception as error:
-                self._refuse(ticket, self._explain(error))
+                self._refuse(ticket, self.explain(error))
         if ready:
             self._compute(ready, start)
 
@@ -240,7 +240,7 @@ class Core:
             chunks = self._engine.sample([one for _, one, _ in ready], [one for *_, one in ready])
         except Exception as error:
             if len(ready) == 1:
-                self._refuse(ready[0][0], self._explain(error))
+                self._refuse(ready[0][0], self.explain(error))
                 return
             self.log("batch_failed", size=len(ready), error=f"{type(error).__name__}: {error}")
             for one in ready:
@@ -286,7 +286,7 @@ class Core:
         self.count(error)
         ticket.deliver(error)
 
-    def _explain(self, error: Exception) -> ServingError:
+    def explain(self, error: Exception) -> ServingError:
         """What a client is told; of what was not foreseen, nothing but that it happened."""
         if isinstance(error, ServingError):
             return error

@@ -97,7 +97,7 @@ class Gr00tFront:
             socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
             socket.setsockopt(zmq.LINGER, 500)
             socket.setsockopt(zmq.IPV6, 1)
-            socket.bind(self._address)
+            _bind(socket, self._address)
             endpoint = cast(bytes, socket.getsockopt(zmq.LAST_ENDPOINT)).decode()
             ready(int(endpoint.rpartition(":")[2]))
             talking = asyncio.create_task(self._talk(socket))
@@ -154,9 +154,10 @@ class Gr00tFront:
                 raise ServingError("bad_request", "the endpoints are ping and get_action")
             specification = self._core.specification
             request = parse_observation(call.get("data"), specification)
-        except ServingError as error:
-            self._core.count(error)
-            return _error(error)
+        except Exception as error:  # a failed allocation, say: this request's affair, no other's
+            explained = self._core.explain(error)
+            self._core.count(explained)
+            return _error(explained)
         outcome = await self._ask(client, request)
         if not isinstance(outcome, Reply):
             return _error(outcome)
@@ -185,6 +186,13 @@ class Gr00tFront:
 
         self._core.submit(client, request, deliver)
         return await future
+
+
+def _bind(socket: zmq.asyncio.Socket, address: str) -> None:
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        raise OSError(error.errno, f"{address}: {error}") from error
 
 
 def parse_observation(data: Any, specification: Specification) -> Request:

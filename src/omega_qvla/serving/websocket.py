@@ -298,9 +298,10 @@ class WebsocketFront:
             decoded = decode_map(message, self._listening.bounds)
             answer.request_id = decoded.get("request_id")
             request = parse_request(decoded, self._core.specification)
-        except ServingError as error:
-            self._core.count(error)
-            answer.settle(error)
+        except Exception as error:  # a failed allocation, say: this request's affair, no other's
+            explained = self._core.explain(error)
+            self._core.count(explained)
+            answer.settle(explained)
             return
         self._core.submit(client, request, answer.deliver)
 
