@@ -204,21 +204,24 @@ class CountingRobot:
 
 
 def test_a_robot_acts_at_its_rate_while_chunks_are_computed() -> None:
-    """Chunks of five ticks take two ticks to compute: overlapped, none is late."""
+    """A chunk is five ticks of 200 ms and takes half a tick: overlapped, hardly any is late.
+
+    One after the other, every fifth tick would wait for its chunk and observations would be as old
+    as a chunk is long.  The allowance is for a busy machine.
+    """
     core = make_core(FakeEngine(seconds=0.1))
     core.start()
-    robot = CountingRobot(until=30)
+    robot = CountingRobot(until=20)
     front = WebsocketFront(core, Listening(port=0))
     with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         blending = Blending(late="hold")
         started = time.monotonic()
-        report = drive(robot, policy, rate_hz=20, ticks=100, ask_below=5, blending=blending)
+        report = drive(robot, policy, rate_hz=5, ticks=100, ask_below=5, blending=blending)
         took = time.monotonic() - started
     summary = report.summary()
-    assert report.finished and report.ticks == 30 and report.chunks >= 7
-    assert 30 / 20 < took < 30 / 20 + 3.0
-    assert summary["late"] <= 6, summary  # none on a quiet machine
-    assert 90.0 < summary["age_ms_p50"] < 1000.0 and summary["stopped"] is None
+    assert report.finished and report.ticks == 20 and report.errors == {}
+    assert took > 19 / 5 and report.chunks >= 4
+    assert summary["late"] <= 5 and 90.0 < summary["age_ms_p50"] < 1000.0, summary
 
 
 def test_a_robot_without_actions_stops_and_says_why() -> None:
