@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-scale lint format bench train clean
+.PHONY: setup demo test test-scale lint format bench soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -30,10 +30,16 @@ $(BIN)/python:
 	  echo "python3-venv is missing; run: apt-get install -y python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
+# The published client of openpi, for the tests.  It asks for numpy < 2, which would take away the
+# numpy that everything else runs with, and works with 2 all the same: so it comes without its
+# dependencies, and `serve` and `dev` bring those the tests need.
+OPENPI_CLIENT := openpi-client==0.1.2
+
 # torch first and alone: resolved with the rest, pip may pick another build and fetch gigabytes.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) tools/rendering.sh | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,data,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,data,serve,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "$(OPENPI_CLIENT)"
 	sh tools/rendering.sh $(BIN)/python
 	@touch $@
 
@@ -71,6 +77,19 @@ format: $(STAMP)
 bench: $(STAMP)
 	@mkdir -p $(OUT)
 	$(BIN)/omega-qvla bench kernels --json $(OUT)/kernels.json --figure $(OUT)/kernels.png
+
+# A server under load: overload, slow clients, and REQUESTS requests; hours, on an idle machine.
+REQUESTS ?= 1000000
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak_serving.py --requests $(REQUESTS) --out $(OUT)/serving-soak.json
+
+# Damaged artifacts and malformed requests; hours.  COUNT and MESSAGES say how many.
+COUNT ?= 1000000
+MESSAGES ?= 5000000
+fuzz: $(STAMP)
+	@mkdir -p $(OUT)
+	$(BIN)/python benchmarks/fuzz_artifact.py --count $(COUNT) --out $(OUT)/fuzz-artifact.json
+	$(BIN)/python benchmarks/fuzz_wire.py --count $(MESSAGES) --out $(OUT)/fuzz-wire.json
 
 train: $(STAMP)
 	$(BIN)/omega-qvla train tiny-pi05 --out $(OUT)/tiny-pi05

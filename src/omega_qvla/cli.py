@@ -5,6 +5,8 @@ Exit status: 0 done; 1 a check failed; 2 bad input or usage; 3 not enough memory
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import traceback
 from collections import deque
@@ -14,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Annotated, Any, Literal
 
 import torch
@@ -623,6 +625,81 @@ class Train(_Common):
         return 0
 
 
+@dataclass(frozen=True)
+class Serve(_Common):
+    """Serve an artifact to robots, over openpi's websocket protocol or GR00T's."""
+
+    directory: Positional[Path] = tyro.MISSING
+    protocol: Annotated[Literal["openpi", "gr00t"], tyro.conf.arg(help="what robots speak")] = (
+        "openpi"
+    )
+    host: Annotated[str, tyro.conf.arg(help="others than loopback need --token-file")] = "127.0.0.1"
+    port: Annotated[int | None, tyro.conf.arg(help="8000, or 5555 for gr00t")] = None
+    token_file: Annotated[Path | None, tyro.conf.arg(help="what clients must show")] = None
+    tls_certificate: Annotated[Path | None, tyro.conf.arg(help="PEM; with --tls-key")] = None
+    tls_key: Annotated[Path | None, tyro.conf.arg(help="PEM")] = None
+    layout: Annotated[
+        Literal["native", "libero", "droid"], tyro.conf.arg(help="how robots name observations")
+    ] = "native"
+    batch: Annotated[int, tyro.conf.arg(help="robots computed in one pass at most")] = 8
+    waiting: Annotated[int | None, tyro.conf.arg(help="robots that may wait; as --batch")] = None
+    deadline_ms: Annotated[
+        float | None,
+        tyro.conf.arg(help="oldest observation that is answered; by default four full batches"),
+    ] = None
+    limits: Annotated[
+        str | None,
+        tyro.conf.arg(help="action limits as JSON file, or none; by default the statistics'"),
+    ] = None
+    limit_margin: Annotated[
+        float, tyro.conf.arg(help="how far beyond the statistics, as a share of their range")
+    ] = 0.25
+    steps: Annotated[int | None, tyro.conf.arg(help="denoising steps; the policy's own")] = None
+    threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
+    kernel: Annotated[str | None, tyro.conf.arg(help="integer kernel; the best by default")] = None
+    seed: Annotated[int | None, tyro.conf.arg(help="of the noise; drawn by default")] = None
+    drain_s: Annotated[float, tyro.conf.arg(help="seconds to finish in at the end")] = 3.0
+
+    def run(self, screen: Screen) -> int:
+        from omega_qvla.serving.service import Service, Settings, run_until_signal
+
+        service = Service.build(
+            self.directory,
+            Settings(
+                protocol=self.protocol,
+                host=self.host,
+                port=self.port,
+                token_file=self.token_file,
+                tls_certificate=self.tls_certificate,
+                tls_key=self.tls_key,
+                layout=self.layout,
+                batch=self.batch,
+                waiting=self.waiting,
+                deadline_ms=self.deadline_ms,
+                limits=self.limits,
+                limit_margin=self.limit_margin,
+                steps=self.steps,
+                threads=self.threads,
+                kernel=self.kernel,
+                seed=self.seed,
+                drain_s=self.drain_s,
+            ),
+            _log_line,
+        )
+        finished = run_until_signal(service)
+        _write(self.json, {"schema": 1, **service.totals(), "drained": finished})
+        if not finished:
+            # A forward pass is still running, and nothing can interrupt it: leave without it.
+            sys.stdout.flush()
+            os._exit(0)
+        return 0
+
+
+def _log_line(event: str, **fields: Any) -> None:
+    """One event, one line of JSON: what a log collector reads."""
+    print(json.dumps({"time": time(), "event": event, **fields}), flush=True)
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Quantize, tyro.conf.subcommand("quantize")]
@@ -631,6 +708,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Train, tyro.conf.subcommand("train")]
 )
 

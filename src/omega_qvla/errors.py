@@ -61,3 +61,22 @@ class SimulatorUnavailable(OmegaError):  # noqa: N818 - a state of the machine, 
     """The simulator or its renderer is not installed; names the package that brings it."""
 
     exit_status = 3
+
+
+class ServingError(OmegaError):
+    """A request that was not answered with actions.
+
+    Attributes:
+        code: why, for programs; ``docs/serving.md`` lists them.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class WireError(ServingError):
+    """Bytes that are no acceptable message, or a value that no message can hold."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("malformed", message)

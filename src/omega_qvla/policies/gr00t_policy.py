@@ -43,7 +43,7 @@ _STATISTICS, _TOKENIZER = "statistics.json", "tokenizer.json"
 
 
 class Seen(NamedTuple):
-    """Image tokens [1, V·patches, D], token ids [1, T] and normalized state [1, state_width]."""
+    """Image tokens [B, V·patches, D], token ids [B, T] and normalized state [B, state_width]."""
 
     images: Tensor
     token_ids: Tensor
@@ -104,8 +104,8 @@ class Gr00tN15Policy(NativePolicy):
         noise = torch.randn((1, *self.noise_shape), generator=generator)
         return {**self.processor.encode(observation)._asdict(), "noise": noise}
 
-    def see(self, observation: Observation) -> Seen:
-        pixels, token_ids, state = self.processor.encode(observation)
+    def embed(self, inputs: Sequence[Tensor]) -> Seen:
+        pixels, token_ids, state = inputs
         return Seen(self.module.embed_images(pixels), token_ids, state)
 
     def read(self, seen: Seen) -> Observed:

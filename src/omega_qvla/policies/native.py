@@ -2,7 +2,9 @@
 
 A native policy is a network of this project, a processor between it and the robot, and a clock.
 Sampling has three parts, which benchmarks time one by one: ``see`` (images to tokens), ``read``
-(tokens through the backbone, to all that denoising needs of an observation) and ``denoise``.
+(tokens through the backbone, to all that denoising needs of an observation) and ``denoise``.  All
+of them take several observations at once (``sample_batch``): every weight is then read once for
+all.
 """
 
 from __future__ import annotations
@@ -131,9 +133,13 @@ class NativePolicy(ABC):
     def initial_state(self, observation: Observation, generator: torch.Generator) -> State:
         """The state the first stage starts from; ``generator`` draws the sampling noise."""
 
-    @abstractmethod
     def see(self, observation: Observation) -> Any:
         """Observation → image tokens, and what else ``read`` wants."""
+        return self.embed(self.processor.encode(observation))
+
+    @abstractmethod
+    def embed(self, inputs: Sequence[Tensor]) -> Any:
+        """What the processor encodes of B observations → what ``see`` returns of them."""
 
     @abstractmethod
     def read(self, seen: Any) -> Any:
@@ -259,6 +265,41 @@ class NativePolicy(ABC):
         chunk = self.sample_normalized(observation, noise, steps=steps, generator=generator)
         return self.processor.decode(chunk)
 
+    @torch.inference_mode()
+    def sample_batch(
+        self,
+        inputs: Sequence[Sequence[Tensor]],
+        noises: Sequence[np.ndarray],
+        *,
+        steps: int | None = None,
+    ) -> list[np.ndarray]:
+        """One action chunk for each of several observations.
+
+        Observations alike in number of cameras and of tokens share one forward pass, so nothing is
+        padded; the others follow in passes of their own.  The integers of a row do not depend on
+        its neighbours; floating-point sums may be ordered by the size of the batch.
+
+        Args:
+            inputs: what the processor encodes of each observation.
+            noises: [horizon, action_dim] standard normal each.
+            steps: number of denoising steps; the policy's default when absent.
+
+        Returns:
+            [horizon, robot_action_dim] float32 in the robot's units, in the order given.
+
+        Raises:
+            ObservationError: a noise is misshaped or not finite.
+        """
+        starts = [self._noise(noise, None) for noise in noises]
+        chunks: dict[int, np.ndarray] = {}
+        for rows in _alike(inputs):
+            together = [torch.cat(parts) for parts in zip(*(inputs[i] for i in rows), strict=True)]
+            start = torch.cat([starts[i] for i in rows])
+            observed = self.read(self.embed(together))
+            batch = self.denoise(observed, start, self.steps if steps is None else steps)
+            chunks |= {i: self.processor.decode(c) for i, c in zip(rows, batch, strict=True)}
+        return [chunks[i] for i in range(len(inputs))]
+
     def _noise(
         self, noise: np.ndarray | Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
@@ -275,3 +316,11 @@ class NativePolicy(ABC):
         if not bool(torch.isfinite(given).all()):
             raise ObservationError("noise has NaN or Inf")
         return given.unsqueeze(0)
+
+
+def _alike(inputs: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+    """The numbers of the inputs, those of equal shapes together."""
+    groups: dict[tuple[torch.Size, ...], list[int]] = {}
+    for i, tensors in enumerate(inputs):
+        groups.setdefault(tuple(tensor.shape for tensor in tensors), []).append(i)
+    return list(groups.values())

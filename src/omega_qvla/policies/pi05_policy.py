@@ -163,9 +163,9 @@ class Pi05Policy(NativePolicy):
         noise = torch.randn((1, *self.noise_shape), generator=generator)
         return {"pixels": pixels, "token_ids": token_ids, "noise": noise}
 
-    def see(self, observation: Observation) -> tuple[Tensor, Tensor]:
-        """Observation → (image tokens [1, V·patches, D], token ids [1, T])."""
-        pixels, token_ids = self.processor.encode(observation)
+    def embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Pixels and token ids → (image tokens [B, V·patches, D], token ids [B, T])."""
+        pixels, token_ids = inputs
         return self.module.embed_images(pixels), token_ids
 
     def read(self, seen: tuple[Tensor, Tensor]) -> tuple[list[KeyValue], int]:

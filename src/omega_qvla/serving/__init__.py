@@ -1,0 +1,1 @@
+"""A policy behind a socket: bounded messages, bounded queues, checked actions."""

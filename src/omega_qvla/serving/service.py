@@ -1,0 +1,180 @@
+"""A whole server out of an artifact and a user's settings, and its life from start to signal."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from omega_qvla.errors import PolicyError
+from omega_qvla.runtime.engine import load
+from omega_qvla.serving.access import read_token, require_token, tls_context
+from omega_qvla.serving.core import Core, Log, Rules
+from omega_qvla.serving.engine import PolicyEngine
+from omega_qvla.serving.safety import ActionLimits, read_limits
+from omega_qvla.serving.specification import LAYOUTS
+
+_PORTS = {"openpi": 8000, "gr00t": 5555}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user decides about a server; see ``omega-qvla serve --help``."""
+
+    protocol: Literal["openpi", "gr00t"] = "openpi"
+    host: str = "127.0.0.1"
+    port: int | None = None
+    token_file: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    layout: str = "native"
+    batch: int = 8
+    waiting: int | None = None
+    deadline_ms: float | None = None
+    limits: str | None = None
+    limit_margin: float = 0.25
+    steps: int | None = None
+    threads: int = 1
+    kernel: str | None = None
+    seed: int | None = None
+    drain_s: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Numbers that make no sense are refused before anything is loaded.
+
+        Raises:
+            PolicyError: names the option.
+        """
+        positive = {"batch": self.batch, "waiting": self.waiting, "deadline-ms": self.deadline_ms}
+        positive |= {"steps": self.steps, "threads": self.threads}
+        for name, value in positive.items():
+            if value is not None and not 0 < value < float("inf"):
+                raise PolicyError(f"--{name} {value}: it must be above 0")
+        for name, value in (("limit-margin", self.limit_margin), ("drain-s", self.drain_s)):
+            if not 0 <= value < float("inf"):
+                raise PolicyError(f"--{name} {value}: it must be 0 or more")
+        if self.port is not None and not 0 <= self.port <= 65535:
+            raise PolicyError(f"--port {self.port}: ports are 0 to 65535")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise PolicyError("TLS needs both --tls-certificate and --tls-key")
+        if self.protocol == "gr00t" and (self.tls_key or self.token_file):
+            raise PolicyError(
+                "GR00T's protocol has neither TLS nor a token that is checked before parsing: it "
+                "is served on loopback without them; reach it through an SSH tunnel"
+            )
+        if self.protocol == "gr00t" and self.layout != "native":
+            raise PolicyError("--layout is for openpi's protocol; GR00T's names its parts itself")
+
+
+class Front(Protocol):
+    """A protocol in front of a core."""
+
+    async def serve(self, stop: asyncio.Event, ready: Any) -> bool:
+        """Serve until ``stop``; whether all was finished."""
+        ...
+
+
+class Service:
+    """A core, warmed up and started, and its front.
+
+    Attributes:
+        core: what answers.
+        front: what listens.
+    """
+
+    def __init__(self, core: Core, front: Front, host: str, protocol: str) -> None:
+        self.core, self.front = core, front
+        self._host, self._protocol = host, protocol
+
+    @classmethod
+    def build(cls, directory: Path, settings: Settings, log: Log) -> Service:
+        """Load, check what can be checked, compute once, and be ready to listen.
+
+        Raises:
+            PolicyError: an option does not fit the policy, or the address needs a token.
+            ArtifactError, ResourceError: see ``load``; or the extra ``serve`` is not installed.
+        """
+        token = None if settings.token_file is None else read_token(settings.token_file)
+        require_token(settings.host, token)
+        quantized = load(directory, kernel=settings.kernel, threads=settings.threads)
+        engine = PolicyEngine(quantized, threads=settings.threads, steps=settings.steps)
+        specification = engine.specification(LAYOUTS[settings.layout])
+        if settings.limits == "none":
+            limits = ActionLimits.unlimited(specification.action_dim)
+        elif settings.limits is None:
+            limits = engine.limits(settings.limit_margin)
+        else:
+            limits = read_limits(Path(settings.limits), specification.action_dim)
+        deadline_ms = settings.deadline_ms
+        core = Core(
+            engine,
+            specification,
+            limits,
+            artifact=quantized.content_hash or "",
+            generator=np.random.default_rng(settings.seed),
+            rules=Rules(
+                settings.batch,
+                settings.waiting or settings.batch,
+                None if deadline_ms is None else deadline_ms / 1e3,
+            ),
+            log=log,
+        )
+        front = _front(core, settings, token)
+        log("loaded", artifact=core.artifact, kernel=quantized.kernel)
+        slowest_s = core.warm_up(engine.warm_up_observation())
+        log("warm", batch_ms=1e3 * slowest_s, deadline_ms=1e3 * core.deadline_s)
+        core.start()
+        return cls(core, front, settings.host, settings.protocol)
+
+    def ready(self, port: int) -> None:
+        """Say where it listens."""
+        self.core.log("ready", host=self._host, port=port, protocol=self._protocol)
+
+    def totals(self) -> dict[str, Any]:
+        """What happened, in numbers (docs/json.md)."""
+        metrics = self.core.metrics
+        return {
+            "artifact": self.core.artifact,
+            "requests": metrics.totals("requests_total"),
+            "action_violations": metrics.totals("action_violations_total"),
+            "connections": metrics.totals("connections_total"),
+            "batches": metrics.totals("batches_total"),
+        }
+
+
+def _front(core: Core, settings: Settings, token: bytes | None) -> Front:
+    """Each protocol needs its own library, and only that one."""
+    port = _PORTS[settings.protocol] if settings.port is None else settings.port
+    if settings.protocol == "gr00t":
+        from omega_qvla.serving.gr00t import Gr00tFront
+
+        return Gr00tFront(core, settings.host, port, drain_s=settings.drain_s)
+    from omega_qvla.serving.websocket import Listening, WebsocketFront
+
+    tls = None
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        tls = tls_context(settings.tls_certificate, settings.tls_key)
+    if token is not None and tls is None:
+        core.log("warning", message="the token travels unencrypted; give a TLS certificate")
+    listening = Listening(settings.host, port, token, tls, drain_s=settings.drain_s)
+    return WebsocketFront(core, listening)
+
+
+def run_until_signal(service: Service) -> bool:
+    """Serve until SIGTERM or SIGINT; whether everything on its way was finished.
+
+    Raises:
+        OSError: the address cannot be used.
+    """
+    return asyncio.run(_run(service))
+
+
+async def _run(service: Service) -> bool:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return await service.front.serve(stop, service.ready)

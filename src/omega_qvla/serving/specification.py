@@ -1,0 +1,297 @@
+"""What a request must hold, by the policy's own description, and how robots name it.
+
+Everything a client sends is compared with what the policy needs before any of it reaches the
+policy: cameras by name, images by dtype and size, the state by its width, the instruction by its
+length.  Whatever is not known is refused, so that a misspelt key is an error and not a default.
+
+Robots of different laboratories name the same things differently.  A *layout* says how:
+
+| layout | images | state |
+|---|---|---|
+| ``native`` | ``images``: {camera: image}, ``image_masks`` | ``state`` |
+| ``libero`` | ``observation/image``, ``observation/wrist_image`` | ``observation/state`` |
+| ``droid`` | ``observation/exterior_image_1_left``, ``observation/wrist_image_left`` |
+  ``observation/joint_position``, ``observation/gripper_position`` |
+
+The last two are openpi's (``policies/libero_policy.py``, ``policies/droid_policy.py``).  Beside the
+observation a request may carry ``request_id``, ``deadline_ms``, ``age_ms`` and ``noise``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from omega_qvla.errors import PolicyError, ServingError
+
+Array = npt.NDArray[Any]
+
+MAX_IMAGE_SIDE = 4096
+MAX_PROMPT_CHARACTERS = 2000
+MAX_REQUEST_ID_CHARACTERS = 64
+_PROMPT = "prompt"
+_CONTROL = ("request_id", "deadline_ms", "age_ms", "noise")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a robot names what a policy needs.
+
+    Attributes:
+        images: key of the message → camera of the policy; empty for ``native``.
+        state: keys whose values, one after the other, are the state.
+    """
+
+    images: Mapping[str, str]
+    state: tuple[str, ...]
+
+
+NATIVE = Layout({}, ("state",))
+LAYOUTS: dict[str, Layout] = {
+    "native": NATIVE,
+    "libero": Layout(
+        {"observation/image": "base_0_rgb", "observation/wrist_image": "left_wrist_0_rgb"},
+        ("observation/state",),
+    ),
+    "droid": Layout(
+        {
+            "observation/exterior_image_1_left": "base_0_rgb",
+            "observation/wrist_image_left": "left_wrist_0_rgb",
+        },
+        ("observation/joint_position", "observation/gripper_position"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What a policy needs and gives.
+
+    Attributes:
+        cameras: names, in the policy's order.
+        state_dim: numbers of the state.
+        horizon: actions in a chunk.
+        action_dim: numbers of an action, in the robot's units.
+        noise_shape: (horizon, width) of the noise sampling starts from.
+        state_parts, action_parts: named pieces and their widths, one after the other.
+        layout: how the robot names things.
+    """
+
+    cameras: tuple[str, ...]
+    state_dim: int
+    horizon: int
+    action_dim: int
+    noise_shape: tuple[int, int]
+    state_parts: tuple[tuple[str, int], ...] = ()
+    action_parts: tuple[tuple[str, int], ...] = ()
+    layout: Layout = NATIVE
+
+    def __post_init__(self) -> None:
+        """The layout must be one for this policy.
+
+        Raises:
+            PolicyError: it names other cameras.
+        """
+        named = set(self.layout.images.values())
+        if named and named != set(self.cameras):
+            raise PolicyError(
+                f"this layout has the cameras {sorted(named)}, the policy {sorted(self.cameras)}; "
+                "choose another with --layout"
+            )
+
+    def dump(self) -> dict[str, Any]:
+        """For the metadata that a client gets first."""
+        return {
+            "cameras": list(self.cameras),
+            "state_dim": self.state_dim,
+            "horizon": self.horizon,
+            "action_dim": self.action_dim,
+            "noise_shape": list(self.noise_shape),
+            "image_keys": dict(self.layout.images) or None,
+            "state_keys": list(self.layout.state),
+        }
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request for actions, checked.
+
+    Attributes:
+        observation: as policies take it: ``images``, ``image_masks``, ``state``, ``prompt``.
+        request_id: the client's own name for it, or None.
+        deadline_s: how old the observation may be when the actions leave; None: the server's.
+        age_s: how old it was already when it was sent.
+        noise: what sampling starts from, or None.
+    """
+
+    observation: Mapping[str, Any]
+    request_id: str | int | None = None
+    deadline_s: float | None = None
+    age_s: float = 0.0
+    noise: Array | None = field(default=None, repr=False)
+
+
+def parse_request(message: Mapping[str, Any], specification: Specification) -> Request:
+    """A request out of a decoded message.
+
+    Raises:
+        ServingError: ``bad_request``; says which key is wrong, what was expected and found.
+    """
+    layout = specification.layout
+    images = tuple(layout.images) or ("images", "image_masks")
+    known = {*images, *layout.state, _PROMPT, *_CONTROL}
+    unknown = [key for key in message if key not in known]
+    if unknown:
+        raise _bad(f"unknown keys {_listed(unknown)}; known are {_listed(sorted(known))}")
+    if layout.images:
+        named = {camera: message.get(key) for key, camera in layout.images.items()}
+        pictures: Any = {camera: image for camera, image in named.items() if image is not None}
+    else:
+        pictures = message.get("images")
+    masks = _masks(message.get("image_masks", {}), specification)
+    observation = {
+        "images": _images(pictures, masks, specification),
+        "image_masks": masks,
+        "state": _state([message.get(key) for key in layout.state], specification),
+        "prompt": _prompt(message.get(_PROMPT)),
+    }
+    deadline = message.get("deadline_ms")
+    return Request(
+        observation,
+        _request_id(message.get("request_id")),
+        None if deadline is None else _milliseconds("deadline_ms", deadline),
+        _milliseconds("age_ms", message.get("age_ms", 0.0)),
+        _noise(message.get("noise"), specification),
+    )
+
+
+def _masks(value: Any, specification: Specification) -> dict[str, bool]:
+    masks = cast(dict[Any, Any], value) if isinstance(value, dict) else None
+    if masks is None or not all(isinstance(on, bool | np.bool_) for on in masks.values()):
+        raise _bad("'image_masks' must map camera names to true or false")
+    unknown = [name for name in masks if name not in specification.cameras]
+    if unknown:
+        raise _bad(
+            f"'image_masks' has unknown cameras {_listed(unknown)}; the policy has "
+            f"{_listed(specification.cameras)}"
+        )
+    return {str(name): bool(on) for name, on in masks.items()}
+
+
+def _images(value: Any, masks: Mapping[str, bool], specification: Specification) -> dict[str, Any]:
+    wanted = [name for name in specification.cameras if masks.get(name, True)]
+    if not isinstance(value, dict):
+        raise _bad(f"'images' must map the cameras {_listed(wanted)} to images")
+    images = cast(dict[Any, Any], value)
+    missing = [name for name in wanted if name not in images]
+    extra = [name for name in images if name not in specification.cameras]
+    if missing or extra or not wanted:
+        raise _bad(
+            f"wrong cameras: missing {_listed(missing)}, unknown {_listed(extra)}; the policy has "
+            f"{_listed(specification.cameras)}"
+        )
+    return {name: _image(name, images[name]) for name in wanted}
+
+
+def _image(name: str, value: Any) -> Array:
+    if not isinstance(value, np.ndarray):
+        raise _bad(f"image {name!r} must be an array, found {type(value).__name__}")
+    image = cast(Array, value)
+    right = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
+    if not right or not all(1 <= side <= MAX_IMAGE_SIDE for side in image.shape[:2]):
+        raise _bad(
+            f"image {name!r} must be uint8 [height, width, 3] with sides of 1 to {MAX_IMAGE_SIDE}; "
+            f"found {image.dtype} {list(image.shape)}"
+        )
+    return image.copy()  # PyTorch wants memory of its own, which the message's is not
+
+
+def _state(values: Sequence[Any], specification: Specification) -> Array:
+    keys = specification.layout.state
+    pieces = [_numbers(f"'{key}'", value) for key, value in zip(keys, values, strict=True)]
+    state = np.concatenate([np.atleast_1d(piece) for piece in pieces])
+    if state.shape != (specification.state_dim,):
+        raise _bad(
+            f"{_listed(keys)} must hold {specification.state_dim} numbers, found {state.size}"
+        )
+    return state
+
+
+def _numbers(where: str, value: Any) -> Array:
+    """A number or a vector of finite numbers, float32."""
+    if value is None:
+        raise _bad(f"{where} is missing")
+    plain = isinstance(value, list) and all(
+        type(item) in (int, float) for item in cast(list[Any], value)
+    )
+    if not plain and not isinstance(value, np.ndarray | np.generic | float | int):
+        raise _bad(f"{where} must be numbers, found {type(value).__name__}")
+    with np.errstate(over="ignore"):  # what becomes infinite is found below
+        numbers = np.asarray(value, dtype=np.float32)
+    if numbers.ndim > 1:
+        raise _bad(f"{where} must be a vector, found shape {list(numbers.shape)}")
+    if not np.isfinite(numbers).all():
+        places = np.flatnonzero(~np.isfinite(np.atleast_1d(numbers)))[:8].tolist()
+        raise _bad(f"{where} has NaN or Inf at {places}")
+    return numbers
+
+
+def _prompt(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise _bad("'prompt' must be a sentence")
+    if len(value) > MAX_PROMPT_CHARACTERS:
+        raise _bad(
+            f"'prompt' has {len(value)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted"
+        )
+    return value
+
+
+def _request_id(value: Any) -> str | int | None:
+    value = _plain(value)
+    if value is None or type(value) is int:
+        return value
+    if isinstance(value, str) and len(value) <= MAX_REQUEST_ID_CHARACTERS:
+        return value
+    raise _bad(
+        f"'request_id' must be an integer or a text of at most {MAX_REQUEST_ID_CHARACTERS} "
+        "characters"
+    )
+
+
+def _milliseconds(key: str, value: Any) -> float:
+    """Seconds."""
+    value = _plain(value)
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0.0:
+        raise _bad(f"'{key}' must be a number of milliseconds, 0 or more")
+    return min(float(value), 1e9) / 1e3
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _noise(value: Any, specification: Specification) -> Array | None:
+    if value is None:
+        return None
+    shape = specification.noise_shape
+    if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype != np.float32:
+        raise _bad(f"'noise' must be float32 {list(shape)}")
+    noise = cast(Array, value)
+    if not np.isfinite(noise).all():
+        raise _bad("'noise' has NaN or Inf")
+    return noise.copy()
+
+
+def _bad(message: str) -> ServingError:
+    return ServingError("bad_request", message)
+
+
+def _listed(names: Sequence[Any]) -> str:
+    """Names in an error message: at most eight, each short, printable whatever they hold."""
+    shown = [text if len(text := ascii(name)) <= 60 else f"{text[:57]}..." for name in names[:8]]
+    return f"[{', '.join(shown)}{', ...' if len(names) > 8 else ''}]"
