@@ -25,7 +25,8 @@ class ReportError(OmegaError):
 class Result:
     """One row of a saved comparison; None where nothing was measured.
 
-    ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``.
+    ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``;
+    ``source`` is the file's name where several are read; ``unfinished`` rows come from a journal.
     """
 
     policy: str
@@ -44,6 +45,13 @@ class Result:
     smoke: bool = False
     scope: str | None = None
     paired: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    source: str = ""
+    unfinished: bool = False
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What two rows must share to be about the same thing."""
+        return self.policy, self.recipe, self.condition, self.scope or "all"
 
     @property
     def episodes(self) -> int:
@@ -79,7 +87,16 @@ def load_results(path: str | Path) -> list[Result]:
     rows = cast(list[Any], document["rows"])
     if not rows:
         raise ReportError(f"{source} holds no rows")
-    return [_result(row, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
+    return parse_results(rows, str(source))
+
+
+def parse_results(rows: Any, where: str) -> list[Result]:
+    """Rows of a comparison or an evaluation, as they stand in a document.
+
+    Raises:
+        ReportError: a row lacks a key or has a value of the wrong kind; names it.
+    """
+    return [_result(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _result(row: Any, where: str) -> Result:
