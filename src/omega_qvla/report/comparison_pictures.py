@@ -168,7 +168,7 @@ def _error(
             _remark(axes, "full precision", (full, 0), ("data", "axes fraction"), (-11, 4), 90)
         axes.set_xlim(0, 1.12 * max([size for _, size in placed] + [full or 0.0]))
         axes.set_ylim(place.low, place.high)
-        plain_log_ticks(axes.yaxis)
+        plain_log_ticks(axes.yaxis, (place.low, place.high))
         axes.grid(color=GRID, linewidth=0.8, zorder=-1)
         axes.set_xlabel("whole checkpoint, MB")
         axes.set_ylabel("action error, log scale")

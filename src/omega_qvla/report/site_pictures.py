@@ -52,7 +52,7 @@ def error_map(found: Diagnostics, number: int, span: tuple[float, float]) -> Pic
 
     def draw(figure: Any) -> None:
         halves = figure.subfigures(2, 1)
-        image = None
+        image: Any = None
         for half, heading, pick in (
             (halves[0], "added by the site itself", lambda site: site.worst_local),
             (halves[1], "arrived there, with all before it", lambda site: site.worst),
@@ -65,7 +65,7 @@ def error_map(found: Diagnostics, number: int, span: tuple[float, float]) -> Pic
                 panel.set_title(title, fontsize=8, fontweight="normal")
             bar = half.colorbar(image, ax=list(panels), pad=0.02, aspect=14)
             bar.outline.set_visible(False)
-            plain_log_ticks(bar.ax.yaxis)
+            plain_log_ticks(bar.ax.yaxis, image.get_clim())
             bar.ax.tick_params(labelsize=7)
 
     worst = max(found.sites, key=lambda site: site.worst_local or 0.0)
@@ -196,7 +196,7 @@ def range_picture(found: Diagnostics, number: int) -> Picture | None:
     def draw(figure: Any) -> None:
         panels = figure.subplots(rows, 2, sharex=True, squeeze=False).flatten()
         for panel, kind in zip(panels, shown, strict=False):
-            mine = [site for site in head if site_place(site.name)[2] == kind]
+            mine = _of_kind(head, kind)
             times = mine[0].times or []
             _band(panel, times, [site.absmax for site in mine], BEFORE, "largest, before")
             _band(panel, times, [s.transformed_absmax for s in mine], AFTER, "largest, after")
@@ -204,8 +204,11 @@ def range_picture(found: Diagnostics, number: int) -> Picture | None:
             limits = [site.limit for site in mine if site.limit is not None]
             if limits:
                 _middle(panel, times, limits, INK, "--", "largest integer")
-            panel.set_yscale("log")
-            plain_log_ticks(panel.yaxis)
+            if any(value > 0 for site in mine for value in site.absmax):
+                panel.set_yscale("log")
+                plain_log_ticks(panel.yaxis, panel.get_ylim())
+            else:
+                panel.annotate("zeros alone", (0.5, 0.5), xycoords="axes fraction", ha="center")
             panel.set_title(kind, fontsize=8.5)
             panel.set_xlim(max(times), min(times))
             panel.grid(color=GRID, linewidth=0.8)
@@ -216,7 +219,7 @@ def range_picture(found: Diagnostics, number: int) -> Picture | None:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
 
-    layers = max(sum(site_place(site.name)[2] == kind for site in head) for kind in shown)
+    layers = max(len(_of_kind(head, kind)) for kind in shown)
     drift = [max(site.absmax) / min(site.absmax) for site in head if min(site.absmax) > 0]
     most = f" The largest input changes by up to {max(drift):.1f}× over the steps." if drift else ""
     left = len(kinds) - len(shown)
@@ -235,6 +238,12 @@ def range_picture(found: Diagnostics, number: int) -> Picture | None:
         caption=f"{quantity(layers, 'layer')} per panel.{most}{meaning}{rest}",
         table=_range_table(head),
     )
+
+
+def _of_kind(head: Sequence[Site], kind: str) -> list[Site]:
+    """Sites of one kind that were seen at the same flow times as the first of them."""
+    mine = [site for site in head if site_place(site.name)[2] == kind]
+    return [site for site in mine if site.times == mine[0].times]
 
 
 def _band(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from omega_qvla.report.journals import is_journal, read_journal
 from omega_qvla.report.results import SCHEMA, ReportError, Result, parse_results
@@ -55,6 +55,15 @@ class Site(_Part):
     transformed_absmax: list[Size]
     transformed_rms: list[Size]
     limit: list[Size] | None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Site:
+        lists = (self.error, self.local_error, self.absmax, self.rms)
+        lists = (*lists, self.transformed_absmax, self.transformed_rms)
+        given = [values for values in (*lists, self.limit, self.times) if values is not None]
+        if not self.error or len({len(values) for values in given}) > 1:
+            raise ValueError(f"{self.name}: one value per denoising step is wanted everywhere")
+        return self
 
     @property
     def worst(self) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import re
 from typing import Any
 
@@ -88,10 +89,12 @@ def new_figure(height: float) -> Any:
     return figure_module.Figure(figsize=(WIDTH_IN, height), layout="constrained")
 
 
-def plain_log_ticks(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers (0.01, 0.1, 1), decades and their 1-2-5 steps."""
+def plain_log_ticks(axis: Any, limits: tuple[float, float]) -> None:
+    """Label a logarithmic axis with plain numbers: decades, and steps between where it is short."""
     ticker = part_of_matplotlib("ticker")
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    decades = math.log10(max(limits) / min(limits))
+    steps = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(ticker.LogLocator(subs=steps, numticks=8))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(ticker.NullLocator())
 
