@@ -241,6 +241,20 @@ def test_full_precision_is_shown_once_however_often_it_was_run(put, diagnostics,
     assert alt.count("3 mm from full precision on average") == 2
 
 
+def test_many_rows_make_longer_figures_not_fuller_ones(row, save, report):
+    conditions = ("plain", "stress:10", "stress:30", "stress:100")
+    recipes = ["fp32", *(f"recipe-{n}" for n in range(14))]
+    rows = [
+        row(recipe, condition, policy=policy, action_error=0.001 * (1 + number))
+        for policy in ("one", "two")
+        for condition in conditions
+        for number, recipe in enumerate(recipes)
+    ]
+    summary, _ = report(save(*rows))
+    assert len(summary["figures"]) == 2 + 2 * len(conditions)
+    assert summary["bytes"] < 1_500_000
+
+
 def test_a_deep_network_still_fits(put, diagnostics, site, report):
     sites = [
         site(f"{block}.layers.{layer}.{kind}", component, steps=steps)

@@ -165,7 +165,7 @@ def _error(
             _remark(axes, f"noise floor {floor:.2g}", (0, floor), ("axes fraction", "data"), (3, 3))
         if full is not None:
             axes.axvline(full, color=GREY, linewidth=1, zorder=0)
-            _remark(axes, "full precision", (full, 0), ("data", "axes fraction"), (-11, 4), 90)
+            _remark(axes, "full precision", (full, 1), ("data", "axes fraction"), (-11, -66), 90)
         axes.set_xlim(0, 1.12 * max([size for _, size in placed] + [full or 0.0]))
         axes.set_ylim(place.low, place.high)
         plain_log_ticks(axes.yaxis, (place.low, place.high))

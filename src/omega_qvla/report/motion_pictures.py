@@ -97,6 +97,7 @@ def track_picture(scene: Scene, number: int) -> Picture:
         height.set_xlabel("control step", fontsize=8)
         for panel in (above, height):
             panel.grid(color=GRID, linewidth=0.8)
+            panel.set_axisbelow(True)
             panel.tick_params(labelsize=7)
             panel.locator_params(nbins=4)
 

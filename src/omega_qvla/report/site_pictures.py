@@ -212,6 +212,7 @@ def range_picture(found: Diagnostics, number: int) -> Picture | None:
             panel.set_title(kind, fontsize=8.5)
             panel.set_xlim(max(times), min(times))
             panel.grid(color=GRID, linewidth=0.8)
+            panel.set_axisbelow(True)
             panel.tick_params(labelsize=7)
         for panel in panels[len(shown) :]:
             panel.set_axis_off()
