@@ -250,8 +250,11 @@ def test_many_rows_make_longer_figures_not_fuller_ones(row, save, report):
         for condition in conditions
         for number, recipe in enumerate(recipes)
     ]
-    summary, _ = report(save(*rows))
+    summary, page = report(save(*rows))
     assert len(summary["figures"]) == 2 + 2 * len(conditions)
+    assert "recipe-0 on one: 90.0 % solved" in page.text
+    rivals = "Beside it, stress 30×: 13 recipes from recipe-1 0.003 to recipe-13 0.015"
+    assert f"{rivals}, none of them smaller." in page.text
     assert summary["bytes"] < 1_500_000
 
 

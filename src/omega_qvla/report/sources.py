@@ -230,9 +230,10 @@ class Sources:
 
     Attributes:
         files: (name, kind, SHA-256) of every file.
-        results: rows of comparisons and evaluations.
-        unfinished: how many of ``results`` come from journals.
+        results: rows of comparisons, evaluations and journals.
+        memories: (label, table).
         notes: what a reader has to know about the mixture.
+        versions: the library's version → files that it wrote, where they say so.
     """
 
     files: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
@@ -246,7 +247,7 @@ class Sources:
         default_factory=list[tuple[Sourced, list[KernelSpeed]]]
     )
     notes: list[str] = field(default_factory=list[str])
-    _versions: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    versions: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     @property
     def empty(self) -> bool:
@@ -358,7 +359,7 @@ def _dispatch(document: dict[str, Any], path: Path, sources: Sources) -> str:
         bench = _parse(_KernelBench, document, path)
         sources.kernel_speeds.append((_measured_on(path, bench), bench.summary))
     if isinstance(version := document.get("library"), str):
-        sources._versions.setdefault(version, []).append(path.name)
+        sources.versions.setdefault(version, []).append(path.name)
     return kind
 
 
@@ -439,6 +440,6 @@ def _separate_conflicts(sources: Sources) -> None:
 
 
 def _note_versions(sources: Sources) -> None:
-    if len(sources._versions) > 1:
-        parts = [f"{version}: {', '.join(names)}" for version, names in sources._versions.items()]
+    if len(sources.versions) > 1:
+        parts = [f"{version}: {', '.join(names)}" for version, names in sources.versions.items()]
         sources.notes.append(f"the files come from several versions ({'; '.join(parts)})")

@@ -25,6 +25,8 @@ from omega_qvla.report.words import (
 )
 
 SIGNIFICANT = 0.05
+_FEW = 3
+"""Rivals that are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def _reference(row: Result, results: Sequence[Result]) -> Result | None:
 
 def _headline(row: Result, results: Sequence[Result]) -> str:
     reference = _reference(row, results)
+    several = len({other.policy for other in results}) > 1
+    name = f"{row_name(row)} on {row.policy}" if several else row_name(row)
     if (
         row.success_mean is not None
         and reference is not None
@@ -106,12 +110,12 @@ def _headline(row: Result, results: Sequence[Result]) -> str:
             f"{share(row.success_mean)} solved, {share(reference.success_mean)} in full precision"
         )
         smaller = _smaller(row, reference)
-        return f"{row_name(row)}: {pair}" + (f", {smaller}" if smaller else "")
+        return f"{name}: {pair}" + (f", {smaller}" if smaller else "")
     if row.success_mean is not None:
-        return f"{row_name(row)}: {share(row.success_mean)} of episodes solved"
+        return f"{name}: {share(row.success_mean)} of episodes solved"
     if row.action_error is not None and row.noise_floor:
         return (
-            f"{row_name(row)}: action error {error_words(row.action_error)}, "
+            f"{name}: action error {error_words(row.action_error)}, "
             f"{_relation(row.action_error, row.noise_floor)}"
         )
     return f"{row_name(row)} on {row.policy}"
@@ -121,6 +125,8 @@ def _smaller(row: Result, reference: Result) -> str:
     if not row.checkpoint_bytes or not reference.checkpoint_bytes:
         return ""
     saved = 1 - row.checkpoint_bytes / reference.checkpoint_bytes
+    if abs(saved) < 0.005:
+        return "of the same size"
     return f"{100 * abs(saved):.0f}{NO_BREAK}% {'smaller' if saved >= 0 else 'larger'}"
 
 
@@ -207,7 +213,12 @@ def _rivals(row: Result, results: Sequence[Result]) -> list[str]:
         return []
     others.sort(key=lambda other: other.action_error or 0.0)
     told = [f"{row_name(other)} {error_words(other.action_error)}" for other in others]
-    return [f"Beside it, {condition_words(row.condition)}: {listing(told)}."]
+    where = f"Beside it, {condition_words(row.condition)}"
+    if len(told) <= _FEW:
+        return [f"{where}: {listing(told)}."]
+    better = sum((other.action_error or 0.0) < row.action_error for other in others)
+    rank = f"{better} of them smaller" if better else "none of them smaller"
+    return [f"{where}: {len(told)} recipes from {told[0]} to {told[-1]}, {rank}."]
 
 
 def _speed(sources: Sources) -> list[str]:

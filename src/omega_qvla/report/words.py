@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from omega_qvla.report.results import Result
 from omega_qvla.report.table import MISSING, human_bytes
@@ -105,8 +105,3 @@ def site_words(name: str, component: str) -> str:
 def quantity(count: int, one: str, many: str | None = None) -> str:
     """``1 episode``, ``4 episodes``."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-def first_of(values: Sequence[float | None]) -> float | None:
-    """The first value that was measured."""
-    return next((value for value in values if value is not None), None)
