@@ -29,6 +29,8 @@ from omega_qvla.report.words import (
 )
 
 _COLOURS = "viridis"
+_SMALLEST = 1e-9
+"""Errors below this have the colour of this one: it is rounding of float32."""
 _KINDS_SHOWN = 6
 """Kinds of site that get a panel of their own in the figure over denoising steps."""
 
@@ -93,7 +95,7 @@ def error_map(found: Diagnostics, number: int, span: tuple[float, float]) -> Pic
 
 
 def error_span(all_found: Sequence[Diagnostics]) -> tuple[float, float]:
-    """Smallest and largest error over several diagnostics."""
+    """Smallest and largest error over several diagnostics, the second at least twice the first."""
     values = [
         value
         for found in all_found
@@ -101,7 +103,8 @@ def error_span(all_found: Sequence[Diagnostics]) -> tuple[float, float]:
         for value in (site.worst, site.worst_local)
         if value
     ]
-    return (min(values), max(values)) if values else (1e-6, 1.0)
+    low = max(min(values, default=1e-6), _SMALLEST)
+    return low, max([*values, 2 * low])
 
 
 _Block = tuple[str, list[int], list[str], dict[tuple[int, str], Site]]
@@ -149,9 +152,8 @@ def _heat(
         value = pick(site)
         if value is not None:
             grid[layers.index(layer)][kinds.index(kind)] = max(value, span[0])
-    low, high = span if span[0] < span[1] else (span[0] / 2, span[1] * 2)
     image = panel.imshow(
-        grid, cmap=_COLOURS, norm=colors.LogNorm(low, high), aspect="auto", interpolation="none"
+        grid, cmap=_COLOURS, norm=colors.LogNorm(*span), aspect="auto", interpolation="none"
     )
     panel.set_xticks(range(len(kinds)), kinds if len(kinds) > 1 else [""], rotation=90)
     every = 1 if len(layers) <= 12 else 3
