@@ -216,3 +216,40 @@ def test_the_time_left_follows_the_work_and_forgets_what_was_found_done() -> Non
         now[0] += 60.0
         text = pace.text(0.5 + now[0] / 6000.0)
     assert text == "3 min elapsed, about 47 min left"  # a hundredth a minute
+
+
+def test_diagnose_and_report_go_hand_in_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, page = tmp_path / "diagnostics.json", tmp_path / "report.html"
+    looking = ("diagnose", POLICY, "--recipe", "rtn", "--episodes", "0", "--observations", "1")
+    assert run(*looking, "--out", str(found)) == 0
+    assert "action error" in capsys.readouterr().out
+    document = json.loads(found.read_text())
+    assert (document["schema"], document["kind"], document["recipe"]) == (1, "diagnostics", "rtn")
+    assert document["rollouts"] is None and document["memory"]["reduction"] > 0.5
+
+    summary = tmp_path / "summary.json"
+    assert run("report", str(found), "--out", str(page), "--json", str(summary)) == 0
+    assert "figures beside it" in capsys.readouterr().out
+    content = json.loads(summary.read_text())
+    assert content["bytes"] == page.stat().st_size
+    assert "Trajectories" in content["gaps"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("report",),
+        ("report", "absent.json"),
+        ("report", "pyproject.toml"),
+        ("diagnose", POLICY, "--observations", "0"),
+        ("diagnose", POLICY, "--recipe", "no-such-recipe"),
+    ],
+)
+def test_reports_of_nothing_are_usage_errors(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("omega-qvla: ") and "Traceback" not in message

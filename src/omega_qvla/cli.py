@@ -45,6 +45,7 @@ from omega_qvla.evaluation.comparison import (
     comparison_rows,
     discard_simulations,
 )
+from omega_qvla.evaluation.diagnostics import diagnose
 from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
 from omega_qvla.evaluation.kernel_speed import (
     SHAPES,
@@ -68,7 +69,7 @@ from omega_qvla.evaluation.llama_cpp import Ggml
 from omega_qvla.evaluation.placing import place
 from omega_qvla.evaluation.policy_speed import Subject, measure_policies
 from omega_qvla.evaluation.prepare import artifact_blueprint, full_blueprint
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators import METAWORLD, SimulatorPool
 from omega_qvla.evaluation.statistics import wilson_interval
 from omega_qvla.evaluation.sweep import (
     ClosedLoop,
@@ -78,6 +79,7 @@ from omega_qvla.evaluation.sweep import (
     run_sweep,
     write_json,
 )
+from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import (
@@ -90,6 +92,7 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint, work_shares
 from omega_qvla.recipe import Recipe, Scope
+from omega_qvla.report.document import write_report
 from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.report.table import Table as TextTable
@@ -98,6 +101,7 @@ from omega_qvla.report.table import (
     human_bytes,
     kernel_table,
     policy_table,
+    site_table,
     task_table,
 )
 from omega_qvla.runtime.engine import load
@@ -111,6 +115,8 @@ EVALUATION_SEED = 0
 
 LIBERO_PATIENCE_S = 1800.0
 """Building a LIBERO scene on a busy machine takes minutes."""
+FILM_SIZE = 112
+"""Width and height in pixels of a film's pictures; the policy's own are smaller."""
 
 _PLAIN_WIDTH = 160
 _WIDE_COLUMNS = ("vs full precision", "noise floor", "resident")
@@ -605,6 +611,103 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
 
 
 @dataclass(frozen=True)
+class Diagnose(_Simulation, _Calibrated, _Checkpoint, _Common):
+    """Look inside a quantized policy: every site's error and range, and the robot's path."""
+
+    policy: Positional[str] = tyro.MISSING
+    recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = "omega-w4a4"
+    scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
+    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none")] = 0.0
+    observations: Annotated[int, tyro.conf.arg(help="held-out observations to look at")] = 16
+    episodes: Annotated[int, tyro.conf.arg(help="per task and policy; 0: none")] = 1
+    tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
+    out: Annotated[Path, tyro.conf.arg(help="the JSON, an input of `report`")] = Path(
+        "out/diagnostics.json"
+    )
+
+    def run(self, screen: Screen) -> int:
+        if self.observations < 1 or self.episodes < 0:
+            raise ObservationError(
+                "give at least one of --observations, and no negative --episodes"
+            )
+        torch.set_num_threads(self.threads)
+        recipe = Recipe.load(self.recipe).scoped(self.scope)
+        policy = load_policy(self.policy, self.choices)
+        source = self.calibration or _default_calibration(self.policy)
+        calibration = _observations(source, policy, self)
+        held_out = _observations(source, policy, self, split="heldout")
+        full = stress_twin(policy, self.stress, probe=calibration[0])
+        with screen.bars() as bars:
+            quantized = quantize(
+                full,
+                calibration,
+                recipe,
+                progress=lambda done, total, _: bars(f"quantizing with {recipe.name}", done, total),
+            )
+            document = {
+                "schema": 1,
+                "kind": "diagnostics",
+                "library": version("omega-qvla"),
+                "policy": self.policy,
+                "recipe": recipe.name,
+                "recipe_hash": recipe.content_hash,
+                "scope": self.scope,
+                "condition": condition_name(self.stress),
+                "realizable": recipe.realizable,
+                **diagnose(
+                    full,
+                    quantized,
+                    held_out.spread(self.observations),
+                    progress=partial(bars, "looking into every site"),
+                ),
+                "memory": quantized.memory_report() if recipe.realizable else None,
+                "rollouts": self._rollouts(screen, {"fp32": full, recipe.name: quantized}, bars),
+            }
+        write_json(document, self.out)
+        _write(self.json, document)
+        screen.table(site_table(document))
+        screen.say(f"\ndiagnostics {self.out}; make them visible: omega-qvla report {self.out}")
+        return 0
+
+    def _rollouts(
+        self, screen: Screen, policies: Mapping[str, Any], bars: _Bars
+    ) -> dict[str, Any] | None:
+        """The episodes; without a simulator, say what to install and go on without."""
+        if self.episodes == 0:
+            return None
+        try:
+            return compare_tracks(
+                policies,
+                _split(self.tasks) or benchmark_tasks(self.policy),
+                range(self.seed, self.seed + self.episodes),
+                environment=METAWORLD,
+                replay_options={"image_size": FILM_SIZE},
+                progress=partial(bars, "episodes"),
+            )
+        except SimulatorUnavailable as error:
+            screen.say(f"no episodes: {error}")
+            return None
+
+
+@dataclass(frozen=True)
+class Report(_Common):
+    """One HTML file, and the figures as PNG, from saved JSON alone."""
+
+    runs: Positional[tuple[Path, ...]] = ()
+    out: Annotated[Path, tyro.conf.arg(help="the HTML file; figures go beside it")] = Path(
+        "report.html"
+    )
+
+    def run(self, screen: Screen) -> int:
+        summary = write_report(self.runs, self.out)
+        for note in summary["notes"]:
+            screen.say(f"note: {note}")
+        _write(self.json, summary)
+        screen.say(f"report {summary['report']} and {len(summary['figures'])} figures beside it")
+        return 0
+
+
+@dataclass(frozen=True)
 class Train(_Common):
     """Rebuild an embedded policy from scratch: demonstrations, training, admission."""
 
@@ -708,6 +811,8 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Train, tyro.conf.subcommand("train")]
 )

@@ -63,6 +63,11 @@ class FakeEnvironment:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class StatelessEnvironment(FakeEnvironment):
+    def observe(self):
+        return {**super().observe(), "state": np.zeros(2, dtype=np.float32)}
+
+
 def without_torch(task):
     assert "torch" not in sys.modules
     return FakeEnvironment(task)

@@ -28,7 +28,7 @@ def make_row(recipe, condition="plain", successes=90, **changes):
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def row():
     return make_row
 
@@ -53,3 +53,134 @@ def saved(row, save):
         row("fp32", "stress:30", successes=95, action_error=0.0),
         row("rtn", "stress:30", successes=0, action_error=0.8, realizable=False),
     )
+
+
+def make_site(name, component, steps=1, **changes):
+    """An invented site of invented diagnostics."""
+    per_step = component == "action_head"
+    times = [1 - i / steps for i in range(steps)]
+    return {
+        "name": name,
+        "component": component,
+        "per_step": per_step,
+        "in_features": 64,
+        "out_features": 64,
+        "times": times if per_step else None,
+        "error": [0.02] * steps,
+        "local_error": [0.01] * steps,
+        "absmax": [30.0 + i for i in range(steps)],
+        "rms": [1.0] * steps,
+        "transformed_absmax": [4.0] * steps,
+        "transformed_rms": [1.0] * steps,
+        "limit": [3.0] * steps if per_step else None,
+        **changes,
+    }
+
+
+ONE_PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYPgPAAEDAQAIicLsAAAAAElFTkSuQmCC"
+)
+
+
+def make_diagnostics(recipe="omega-w4a4", condition="plain", **changes):
+    """Invented diagnostics of a network of two blocks, with episodes and a film."""
+    positions = [[0.0, 0.5 + 0.01 * i, 0.2] for i in range(11)]
+    elsewhere = [[x + 0.003, y, z] for x, y, z in positions]
+    film = {"task": "reach", "seed": 0, "success": True, "frames": [{"step": 0, "png": ONE_PIXEL}]}
+    return {
+        "schema": 1,
+        "kind": "diagnostics",
+        "library": "0.1.0",
+        "policy": "invented",
+        "recipe": recipe,
+        "recipe_hash": "0" * 64,
+        "scope": "all",
+        "condition": condition,
+        "realizable": True,
+        "observations": 5,
+        "action_error": 0.004,
+        "noise_floor": 0.3,
+        "sites": [
+            make_site("language_model.layers.0.mlp.down_proj", "backbone"),
+            make_site("language_model.layers.1.self_attn.kv_proj", "backbone"),
+            make_site("gemma_expert.layers.0.mlp.down_proj", "action_head", steps=4),
+            make_site("gemma_expert.layers.1.mlp.down_proj", "action_head", steps=4),
+        ],
+        "profiles": [
+            {
+                "site": "gemma_expert.layers.0.mlp.down_proj",
+                "component": "action_head",
+                "channels": 64,
+                "transformed_channels": 64,
+                "before": [1.0] * 63 + [30.0],
+                "after": [2.0] * 64,
+            }
+        ],
+        "memory": {
+            "components": [
+                {
+                    "name": "backbone",
+                    "params": 1000,
+                    "bits": 4.5,
+                    "bytes": 562,
+                    "reference_bytes": 2000,
+                }
+            ],
+            "total_bytes": 562,
+            "reference_bytes": 2000,
+            "reduction": 0.719,
+            "paper_scope_reduction": 0.72,
+        },
+        "rollouts": {
+            "environment": "invented:Environment",
+            "execute": 5,
+            "episodes": [
+                {
+                    "recipe": name,
+                    "task": "reach",
+                    "seed": 0,
+                    "success": True,
+                    "steps": 10,
+                    "positions": path,
+                }
+                for name, path in (("fp32", positions), (recipe, elsewhere))
+            ],
+            "films": [{"recipe": "fp32", **film}, {"recipe": recipe, **film}],
+        },
+        **changes,
+    }
+
+
+def make_bench():
+    """An invented ``bench policy``."""
+    row = {"policy": "invented", "kernel": "torch", "vision_ms": 1.0, "prefix_ms": 2.0}
+    row |= {"denoise_ms": 3.0, "total_ms": 6.0}
+    rows = [{**row, "precision": "fp32"}, {**row, "precision": "w4a4", "total_ms": 2.0}]
+    return {"schema": 1, "machine": "invented", "threads": 1, "library": "0.1.0", "rows": rows}
+
+
+@pytest.fixture(scope="session")
+def diagnostics():
+    return make_diagnostics
+
+
+@pytest.fixture(scope="session")
+def site():
+    return make_site
+
+
+@pytest.fixture(scope="session")
+def bench():
+    return make_bench
+
+
+@pytest.fixture
+def put(tmp_path):
+    """Writes a document, or text as it is, and returns its path."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write

@@ -45,22 +45,31 @@ class SimulatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N], through integers and back."""
-        quantized = self._quantized
-        rows = transform_rows(x.to(torch.float32), quantized.transform)
-        scale = self._scale(rows)
-        rounded = round_activations(rows, scale, quantized.activations.bits) * scale
-        return F.linear(rounded, self._weight, quantized.bias).to(x.dtype)
+        rows = self.transform_input(x.to(torch.float32))
+        scale = self.input_scale(rows)
+        rounded = round_activations(rows, scale, self.activation_bits) * scale
+        return F.linear(rounded, self._weight, self._quantized.bias).to(x.dtype)
+
+    @property
+    def activation_bits(self) -> int:
+        """Width of the activation integers."""
+        return self._quantized.activations.bits
+
+    def transform_input(self, rows: Tensor) -> Tensor:
+        """Rows [..., K] float32 → [..., K'], as they are rounded."""
+        return transform_rows(rows, self._quantized.transform)
 
     def held_bytes(self) -> int:
         """Bytes of the dequantized weight and what goes with it."""
         transform = self._quantized.transform
         return self._weight.nbytes + (0 if transform is None else transform.matrix.nbytes)
 
-    def _scale(self, rows: Tensor) -> Tensor:
+    def input_scale(self, transformed: Tensor) -> Tensor:
+        """Activation scale of transformed rows: per token [..., 1], or static, [] or [K']."""
         quantized, time = self._quantized, self._clock.time
         times, scales = quantized.activation_times, quantized.activation_scale
         if scales is None or times is None:
-            return per_token_scale(rows, quantized.activations.bits)
+            return per_token_scale(transformed, quantized.activations.bits)
         if time not in self._scales:
             self._scales[time] = interpolate_scales(times, scales, time)
         return self._scales[time]

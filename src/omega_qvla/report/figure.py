@@ -9,28 +9,23 @@ colour-blind readers and in grey.
 from __future__ import annotations
 
 import importlib
-import os
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.report.results import ReportError, Result, load_results
-
-_CONDITION_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
-_MARKERS = ("o", "D", "s", "^")
-_BYTES_COLOURS = {"checkpoint": "#4D4D4D", "resident": "#B3B3B3"}
-_GREY = "#666666"
-_RC = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "ytick.major.size": 0,
-    "savefig.dpi": 150,
-}
+from omega_qvla.report.files import write_file
+from omega_qvla.report.results import Result, load_results
+from omega_qvla.report.style import (
+    BYTES_COLOURS,
+    CONDITION_COLOURS,
+    GREY,
+    GRID,
+    MARKERS,
+    RC,
+    matplotlib_modules,
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +46,8 @@ class _Layout:
         """Colour and marker of a condition."""
         index = self.conditions.index(condition)
         return {
-            "color": _CONDITION_COLOURS[index % len(_CONDITION_COLOURS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
+            "color": CONDITION_COLOURS[index % len(CONDITION_COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
         }
 
 
@@ -71,9 +66,9 @@ def comparison_figure(json_path: str | Path, png_path: str | Path) -> Path:
             be written.
     """
     results = load_results(json_path)
-    matplotlib, figure_module = _matplotlib()
+    matplotlib, figure_module = matplotlib_modules()
     layout = _arrange(results)
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         height = 1.75 + (0.34 + 0.2 * len(layout.conditions)) * len(layout.lines)
         figure = figure_module.Figure(figsize=(12, height), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True, width_ratios=(1.15, 1.15, 1))
@@ -83,16 +78,6 @@ def comparison_figure(json_path: str | Path, png_path: str | Path) -> Path:
         _finish(figure, panels, layout)
         _save(figure, Path(png_path))
     return Path(png_path)
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    """matplotlib and its figure module, which draws with Agg and needs no display."""
-    try:
-        return importlib.import_module("matplotlib"), importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ReportError(
-            f"figures need matplotlib: pip install 'omega-qvla[report]' ({error})"
-        ) from error
 
 
 def _arrange(results: Sequence[Result]) -> _Layout:
@@ -169,7 +154,7 @@ def _mark_floors(panel: Any, layout: _Layout) -> None:
         floor = max((row.noise_floor for row in rows if row.noise_floor), default=None)
         if floor is not None:
             panel.vlines(
-                floor, index - 0.5, index + 0.5, color=_GREY, linestyle="--", linewidth=1, zorder=0
+                floor, index - 0.5, index + 0.5, color=GREY, linestyle="--", linewidth=1, zorder=0
             )
         if floor is not None and floor != previous:
             panel.annotate(
@@ -179,7 +164,7 @@ def _mark_floors(panel: Any, layout: _Layout) -> None:
                 textcoords="offset points",
                 ha="right",
                 va="top",
-                color=_GREY,
+                color=GREY,
                 fontsize=8,
             )
         previous = floor
@@ -194,7 +179,7 @@ def _mark_references(panel: Any, layout: _Layout) -> None:
                 (0.02, layout.lines.index(line)),
                 xycoords=("axes fraction", "data"),
                 va="center",
-                color=_GREY,
+                color=GREY,
                 fontsize=9,
             )
 
@@ -209,7 +194,7 @@ def _draw_bytes(panel: Any, layout: _Layout) -> None:
                 size = max(sizes) / 1e6
                 largest = max(largest, size)
                 y = index + offset
-                panel.barh(y, size, height=0.3, color=_BYTES_COLOURS[kind], zorder=2)
+                panel.barh(y, size, height=0.3, color=BYTES_COLOURS[kind], zorder=2)
                 panel.annotate(
                     f"{size:.3g}",
                     (size, y),
@@ -231,7 +216,7 @@ def _label(panel: Any, text: str, x: float, y: float) -> None:
 
 
 def _say_nothing(panel: Any, text: str) -> None:
-    panel.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", color=_GREY)
+    panel.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", color=GREY)
     panel.set_xticks([])
 
 
@@ -240,7 +225,7 @@ def _finish(figure: Any, panels: Sequence[Any], layout: _Layout) -> None:
     first.set_yticks(range(len(layout.lines)), layout.lines)
     first.set_ylim(len(layout.lines) - 0.45, -0.6)
     for panel in panels:
-        panel.grid(axis="x", color="#E5E5E5", linewidth=0.8, zorder=-1)
+        panel.grid(axis="x", color=GRID, linewidth=0.8, zorder=-1)
         panel.set_axisbelow(True)
         for boundary in range(1, len(layout.lines)):
             panel.axhline(boundary - 0.5, color="#F0F0F0", linewidth=0.8, zorder=-1)
@@ -251,7 +236,7 @@ def _finish(figure: Any, panels: Sequence[Any], layout: _Layout) -> None:
         for condition in layout.conditions
     ]
     handles += [
-        patches.Patch(color=colour, label=f"{kind} size") for kind, colour in _BYTES_COLOURS.items()
+        patches.Patch(color=colour, label=f"{kind} size") for kind, colour in BYTES_COLOURS.items()
     ]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
     policies = dict.fromkeys(result.policy for result in layout.results.values())
@@ -259,13 +244,6 @@ def _finish(figure: Any, panels: Sequence[Any], layout: _Layout) -> None:
 
 
 def _save(figure: Any, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(temporary, format="png")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ReportError(f"cannot write {target}: {error}") from error
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    write_file(target, stream.getvalue())

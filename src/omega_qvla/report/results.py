@@ -7,6 +7,7 @@ years later; a value the evaluation did not measure is null there and a dash her
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,8 @@ class ReportError(OmegaError):
 class Result:
     """One row of a saved comparison; None where nothing was measured.
 
-    ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``.
+    ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``;
+    ``source`` is the file's name where several are read; ``unfinished`` rows come from a journal.
     """
 
     policy: str
@@ -44,6 +46,13 @@ class Result:
     smoke: bool = False
     scope: str | None = None
     paired: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    source: str = ""
+    unfinished: bool = False
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What two rows must share to be about the same thing."""
+        return self.policy, self.recipe, self.condition, self.scope or "all"
 
     @property
     def episodes(self) -> int:
@@ -79,7 +88,16 @@ def load_results(path: str | Path) -> list[Result]:
     rows = cast(list[Any], document["rows"])
     if not rows:
         raise ReportError(f"{source} holds no rows")
-    return [_result(row, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
+    return parse_results(rows, str(source))
+
+
+def parse_results(rows: Any, where: str) -> list[Result]:
+    """Rows of a comparison or an evaluation, as they stand in a document.
+
+    Raises:
+        ReportError: a row lacks a key or has a value of the wrong kind; names it.
+    """
+    return [_result(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _result(row: Any, where: str) -> Result:
@@ -93,9 +111,9 @@ def _result(row: Any, where: str) -> Result:
             recipe=str(given["recipe"]),
             condition=str(given["condition"]),
             realizable=bool(given["realizable"]),
-            success={task: (int(s), int(n)) for task, (s, n) in given["success"].items()},
+            success={str(task): _count(pair) for task, pair in given["success"].items()},
             success_mean=_number(given["success_mean"]),
-            ci95=None if interval is None else (float(interval[0]), float(interval[1])),
+            ci95=None if interval is None else _pair(interval),
             action_error=_number(given["action_error"]),
             noise_floor=_number(given["noise_floor"]),
             smoothness=_number(given["smoothness"]),
@@ -103,8 +121,8 @@ def _result(row: Any, where: str) -> Result:
             resident_bytes=_integer(given["resident_bytes"]),
             ms_per_chunk=_number(given["ms_per_chunk"]),
             smoke=bool(given.get("smoke", False)),
-            scope=given.get("scope"),
-            paired=given.get("paired_vs_reference") or {},
+            scope=None if given.get("scope") is None else str(given["scope"]),
+            paired=_paired(given.get("paired_vs_reference")),
         )
     except KeyError as error:
         raise ReportError(f"{where}: key {error} is missing") from error
@@ -112,9 +130,38 @@ def _result(row: Any, where: str) -> Result:
         raise ReportError(f"{where}: a value has the wrong kind: {error}") from error
 
 
+def _paired(value: Any) -> Mapping[str, Any]:
+    """The comparison on the same seeds; empty where there is none."""
+    if value is None:
+        return {}
+    return {
+        **value,
+        "difference": float(value["difference"]),
+        "ci95": _pair(value["ci95"]),
+        "mcnemar_p": float(value["mcnemar_p"]),
+    }
+
+
+def _count(pair: Any) -> tuple[int, int]:
+    successes, episodes = (int(number) for number in pair)
+    if not 0 <= successes <= episodes:
+        raise ValueError(f"{successes} successes of {episodes} episodes")
+    return successes, episodes
+
+
+def _pair(interval: Any) -> tuple[float, float]:
+    low, high = (float(end) for end in interval)
+    return low, high
+
+
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    """A measured quantity: none of those in a row can be negative."""
+    number = None if value is None else float(value)
+    if number is not None and not 0 <= number < math.inf:
+        raise ValueError(f"{value} is no measured quantity")
+    return number
 
 
 def _integer(value: Any) -> int | None:
-    return None if value is None else int(value)
+    number = _number(value)
+    return None if number is None else int(number)

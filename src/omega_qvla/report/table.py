@@ -31,7 +31,11 @@ def comparison_table(path: str | Path) -> Table:
     Raises:
         ReportError: the file cannot be read as a comparison.
     """
-    results = load_results(path)
+    return results_table(load_results(path))
+
+
+def results_table(results: Sequence[Result]) -> Table:
+    """The same of rows that have been read already."""
     names = _names(results)
     header = ("recipe", "condition", "success (95 %)", "vs full precision", "action error")
     header += ("noise floor", "jerk ratio", "checkpoint", "resident", "ms/chunk")
@@ -87,6 +91,7 @@ def _names(results: Sequence[Result]) -> list[str]:
         + result.recipe
         + ("" if result.scope in (None, "all") else f" ({result.scope})")
         + ("" if result.realizable else " *")
+        + (", unfinished" if result.unfinished else "")
         for result in results
     ]
 
@@ -216,3 +221,38 @@ def policy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{share:.0%}"
+
+
+def site_table(document: Mapping[str, Any]) -> Table:
+    """The sites of saved diagnostics by component: where the error is and what the ranges are."""
+    header = ("component", "sites", "worst site", "its error", "adds itself")
+    header += ("peak/rms before", "after the transform")
+    rows: list[tuple[str, ...]] = []
+    for component in dict.fromkeys(site["component"] for site in document["sites"]):
+        sites = [site for site in document["sites"] if site["component"] == component]
+        worst = max(sites, key=lambda site: _largest(site["local_error"]))
+        before = max(_peak(site["absmax"], site["rms"]) for site in sites)
+        after = max(_peak(site["transformed_absmax"], site["transformed_rms"]) for site in sites)
+        rows.append(
+            (
+                component,
+                str(len(sites)),
+                worst["name"],
+                _error(_largest(worst["error"])),
+                _error(_largest(worst["local_error"])),
+                f"{before:.1f}",
+                f"{after:.1f}",
+            )
+        )
+    action = f"action error {_error(document['action_error'])}"
+    floor = f"noise floor {_error(document['noise_floor'])}"
+    return Table(header, tuple(rows), (f"{action}, {floor}",))
+
+
+def _largest(values: Sequence[float | None]) -> float:
+    return max((value for value in values if value is not None), default=0.0)
+
+
+def _peak(largest: Sequence[float], rms: Sequence[float]) -> float:
+    pairs = zip(largest, rms, strict=True)
+    return max((peak / mean for peak, mean in pairs if mean > 0), default=0.0)

@@ -186,7 +186,7 @@ class QuantizedLinear(nn.Module):
         self.prepare()
         assert self._packed is not None
         if not self._fused():
-            rows = self._transformed(rows)
+            rows = self.transform_input(rows)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
         scale = None
@@ -202,14 +202,11 @@ class QuantizedLinear(nn.Module):
 
     def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [M, K] float32 → (int8 [M, K'], scale [M, 1] or scalar)."""
-        rows = self._transformed(rows)
+        rows = self.transform_input(rows)
         missing = self._padded_width() - rows.shape[-1]
         if missing:
             rows = torch.nn.functional.pad(rows, (0, missing))
-        if self.activation_scale is None:
-            scale = reference.row_scales(rows, self.activation_bits)
-        else:
-            scale = self._schedule.at(self._clock.time)
+        scale = self.input_scale(rows)
         return reference.quantize_rows(rows, scale, self.activation_bits), scale
 
     def integers(self) -> Tensor:
@@ -218,7 +215,13 @@ class QuantizedLinear(nn.Module):
         assert words is not None
         return words if words.dtype == torch.int8 else reference.unpack_words(words)
 
-    def _transformed(self, rows: Tensor) -> Tensor:
+    def input_scale(self, transformed: Tensor) -> Tensor:
+        """Activation scale of transformed rows [M, K']: static scalar, or per token [M, 1]."""
+        if self.activation_scale is None:
+            return reference.row_scales(transformed, self.activation_bits)
+        return self._schedule.at(self._clock.time)
+
+    def transform_input(self, rows: Tensor) -> Tensor:
         """Rows [M, K] permuted and transformed, [M, K']."""
         if self.permutation is not None:
             missing = self.permutation.shape[0] - rows.shape[-1]
