@@ -23,6 +23,7 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.outliers import inject_outliers
 from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, load
+from omega_qvla.runtime.memory import weight_storage
 
 STRESS_FRACTION = 0.03
 """Share of channels per producer that carry outliers (METHOD's published comparisons)."""
@@ -168,9 +169,20 @@ def _condition_rows(
                 realizable=recipe.realizable,
                 footprint=_footprint(folder if recipe.realizable else None),
                 extra={"scope": comparison.scope, "recipe_hash": recipe.content_hash},
+                derived=_storage(comparison.policy, recipe),
             )
         )
     return rows
+
+
+def _storage(policy: NativePolicy, recipe: Recipe) -> dict[str, Any]:
+    """What a row says of the bits a recipe stores and of what it leaves in 16."""
+    storage = weight_storage(policy, recipe)
+    return {
+        "bits_per_weight": storage.bits_per_weight,
+        "weights_16bit": storage.weights_16bit,
+        "left_in_16_bits": list(recipe.left_in_16_bits),
+    }
 
 
 def full_footprint(policy: Any, checkpoint_bytes: int | None) -> Footprint:

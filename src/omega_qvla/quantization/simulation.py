@@ -49,7 +49,10 @@ class SimulatedLinear(nn.Module):
         rows = transform_rows(x.to(torch.float32), quantized.transform)
         scale = self._scale(rows)
         rounded = round_activations(rows, scale, quantized.activations.bits) * scale
-        return F.linear(rounded, self._weight, quantized.bias).to(x.dtype)
+        y = F.linear(rounded, self._weight, quantized.bias)
+        if quantized.low_rank is not None:
+            y = y + quantized.low_rank.apply(x)
+        return y.to(x.dtype)
 
     def held_bytes(self) -> int:
         """Bytes of the dequantized weight and what goes with it."""
