@@ -18,6 +18,7 @@ import torch
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
+from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.sweep import Footprint, SweepRow
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.outliers import inject_outliers
@@ -46,7 +47,7 @@ class Comparison:
         policy: full precision.
         checkpoint_bytes: size of its checkpoint.
         calibration: observations for calibration.
-        recipes: names or files of recipes.
+        recipes: names or files of recipes; ``methods`` and ``ablations`` are all of their kind.
         magnitudes: stress magnitudes; 0 is the policy as it is.
         scope: ``all`` is each recipe as written, ``paper`` backbone and action head only.
         artifacts: realizable recipes are saved here.
@@ -112,7 +113,8 @@ def comparison_rows(comparison: Comparison, progress: QuantizeProgress) -> list[
     Raises:
         RecipeError: a recipe is unknown or invalid; nothing has been run then.
     """
-    recipes = [Recipe.load(name).scoped(comparison.scope) for name in comparison.recipes]
+    names = expand_recipes(comparison.recipes)
+    recipes = [Recipe.load(name).scoped(comparison.scope) for name in names]
     return [
         row
         for magnitude in comparison.magnitudes

@@ -110,7 +110,8 @@ def greedy_rotation(rows: Tensor, steps: int = GREEDY_STEPS) -> Tensor:
 
     Returns:
         [B, B] float64, orthogonal: the product of the first turns after which the largest
-        magnitude of rows · product was lowest; the identity if no turn lowers it.
+        magnitude of rows · product was lowest (searched for in float32); the identity if no turn
+        lowers it.
 
     Raises:
         NonFiniteError: NaN or Inf in ``rows``.
@@ -121,15 +122,15 @@ def greedy_rotation(rows: Tensor, steps: int = GREEDY_STEPS) -> Tensor:
     require_finite(rows, "activations")
     size = rows.shape[1]
     flat = cosines(size).to(rows.device)
-    turned = rows.to(torch.float64)
+    turned, single = rows.to(torch.float32), flat.to(torch.float32)
     product = torch.eye(size, dtype=torch.float64, device=rows.device)
     best, lowest = product, float(turned.abs().max())
     for _ in range(steps):
         channel = int(turned.abs().amax(dim=0).argmax())
         order = torch.arange(size, device=rows.device)
         order[0], order[channel] = channel, 0
-        turn = flat[order][:, order]
-        turned, product = turned @ turn, product @ turn
+        turned = turned @ single[order][:, order]
+        product = product @ flat[order][:, order]
         peak = float(turned.abs().max())
         if peak < lowest:
             best, lowest = product, peak

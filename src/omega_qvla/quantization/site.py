@@ -47,7 +47,7 @@ from omega_qvla.recipe import ActivationScheme, Scheme
 _SAME_TIME = 1e-6
 """Flow times closer than this are one time."""
 
-_ROWS = 1024
+_ROWS = 512
 """Sampled inputs that a transform looks at."""
 
 
