@@ -198,7 +198,9 @@ def _site_bytes(scheme: Scheme, in_features: int, outputs: int, *, biased: bool,
     size = _weight_bytes(scheme, in_features, outputs) + 16
     size += 2 * width * block if transformed else 0
     size += 4 * width if scheme.transform.permutation != "none" else 0
-    size += 8 * steps if scheme.activations.scale == "per_step" else 0
+    # Where calibration chooses, a static scale is assumed: a few bytes too many at most.
+    static = scheme.activations.scale in ("per_step", "per_step_or_token")
+    size += 8 * steps if static else 0
     return size + (4 * outputs if biased else 0)
 
 
