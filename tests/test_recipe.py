@@ -75,7 +75,7 @@ def test_hashes_of_before_still_hold(name: str, expected: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.content_hash == expected
     written = str(recipe.model_dump(mode="json"))
-    for field in ("magnitude", "low_rank", "layers", "match_attention"):
+    for field in ("magnitude", "low_rank", "layers", "match_attention", "clip"):
         assert f"'{field}'" not in written
 
 

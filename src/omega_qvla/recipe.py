@@ -157,13 +157,18 @@ class ActivationScheme(_Frozen):
             (simulation only).
         quantile: for ``per_channel_per_step``, the quantile of abs(x') that maps to the largest
             integer.
+        clip: for ``per_token``, the share of a token's largest magnitude that maps to the largest
+            integer; below 1 a few values are cut off and all others rounded more finely.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"clip"})
 
     bits: Literal[4, 8] = 4
     scale: Literal["per_token", "per_step", "per_step_or_token", "per_channel_per_step"] = (
         "per_token"
     )
     quantile: float = Field(default=0.999, gt=0.0, le=1.0)
+    clip: float = Field(default=1.0, gt=0.0, le=1.0)
 
     @property
     def realizable(self) -> bool:

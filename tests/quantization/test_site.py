@@ -146,6 +146,22 @@ def test_the_better_of_two_activation_scales_is_chosen(loud: bool, expected: str
     assert (site.activation_scale is None) is (expected == "per_token")
 
 
+def test_a_clipped_dynamic_scale_is_the_same_in_integers_and_in_simulation() -> None:
+    pair, clock, x = linears(bias=(True, True)), FlowClock(), inputs(seed=5)
+    found = {}
+    for clip in (1.0, 0.85):
+        content = {"transform": {"balance": 0.65}, "activations": {"clip": clip}}
+        site = quantize_site(ONCE, pair, Scheme.model_validate(content), measured())
+        integers = QuantizedLinear.from_site(site, clock)
+        found[clip] = integers(x)
+        assert error(found[clip], SimulatedLinear(site, clock)(x)) < 1e-4
+        _, scale = integers.quantize_input(x)
+        found[clip, "scale"] = scale
+    torch.testing.assert_close(found[0.85, "scale"], 0.85 * found[1.0, "scale"])
+    # Of 128 rotated channels the largest lies near 2.7 σ, where four bits would best end at 2.3 σ.
+    assert error(found[0.85], exact(pair, x)) < error(found[1.0], exact(pair, x))
+
+
 def test_static_scales_grow_with_the_activations_and_carry_their_times() -> None:
     site = quantize_site(STEPPED, linears(), scheme(part="action_head"), measured(STEPPED))
     assert site.activation_scale is not None and site.activation_times is not None

@@ -63,7 +63,7 @@ class SimulatedLinear(nn.Module):
         quantized, time = self._quantized, self._clock.time
         times, scales = quantized.activation_times, quantized.activation_scale
         if scales is None or times is None:
-            return per_token_scale(rows, quantized.activations.bits)
+            return per_token_scale(rows, quantized.activations.bits, quantized.activations.clip)
         if time not in self._scales:
             self._scales[time] = interpolate_scales(times, scales, time)
         return self._scales[time]

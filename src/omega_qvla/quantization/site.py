@@ -212,7 +212,7 @@ def _better_scale(
     for step in statistics.steps:
         rows = transform_rows(statistics.rows(step), transform)
         fixed = torch.tensor(static_scale_mse(rows, scheme.bits))
-        for scale in (fixed, per_token_scale(rows, scheme.bits)):
+        for scale in (fixed, per_token_scale(rows, scheme.bits, scheme.clip)):
             error = round_activations(rows, scale, scheme.bits) * scale - rows
             size = float((error @ dequantized.t()).square().sum(dtype=torch.float64))
             if scale.ndim:

@@ -434,6 +434,7 @@ def _load_linear(
         clock=policy.clock,
         low_rank_down=down,
         low_rank_up=up,
+        activation_clip=scheme.activations.clip,
         kernel=run.kernel,
         threads=run.threads,
     )

@@ -53,6 +53,7 @@ class QuantizedLinear(nn.Module):
         group: input channels per weight scale, or None.
         low_rank_down: bfloat16 [r, K] of a 16-bit branch on the untransformed input, or None.
         low_rank_up: bfloat16 [N, r], or None.
+        activation_clip: share of a token's largest magnitude that a dynamic scale reaches to.
         clock: tells the flow time when scales are per step.
         kernel: ``reference``, or the name of an instruction set (``cpu.instruction_sets()``); None
             takes the best there is.
@@ -80,12 +81,14 @@ class QuantizedLinear(nn.Module):
         clock: FlowClock,
         low_rank_down: Tensor | None = None,
         low_rank_up: Tensor | None = None,
+        activation_clip: float = 1.0,
         kernel: str | None = None,
         threads: int | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, sum(splits)
         self.splits, self.group, self.activation_bits = splits, group, activation_bits
+        self.activation_clip = activation_clip
         self.weight_packed: Tensor | None
         self.weight_scale: Tensor
         self.transform: Tensor | None
@@ -129,6 +132,7 @@ class QuantizedLinear(nn.Module):
             clock=clock,
             low_rank_down=None if branch is None else branch.down.to(torch.bfloat16),
             low_rank_up=None if branch is None else branch.up.to(torch.bfloat16),
+            activation_clip=quantized.activations.clip,
         )
 
     def _choose(self, kernel: str | None) -> str:
@@ -163,6 +167,7 @@ class QuantizedLinear(nn.Module):
             transform=self.transform if self._fused() else None,
             bias=self.bias,
             activation_bits=self.activation_bits,
+            activation_clip=self.activation_clip,
             path=self.kernel,
         )
         self.weight_packed = None
@@ -220,7 +225,7 @@ class QuantizedLinear(nn.Module):
         if missing:
             rows = torch.nn.functional.pad(rows, (0, missing))
         if self.activation_scale is None:
-            scale = reference.row_scales(rows, self.activation_bits)
+            scale = reference.row_scales(rows, self.activation_bits, self.activation_clip)
         else:
             scale = self._schedule.at(self._clock.time)
         return reference.quantize_rows(rows, scale, self.activation_bits), scale
