@@ -51,7 +51,7 @@ static void quantize_rows(const Problem& p, int64_t m0, int64_t m1, float* scrat
       if (p.static_scale) {
         scale = *p.static_scale;
       } else {
-        scale = Isa::abs_max(row, width) / static_cast<float>(p.high);
+        scale = Isa::abs_max(row, width) / static_cast<float>(p.high) * p.clip;
         if (!(scale > 0.0f)) scale = 1.0f;
       }
       p.row_scale[m] = scale;

@@ -55,10 +55,10 @@ PyObject* translate_exception() {
 }
 
 // linear(path, threads, x, ldx, transform, static_scale, weight, weight_scale, bias, out, ldo,
-//        M, N, K, padded, group, groups, bits)
+//        M, N, K, padded, group, groups, bits, clip)
 PyObject* linear(PyObject*, PyObject* const* a, Py_ssize_t count) {
-  if (count != 18) {
-    PyErr_SetString(PyExc_TypeError, "linear takes 18 arguments");
+  if (count != 19) {
+    PyErr_SetString(PyExc_TypeError, "linear takes 19 arguments");
     return nullptr;
   }
   const Path* path = path_of(a[0]);
@@ -82,9 +82,11 @@ PyObject* linear(PyObject*, PyObject* const* a, Py_ssize_t count) {
   p.group = number(15);
   p.groups = number(16);
   const int64_t bits = number(17);
+  p.clip = static_cast<float>(PyFloat_AsDouble(a[18]));
   if (PyErr_Occurred()) return nullptr;
   if (threads < 1 || p.M < 0 || p.N < 0 || p.K < 1 || p.padded < p.K || p.padded % w4a4::kRowAlign ||
-      p.group < 4 || p.group % 4 || p.groups < 1 || p.groups * p.group > p.padded || (bits != 4 && bits != 8)) {
+      p.group < 4 || p.group % 4 || p.groups < 1 || p.groups * p.group > p.padded || (bits != 4 && bits != 8) ||
+      !(p.clip > 0.0f && p.clip <= 1.0f)) {
     PyErr_SetString(PyExc_ValueError, "sizes do not fit together");
     return nullptr;
   }

@@ -44,6 +44,7 @@ struct Problem {
   int64_t group;              // inputs per weight scale; `padded` for one scale per output
   int64_t groups;
   int32_t low, high;          // range of the activation integers
+  float clip = 1.0f;          // share of a row's largest magnitude that a dynamic scale reaches to
   // Workspace, filled by the first phase:
   int8_t* q;                  // [M, ldq]
   int64_t ldq;

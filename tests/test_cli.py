@@ -166,6 +166,8 @@ def test_compare_without_episodes_writes_rows_table_and_picture(
     assert [row["recipe"] for row in rows] == ["fp32", "rtn"]
     assert rows[1]["action_error"] > 0 and rows[1]["noise_floor"] > rows[1]["action_error"]
     assert rows[1]["checkpoint_bytes"] < rows[0]["checkpoint_bytes"]
+    assert 4 < rows[1]["bits_per_weight"] < 5 and rows[1]["weights_16bit"] == 0
+    assert rows[1]["left_in_16_bits"] == [] and "bits_per_weight" not in rows[0]
     assert (out / "comparison.png").stat().st_size > 10_000
     assert "rtn" in capsys.readouterr().out
 

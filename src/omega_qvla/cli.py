@@ -545,9 +545,9 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
     """Compare recipes on one policy, open loop and in the simulator, on the same seeds."""
 
     policy: Positional[str] = tyro.MISSING
-    recipes: Annotated[str, tyro.conf.arg(help="comma-separated names or YAML files")] = (
-        "rtn,omega-paper,omega-w4a4"
-    )
+    recipes: Annotated[
+        str, tyro.conf.arg(help="comma-separated names or YAML files; or: methods, ablations")
+    ] = "rtn,omega-paper,omega-w4a4"
     episodes: Annotated[int, tyro.conf.arg(help="per task; 0: open loop only")] = 20
     stress: Annotated[float, tyro.conf.arg(help="add a stress condition; 0 for none")] = 0.0
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"

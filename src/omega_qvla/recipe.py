@@ -16,14 +16,26 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from omega_qvla.errors import RecipeError
 
 Scope = Literal["all", "paper"]
+
+_COMPONENTS = ("vision", "projector", "backbone", "action_head")
+_METHODS, _ABLATIONS = "recipes", "recipes/ablations"
+"""Folders of the package that hold the built-in recipes."""
 
 
 class Site(Protocol):
@@ -35,33 +47,62 @@ class Site(Protocol):
     @property
     def per_step(self) -> bool: ...
 
+    @property
+    def attention(self) -> bool: ...
+
 
 class _Frozen(BaseModel):
+    """A strict value.
+
+    ``later`` names the fields that came after recipes had been hashed and stored.  At its default
+    such a field is not written, so that hashes, journals and artifacts made before it still hold.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content = handler(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                content.pop(name, None)
+        return content
 
 
 class TransformScheme(_Frozen):
     """The block transform T of a site's input space: x' = x T, W' = W T⁻ᵀ.
 
     Attributes:
-        rotation: none, Hadamard, right singular vectors (svd), or their product (svd_hadamard).
-        balance: exponent α of c_j = rms(x_j)^α / rms(W_:j)^(1-α) applied before rotating (METHOD:
+        rotation: none, Hadamard, right singular vectors (svd), or their product (svd_hadamard);
+            ``greedy`` flattens the largest channel of calibration again and again (DuQuant);
+            ``second_moment`` is the closed form that gives x' and W' one and the same flat second
+            moment (WUSH), no rotation in general.
+        balance: exponent α of c_j = size(x_j)^α / size(W_:j)^(1-α) applied before rotating (METHOD:
             x/c, W·c); None leaves channels as they are.
-        permutation: ``snake`` deals channels over blocks by energy before rotating.
+        permutation: ``snake`` deals channels over blocks by size before rotating.
+        magnitude: the size of a channel, in balancing and in the permutation: its root mean square,
+            or its largest absolute value as SmoothQuant and DuQuant have it.
         block: block size; sites whose width is not a multiple are padded with zeros.
         output_rotation: rotate the output in blocks and undo it after the product (simulation of
             the paper's action head).
     """
 
-    rotation: Literal["none", "hadamard", "svd", "svd_hadamard"] = "svd_hadamard"
+    later: ClassVar[frozenset[str]] = frozenset({"magnitude"})
+
+    rotation: Literal["none", "hadamard", "svd", "svd_hadamard", "greedy", "second_moment"] = (
+        "svd_hadamard"
+    )
     balance: float | None = Field(default=None, ge=0.0, le=1.0)
     permutation: Literal["none", "snake"] = "none"
     block: int = Field(default=64, ge=2)
     output_rotation: bool = False
+    magnitude: Literal["rms", "max"] = "rms"
 
     @model_validator(mode="after")
     def _hadamard_needs_a_power_of_two(self) -> TransformScheme:
-        rotated = "hadamard" in self.rotation or self.output_rotation
+        flat = self.rotation in ("hadamard", "svd_hadamard", "second_moment")
+        rotated = flat or self.output_rotation
         if rotated and self.block & (self.block - 1):
             raise ValueError(f"a Hadamard rotation needs a power of two as block, got {self.block}")
         return self
@@ -70,6 +111,15 @@ class TransformScheme(_Frozen):
     def identity(self) -> bool:
         """Whether inputs are used as they are."""
         return self.rotation == "none" and self.balance is None and self.permutation == "none"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the transform depends on calibration, or on the weight alone."""
+        return (
+            self.balance is not None
+            or self.permutation != "none"
+            or self.rotation in ("greedy", "second_moment")
+        )
 
 
 class WeightScheme(_Frozen):
@@ -81,13 +131,18 @@ class WeightScheme(_Frozen):
         scale: absolute maximum, or mean-squared-error search over clip ratios.
         group: input channels per scale; None is one scale per output channel.
         damping: GPTQ's Hessian damping as a fraction of the mean diagonal.
+        low_rank: rank of a 16-bit branch beside the integers that carries the largest singular
+            directions of the weight (SVDQuant); None for none.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"low_rank"})
 
     bits: Literal[4, 8] = 4
     rounding: Literal["nearest", "gptq"] = "gptq"
     scale: Literal["max", "mse"] = "mse"
     group: int | None = Field(default=None, ge=2)
     damping: float = Field(default=0.01, gt=0.0)
+    low_rank: int | None = Field(default=None, ge=1)
 
 
 class ActivationScheme(_Frozen):
@@ -97,15 +152,23 @@ class ActivationScheme(_Frozen):
         bits: integer width, symmetric.
         scale: ``per_token`` dynamic; ``per_step`` one static number per denoising step (sites
             outside the action head have a single step, and see ``Recipe.scheme_of``);
-            ``per_channel_per_step`` the paper's static scale on every input channel (simulation
-            only).
+            ``per_step_or_token`` whichever of the two gives a site the smaller output error in
+            calibration; ``per_channel_per_step`` the paper's static scale on every input channel
+            (simulation only).
         quantile: for ``per_channel_per_step``, the quantile of abs(x') that maps to the largest
             integer.
+        clip: for ``per_token``, the share of a token's largest magnitude that maps to the largest
+            integer; below 1 a few values are cut off and all others rounded more finely.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"clip"})
+
     bits: Literal[4, 8] = 4
-    scale: Literal["per_token", "per_step", "per_channel_per_step"] = "per_token"
+    scale: Literal["per_token", "per_step", "per_step_or_token", "per_channel_per_step"] = (
+        "per_token"
+    )
     quantile: float = Field(default=0.999, gt=0.0, le=1.0)
+    clip: float = Field(default=1.0, gt=0.0, le=1.0)
 
     @property
     def realizable(self) -> bool:
@@ -113,11 +176,18 @@ class ActivationScheme(_Frozen):
 
 
 class Scheme(_Frozen):
-    """Transform, weights and activations of one component."""
+    """Transform, weights and activations of one component.
+
+    Attributes:
+        layers: ``mlp`` leaves the component's attention projections in the checkpoint's precision.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"layers"})
 
     transform: TransformScheme = TransformScheme()
     weights: WeightScheme = WeightScheme()
     activations: ActivationScheme = ActivationScheme()
+    layers: Literal["all", "mlp"] = "all"
 
     @property
     def realizable(self) -> bool:
@@ -140,7 +210,12 @@ class Recipe(_Frozen):
         cascade: calibrate later sites with the earlier ones already quantized.
         observations: at most this many calibration observations are used.
         seed: seeds sampling noise and row sampling of calibration.
+        match_attention: scale queries and outputs of the action head's 16-bit attention so that its
+            logits and outputs are as large as in full precision (QuantVLA); needs
+            ``action_head.layers: mlp``.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"match_attention"})
 
     name: str
     description: str
@@ -154,21 +229,33 @@ class Recipe(_Frozen):
     cascade: bool = True
     observations: int = Field(default=64, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**62)
+    match_attention: bool = False
+
+    @model_validator(mode="after")
+    def _matched_attention_is_in_16_bits(self) -> Recipe:
+        if self.match_attention and (self.action_head is None or self.action_head.layers != "mlp"):
+            raise ValueError(
+                "match_attention scales attention projections that are left in 16 bits: give "
+                "action_head with layers: mlp"
+            )
+        return self
 
     def scheme(self, component: str) -> Scheme | None:
         """The scheme of a component by name."""
         return getattr(self, component)
 
     def scheme_of(self, site: Site) -> Scheme | None:
-        """The scheme of one site.
+        """The scheme of one site; None leaves it in the checkpoint's precision.
 
         A static scale per step spares a reduction in every step.  A site of the action head that
         runs once per observation has nothing to spare: its activations are scaled per token.
         """
         scheme = self.scheme(site.component)
+        if scheme is not None and scheme.layers == "mlp" and site.attention:
+            return None
         if scheme is None or site.component != "action_head" or site.per_step:
             return scheme
-        if scheme.activations.scale != "per_step":
+        if scheme.activations.scale not in ("per_step", "per_step_or_token"):
             return scheme
         per_token = scheme.activations.model_copy(update={"scale": "per_token"})
         return scheme.model_copy(update={"activations": per_token})
@@ -176,8 +263,23 @@ class Recipe(_Frozen):
     @property
     def realizable(self) -> bool:
         """Whether every quantized component can be stored and multiplied as integers."""
-        schemes = (self.vision, self.projector, self.backbone, self.action_head)
+        schemes = [self.scheme(component) for component in _COMPONENTS]
         return all(scheme.realizable for scheme in schemes if scheme is not None)
+
+    @property
+    def left_in_16_bits(self) -> tuple[str, ...]:
+        """What keeps the checkpoint's precision, or adds 16-bit weights, in the user's words."""
+        left: list[str] = []
+        for component in _COMPONENTS:
+            scheme, name = self.scheme(component), component.replace("_", " ")
+            if scheme is None:
+                left.append(name)
+            elif scheme.layers == "mlp":
+                left.append(f"attention of the {name}")
+            if scheme is not None and scheme.weights.low_rank is not None:
+                left.append(f"rank-{scheme.weights.low_rank} branch of the {name}")
+        left += ["adaptive norms"] if self.adaptive_norm == "keep" else []
+        return tuple(left + (["token embedding"] if self.embedding_bits == 16 else []))
 
     def scoped(self, scope: Scope) -> Recipe:
         """``paper`` keeps only backbone and action head; ``all`` is the recipe as written."""
@@ -207,15 +309,15 @@ class Recipe(_Frozen):
         """
         if isinstance(source, Recipe):
             return source
-        known = recipe_names()
-        if str(source) in known:
-            text = (files("omega_qvla") / "recipes" / f"{source}.yaml").read_text("utf-8")
-            return cls._parse(text, f"recipe {source!r}")
+        for folder in (_METHODS, _ABLATIONS):
+            if str(source) in _names(folder):
+                text = files("omega_qvla").joinpath(f"{folder}/{source}.yaml").read_text("utf-8")
+                return cls._parse(text, f"recipe {source!r}")
         path = Path(source)
         if path.suffix not in (".yaml", ".yml"):
             raise RecipeError(
-                f"unknown recipe {str(source)!r}; known recipes: {', '.join(known)}; "
-                "or give the path of a .yaml file"
+                f"unknown recipe {str(source)!r}; known recipes: {', '.join(recipe_names())}; "
+                f"ablations: {', '.join(ablation_names())}; or give the path of a .yaml file"
             )
         try:
             return cls._parse(path.read_text("utf-8"), str(path))
@@ -241,10 +343,18 @@ class Recipe(_Frozen):
 
 
 def recipe_names() -> list[str]:
-    """Names of the built-in recipes."""
-    folder = files("omega_qvla") / "recipes"
+    """Names of the built-in recipes: the methods."""
+    return _names(_METHODS)
+
+
+def ablation_names() -> list[str]:
+    """Names of the built-in variations of a method that show what each of its parts does."""
+    return _names(_ABLATIONS)
+
+
+def _names(folder: str) -> list[str]:
     return sorted(
         entry.name.removesuffix(".yaml")
-        for entry in folder.iterdir()
+        for entry in files("omega_qvla").joinpath(folder).iterdir()
         if entry.name.endswith(".yaml")
     )

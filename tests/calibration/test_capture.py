@@ -33,6 +33,7 @@ def test_the_streamed_second_moment_equals_the_batch_one(sizes: list[int], seed:
     assert torch.allclose(seen.second_moment, exact.T @ exact, rtol=1e-12, atol=1e-9)
     assert torch.allclose(seen.rms, exact.square().mean(0).sqrt().float(), rtol=1e-6)
     assert torch.equal(seen.rows(0), rows)
+    assert torch.equal(seen.maxima, rows.abs().amax(0))
 
 
 def test_the_row_sample_is_bounded_and_uniform_whatever_the_block_size() -> None:

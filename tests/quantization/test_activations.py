@@ -47,6 +47,7 @@ def test_per_token_rounding_is_within_half_a_step(seed: int, bits: int, exponent
     assert torch.equal(q.float(), round_activations(x, scale, bits))
     error = (dequantize_activation(q, scale) - x).abs()
     ordinary = scale != 1.0
+    assert torch.equal(per_token_scale(x, bits, 0.5)[ordinary], 0.5 * scale[ordinary])
     assert bool((error <= scale * 0.50001)[ordinary.expand_as(x)].all())
 
 

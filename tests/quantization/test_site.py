@@ -108,6 +108,60 @@ def test_the_method_beats_rounding_to_nearest_on_an_outlier_channel() -> None:
     assert ours < 0.5 * naive
 
 
+def test_a_low_rank_branch_is_added_in_integers_and_in_simulation() -> None:
+    """With all 32 directions in 16 bits nothing is left for the integers but bfloat16's rest."""
+    pair, clock, x = linears(bias=(True, True)), FlowClock(), inputs(seed=5)
+    errors = {}
+    for rank in (4, 32):
+        content = {"transform": {"balance": 0.5}, "weights": {"low_rank": rank}}
+        site = quantize_site(ONCE, pair, Scheme.model_validate(content), measured())
+        assert site.low_rank is not None and site.low_rank.down.shape == (rank, WIDTH)
+        integers = QuantizedLinear.from_site(site, clock)(x)
+        assert error(integers, SimulatedLinear(site, clock)(x)) < 1e-4
+        errors[rank] = error(integers, exact(pair, x))
+    assert errors[32] < 1e-4 < errors[4] < 0.05
+    without = quantize_site(
+        ONCE, pair, Scheme.model_validate({"transform": {"balance": 0.5}}), measured()
+    )
+    assert errors[4] < error(QuantizedLinear.from_site(without, clock)(x), exact(pair, x))
+
+
+@pytest.mark.parametrize(("loud", "expected"), [(False, "per_step"), (True, "per_token")])
+def test_the_better_of_two_activation_scales_is_chosen(loud: bool, expected: str) -> None:
+    """Alike tokens share a static scale well; where one in forty is 50 times larger, none fits."""
+    statistics, clock = (
+        SiteStatistics(STEPPED, WIDTH, torch.Generator().manual_seed(0)),
+        FlowClock(),
+    )
+    generator = torch.Generator().manual_seed(1)
+    for step, time in enumerate(TIMES):
+        rows = torch.randn(400, WIDTH, generator=generator)
+        if loud:
+            rows[::40] *= 50
+        with clock.step(step, time):
+            statistics.update(rows, clock, 0)
+    content = {"activations": {"scale": "per_step_or_token"}}
+    site = quantize_site(STEPPED, linears(), Scheme.model_validate(content), statistics)
+    assert site.activations.scale == expected
+    assert (site.activation_scale is None) is (expected == "per_token")
+
+
+def test_a_clipped_dynamic_scale_is_the_same_in_integers_and_in_simulation() -> None:
+    pair, clock, x = linears(bias=(True, True)), FlowClock(), inputs(seed=5)
+    found = {}
+    for clip in (1.0, 0.85):
+        content = {"transform": {"balance": 0.65}, "activations": {"clip": clip}}
+        site = quantize_site(ONCE, pair, Scheme.model_validate(content), measured())
+        integers = QuantizedLinear.from_site(site, clock)
+        found[clip] = integers(x)
+        assert error(found[clip], SimulatedLinear(site, clock)(x)) < 1e-4
+        _, scale = integers.quantize_input(x)
+        found[clip, "scale"] = scale
+    torch.testing.assert_close(found[0.85, "scale"], 0.85 * found[1.0, "scale"])
+    # Of 128 rotated channels the largest lies near 2.7 σ, where four bits would best end at 2.3 σ.
+    assert error(found[0.85], exact(pair, x)) < error(found[1.0], exact(pair, x))
+
+
 def test_static_scales_grow_with_the_activations_and_carry_their_times() -> None:
     site = quantize_site(STEPPED, linears(), scheme(part="action_head"), measured(STEPPED))
     assert site.activation_scale is not None and site.activation_times is not None

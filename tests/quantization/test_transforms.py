@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omega_qvla.errors import NonFiniteError
+from omega_qvla.quantization.rotations import hadamard, svd_basis
 from omega_qvla.quantization.transforms import (
     BlockTransform,
+    InputSummary,
     balance_factors,
     block_transform,
-    hadamard,
     output_rotation,
     pad_to_block,
+    smoothing_factors,
     snake_permutation,
-    svd_basis,
 )
 from omega_qvla.recipe import TransformScheme
 
@@ -40,9 +41,13 @@ def rms(x: torch.Tensor) -> torch.Tensor:
     return x.square().mean(0).sqrt()
 
 
+def summary(x: torch.Tensor) -> InputSummary:
+    return InputSummary(rms(x), x.abs().amax(0), x.t() @ x, x)
+
+
 SCHEMES = [
     TransformScheme(rotation=rotation, balance=balance, permutation=permutation, block=block)
-    for rotation in ("none", "hadamard", "svd", "svd_hadamard")
+    for rotation in ("none", "hadamard", "svd", "svd_hadamard", "greedy")
     for balance in (None, 0.65)
     for permutation in ("none", "snake")
     for block in (16, 64)
@@ -77,7 +82,7 @@ def test_the_function_is_preserved(
 ) -> None:
     """Outliers up to x1000.  In float64 only the condition of T (about 1) times 1e-16 is lost."""
     x, weight = outlier_layer(seed, 9, outputs, width, 10.0**exponent)
-    transform = block_transform(weight, scheme, rms(x))
+    transform = block_transform(weight, scheme, summary(x))
     expected = x @ weight.t()
     got = transform.apply(x) @ transform.fold(weight).t()
     scale = expected.abs().max()
@@ -94,7 +99,7 @@ def test_the_function_is_preserved(
 def test_transform_is_a_rotation_up_to_its_row_scaling(magnitude: float) -> None:
     """Rounding to bfloat16 (relative 2^-9 per entry) is all that separates it from one."""
     x, weight = outlier_layer(3, 200, 80, 128, magnitude)
-    transform = block_transform(weight, TransformScheme(balance=0.65), rms(x))
+    transform = block_transform(weight, TransformScheme(balance=0.65), summary(x))
     rows = transform.matrix.double()
     rows = rows / rows.norm(dim=-1, keepdim=True)
     assert float(torch.linalg.cond(rows).max()) < 1.05
@@ -102,7 +107,7 @@ def test_transform_is_a_rotation_up_to_its_row_scaling(magnitude: float) -> None
 
 def test_matrix_survives_bfloat16_storage() -> None:
     x, weight = outlier_layer(0, 50, 40, 128, 100.0)
-    transform = block_transform(weight, TransformScheme(balance=0.5), rms(x))
+    transform = block_transform(weight, TransformScheme(balance=0.5), summary(x))
     assert torch.equal(transform.matrix, transform.matrix.to(torch.bfloat16).float())
 
 
@@ -110,7 +115,7 @@ def test_composite_rotation_equalises_weight_energy_in_each_block() -> None:
     """Exact in real numbers; 1 % is what bfloat16 leaves."""
     x, weight = outlier_layer(1, 100, 96, 128, 30.0)
     for balance in (None, 0.65):
-        transform = block_transform(weight, TransformScheme(balance=balance), rms(x))
+        transform = block_transform(weight, TransformScheme(balance=balance), summary(x))
         energy = transform.fold(weight).square().sum(0).reshape(-1, 64)
         spread = energy.amax(1) / energy.amin(1)
         assert float(spread.max()) < 1.02
@@ -121,7 +126,7 @@ def test_balancing_removes_what_rotation_leaves() -> None:
     x, weight = outlier_layer(2, 400, 96, 128, 300.0)
 
     def error(balance: float | None) -> float:
-        transform = block_transform(weight, TransformScheme(balance=balance), rms(x))
+        transform = block_transform(weight, TransformScheme(balance=balance), summary(x))
         y = transform.apply(x)
         scale = y.abs().amax(1, keepdim=True) / 7
         difference = ((y / scale).round() * scale - y) @ transform.fold(weight).t()
@@ -153,6 +158,53 @@ def test_balance_factors_follow_the_formula() -> None:
     expected = input_rms.double() ** 0.6 / rms(weight) ** 0.4
     expected = expected / expected.log().mean().exp()
     torch.testing.assert_close(balance_factors(input_rms, weight, 0.6), expected)
+
+
+def test_smoothing_factors_are_those_of_smoothquant() -> None:
+    """By hand, α = 0.5: √(4/1) = 2 and √(1/4) = 0.5, whose geometric mean is 1 already."""
+    weight = torch.tensor([[1.0, -4.0], [0.5, 2.0]])
+    factors = smoothing_factors(torch.tensor([4.0, 1.0]), weight, 0.5)
+    assert factors.tolist() == pytest.approx([2.0, 0.5])
+    assert smoothing_factors(torch.tensor([4.0, 1.0]), weight, 1.0).tolist() == pytest.approx(
+        [2.0, 0.5]
+    )
+    with pytest.raises(ValueError, match="input_maxima"):
+        smoothing_factors(torch.ones(3), weight, 0.5)
+
+
+def test_magnitude_decides_what_balance_and_permutation_go_by() -> None:
+    """Channel 0 is large always, channel 1 once: the mean square ranks them one way, the maximum
+    the other."""
+    x = torch.ones(100, 4)
+    x[:, 0], x[0, 1] = 3.0, 20.0
+    weight = torch.eye(4)
+    orders = {}
+    for magnitude in ("rms", "max"):
+        content = {"rotation": "none", "permutation": "snake", "block": 2, "magnitude": magnitude}
+        scheme = TransformScheme.model_validate(content)
+        found = block_transform(weight, scheme, summary(x))
+        assert found.permutation is not None
+        orders[magnitude] = found.permutation.tolist()
+    assert orders == {"rms": [0, 3, 1, 2], "max": [1, 3, 0, 2]}
+
+
+def test_the_greedy_transform_knows_nothing_of_padding() -> None:
+    x, weight = outlier_layer(11, 60, 20, 40, 30.0)
+    scheme = TransformScheme(rotation="greedy", block=16)
+    transform = block_transform(weight, scheme, summary(x))
+    assert float(transform.apply(x).abs().max()) < float(x.abs().max()) / 2
+
+
+def test_the_second_moment_transform_keeps_the_function_with_outliers_and_padding() -> None:
+    """It is no rotation: float64 loses the square root of its condition, float32 more."""
+    for magnitude in (1.0, 30.0, 1e3):
+        x, weight = outlier_layer(12, 300, 50, 90, magnitude)
+        for balance in (None, 0.5):
+            scheme = TransformScheme(rotation="second_moment", balance=balance, block=32)
+            transform = block_transform(weight, scheme, summary(x))
+            found = transform.apply(x) @ transform.fold(weight).t()
+            expected = x @ weight.t()
+            assert float((found - expected).abs().max() / expected.abs().max()) < 1e-9
 
 
 def test_all_dead_inputs_are_left_alone() -> None:
@@ -201,7 +253,7 @@ def test_svd_basis_of_degenerate_blocks_is_orthogonal(outputs: int) -> None:
 def test_second_moment_is_that_of_transformed_inputs() -> None:
     x, weight = outlier_layer(8, 300, 30, 100, 30.0)
     scheme = TransformScheme(balance=0.65, permutation="snake", block=32)
-    transform = block_transform(weight, scheme, rms(x))
+    transform = block_transform(weight, scheme, summary(x))
     y = transform.apply(x)
     torch.testing.assert_close(transform.second_moment(x.t() @ x), y.t() @ y)
 
@@ -233,7 +285,7 @@ def test_plain_scheme_only_pads() -> None:
 def test_two_runs_give_the_same_bytes() -> None:
     x, weight = outlier_layer(10, 60, 50, 192, 30.0)
     scheme = TransformScheme(balance=0.65, permutation="snake")
-    first, second = (block_transform(weight, scheme, rms(x)) for _ in range(2))
+    first, second = (block_transform(weight, scheme, summary(x)) for _ in range(2))
     assert torch.equal(first.matrix, second.matrix)
     assert first.permutation is not None and second.permutation is not None
     assert torch.equal(first.permutation, second.permutation)
@@ -247,9 +299,16 @@ def test_bad_input_is_named() -> None:
     bad_rms = torch.ones(8)
     bad_rms[3] = float("inf")
     with pytest.raises(NonFiniteError, match=r"rms .*\[3\]"):
-        block_transform(torch.randn(4, 8), TransformScheme(balance=0.5), bad_rms)
+        block_transform(torch.randn(4, 8), TransformScheme(balance=0.5), InputSummary(bad_rms))
     with pytest.raises(ValueError, match="rms of the input"):
         block_transform(torch.randn(4, 8), TransformScheme(balance=0.5))
+    for rotation, missing in (("greedy", "sampled inputs"), ("second_moment", "second moment")):
+        scheme = TransformScheme.model_validate({"rotation": rotation})
+        with pytest.raises(ValueError, match=missing):
+            block_transform(torch.randn(4, 8), scheme, InputSummary(torch.ones(8)))
+    with pytest.raises(ValueError, match="largest magnitudes"):
+        scheme = TransformScheme(balance=0.5, magnitude="max")
+        block_transform(torch.randn(4, 8), scheme, InputSummary(torch.ones(8)))
     with pytest.raises(ValueError, match="power of two"):
         block_transform(torch.randn(4, 8), TransformScheme(block=48))
     with pytest.raises(ValueError, match="width 64"):

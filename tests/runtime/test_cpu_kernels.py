@@ -41,7 +41,9 @@ class Layer:
         self.scale = torch.rand(shape, generator=generator) + 0.05
         self.bias: Tensor | None = None
 
-    def packed(self, path: str, bits: int = 4, transform: Tensor | None = None) -> cpu.PackedLinear:
+    def packed(
+        self, path: str, bits: int = 4, transform: Tensor | None = None, clip: float = 1.0
+    ) -> cpu.PackedLinear:
         weight = self.weight
         if transform is not None:
             missing = transform.shape[0] * 64 - weight.shape[1]
@@ -54,11 +56,12 @@ class Layer:
             bias=self.bias,
             transform=transform,
             activation_bits=bits,
+            activation_clip=clip,
             path=path,
         )
 
-    def expected(self, rows: Tensor, static: Tensor | None, bits: int) -> Tensor:
-        scale = reference.row_scales(rows, bits) if static is None else static
+    def expected(self, rows: Tensor, static: Tensor | None, bits: int, clip: float = 1.0) -> Tensor:
+        scale = reference.row_scales(rows, bits, clip) if static is None else static
         q = reference.quantize_rows(rows, scale, bits)
         y = reference.scaled_matmul(q, self.weight, self.scale, self.group) * scale
         return y if self.bias is None else y + self.bias
@@ -66,7 +69,7 @@ class Layer:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_five_thousand_random_layers_equal_the_reference_bit_for_bit(path: str) -> None:
-    """Odd M and every tail of N and K; per-channel and group scales; static and dynamic."""
+    """Odd M and every tail of N and K; per-channel and group scales; static, dynamic, clipped."""
     generator = torch.Generator().manual_seed(PATHS.index(path))
     for trial in range(5000):
         m, n, k = draw(generator, 1, 30), draw(generator, 1, 70), draw(generator, 1, 200)
@@ -76,9 +79,10 @@ def test_five_thousand_random_layers_equal_the_reference_bit_for_bit(path: str) 
         layer.bias = torch.randn(n, generator=generator) if trial % 2 else None
         rows = 3 * torch.randn((m, k), generator=generator)
         static = torch.tensor(0.6) if trial % 3 == 0 else None
-        found = layer.packed(path, bits)(rows, static, threads=1)
-        wanted = layer.expected(rows, static, bits)
-        assert torch.equal(found, wanted), (trial, m, n, k, group, bits)
+        clip = (1.0, 0.85, 0.3)[trial % 7 % 3]
+        found = layer.packed(path, bits, clip=clip)(rows, static, threads=1)
+        wanted = layer.expected(rows, static, bits, clip)
+        assert torch.equal(found, wanted), (trial, m, n, k, group, bits, clip)
 
 
 def fused_transform(x: Tensor, transform: Tensor) -> Tensor:
@@ -258,7 +262,7 @@ def test_calls_from_many_threads_do_not_disturb_each_other() -> None:
 
 def operator_arguments(layer: cpu.PackedLinear, x: Tensor) -> tuple[object, ...]:
     operands = (x, layer.panels, layer.weight_scale, layer.bias, layer.transform, None)
-    return (*operands, layer.out_features, layer.group, layer.activation_bits, 0, 1)
+    return (*operands, layer.out_features, layer.group, layer.activation_bits, 1.0, 0, 1)
 
 
 def test_the_operator_passes_opcheck() -> None:

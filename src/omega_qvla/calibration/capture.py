@@ -3,7 +3,7 @@
 Quantization needs three things of a site's input x [rows, K]:
 
 * the second moment Σ xᵀx over all rows, which is GPTQ's Hessian and, on its diagonal, the
-  channels' mean squares that balancing uses;
+  channels' mean squares that balancing uses; beside it the channels' largest magnitudes;
 * a bounded, uniform sample of rows per denoising step, on which scales are searched and
   magnitude quantiles read after the transform is known;
 * whether anything was not finite, and if so exactly where.
@@ -62,6 +62,7 @@ class SiteStatistics:
         width: input channels K.
         count: rows seen.
         second_moment: Σ xᵀx, [K, K].
+        maxima: largest magnitude of each channel, [K] float32.
         samples: row samples by denoising step; sites that run once use step 0.
         times: flow time of each step seen.
     """
@@ -71,12 +72,14 @@ class SiteStatistics:
     generator: torch.Generator
     count: int = 0
     second_moment: Tensor = field(init=False)
+    maxima: Tensor = field(init=False)
     samples: dict[int, RowSample] = field(default_factory=dict)
     times: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         dtype = torch.float64 if self.width <= _FLOAT64_WIDTH else torch.float32
         self.second_moment = torch.zeros((self.width, self.width), dtype=dtype)
+        self.maxima = torch.zeros(self.width)
 
     def update(self, x: Tensor, clock: FlowClock, observation: int) -> None:
         """Fold in one call's input [..., K].
@@ -96,6 +99,8 @@ class SiteStatistics:
         self.count += rows.shape[0]
         product = rows.to(self.second_moment.dtype)
         self.second_moment.addmm_(product.T, product)
+        if rows.shape[0]:
+            self.maxima = torch.maximum(self.maxima, rows.abs().amax(dim=0))
         self.times[step] = time
         if step not in self.samples:
             self.samples[step] = RowSample(self.generator)

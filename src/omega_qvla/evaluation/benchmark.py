@@ -1,14 +1,37 @@
-"""Which tasks a policy is benchmarked on: those its provenance file admitted."""
+"""What the benchmark runs: its methods, and the tasks that a policy's provenance file admitted."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.loading import builtin_directory
+from omega_qvla.recipe import ablation_names
 
 PROVENANCE = "provenance.json"
+
+METHODS = (
+    "rtn",
+    "gptq",
+    "smoothquant",
+    "quarot",
+    "duquant",
+    "svdquant",
+    "quantvla",
+    "foldquant",
+    "omega-paper",
+    "omega-w4a4",
+)
+"""All methods in the order of the tables; a new one is a recipe and a line here."""
+
+
+def expand_recipes(names: Sequence[str]) -> list[str]:
+    """Recipe names as given, with ``methods`` and ``ablations`` standing for all of their kind."""
+    groups = {"methods": METHODS, "ablations": tuple(ablation_names())}
+    expanded = [name for given in names for name in groups.get(given, (given,))]
+    return list(dict.fromkeys(expanded))
 
 
 def benchmark_tasks(source: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
 from omega_qvla.evaluation.prepare import full_blueprint, quantized_blueprint, save_and_load
 from omega_qvla.evaluation.sweep import SweepRow
@@ -23,6 +24,7 @@ from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.recipe import Recipe, Scope
+from omega_qvla.runtime.memory import weight_storage
 
 FULL_PRECISION = "fp32"
 
@@ -40,7 +42,7 @@ class Comparison:
         weights: fingerprint of its weights.
         checkpoint_bytes: size of its checkpoint.
         calibration: observations for calibration.
-        recipes: names or files of recipes.
+        recipes: names or files of recipes; ``methods`` and ``ablations`` are all of their kind.
         magnitudes: stress magnitudes; 0 is the policy as it is.
         scope: ``all`` is each recipe as written, ``paper`` backbone and action head only.
         artifacts: realizable recipes are saved here.
@@ -66,7 +68,8 @@ def comparison_rows(comparison: Comparison, progress: QuantizeProgress) -> list[
     Raises:
         RecipeError: a recipe is unknown or invalid; nothing has been run then.
     """
-    recipes = [Recipe.load(name).scoped(comparison.scope) for name in comparison.recipes]
+    names = expand_recipes(comparison.recipes)
+    recipes = [Recipe.load(name).scoped(comparison.scope) for name in names]
     return [
         row
         for magnitude in comparison.magnitudes
@@ -146,6 +149,7 @@ def _recipe_row(
         realizable=recipe.realizable,
         footprint=lambda policy: artifact_footprint(cast(Any, policy), on_disk),
         extra={**reference.extra, "recipe_hash": recipe.content_hash},
+        derived=_storage(comparison.policy, recipe),
         blueprint=quantized_blueprint(
             reference.blueprint, recipe, comparison.calibration, folder, label
         ),
@@ -156,3 +160,13 @@ def discard_simulations(comparison: Comparison) -> None:
     """Remove what worker processes kept of simulations, which is of no use afterwards."""
     for journal in comparison.artifacts.glob(".*.journal"):
         discard_journal(journal)
+
+
+def _storage(policy: NativePolicy, recipe: Recipe) -> dict[str, Any]:
+    """What a row says of the bits a recipe stores and of what it leaves in 16."""
+    storage = weight_storage(policy, recipe)
+    return {
+        "bits_per_weight": storage.bits_per_weight,
+        "weights_16bit": storage.weights_16bit,
+        "left_in_16_bits": list(recipe.left_in_16_bits),
+    }

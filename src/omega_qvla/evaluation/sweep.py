@@ -59,7 +59,9 @@ class SweepRow:
         condition: ``plain`` or ``stress:<magnitude>``.
         realizable: whether the recipe's integers can be multiplied as stored.
         footprint: measures the built policy; None leaves the bytes null.
-        extra: further keys of the row, for example ``{"scope": "paper"}``.
+        extra: further keys of the row, for example ``{"scope": "paper"}``; they identify it, so an
+            interrupted sweep continues only where they are the same.
+        derived: keys that follow from policy and recipe and identify nothing.
         blueprint: how another process builds the policy; None: only this one can.
     """
 
@@ -70,6 +72,7 @@ class SweepRow:
     realizable: bool = True
     footprint: Callable[[Sampler], Footprint] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    derived: Mapping[str, Any] = field(default_factory=dict[str, Any])
     blueprint: Blueprint | None = None
 
     @property
@@ -334,6 +337,7 @@ def _assemble(
         "smoke": any(n < SMOKE_BELOW for _, n in _per_task(episodes).values()) or not episodes,
         "paired_vs_reference": None if outcome is reference else _paired(outcome, reference),
         **row.extra,
+        **row.derived,
     }
 
 

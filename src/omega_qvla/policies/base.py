@@ -17,6 +17,7 @@ a policy sees it through three ideas defined here:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,10 @@ PAPER_SCOPE: tuple[Component, ...] = ("backbone", "action_head")
 """What the paper quantizes, and counts its memory over (arXiv 2605.28803, section 4)."""
 
 
+_ATTENTION = re.compile(r"(^|\.)(\w*attn\d*|(self_|cross_)?attention)\.")
+"""A module that holds attention projections: self_attn, attn1, attention, …"""
+
+
 @dataclass(frozen=True)
 class QuantizationSite:
     """Linears that share one input and are quantized together.
@@ -57,6 +62,11 @@ class QuantizationSite:
     linears: tuple[str, ...]
     component: Component
     per_step: bool = False
+
+    @property
+    def attention(self) -> bool:
+        """Whether it belongs to an attention layer, by the path of its linears."""
+        return _ATTENTION.search(self.linears[0]) is not None
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,35 @@ class HasEmbedding(Protocol):
     @property
     def embedding_path(self) -> str:
         """Where the token embedding sits in the module."""
+        ...
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """An attention layer of the action head.
+
+    Attributes:
+        path: the module, whose ``logits`` takes what its ``forward`` takes and gives what the
+            softmax sees, [B, h, T, S], -inf where a mask hides it.
+        query: path of the linear that makes queries, ``heads`` × ``head_dim`` rows.
+        output: path of the linear after attention.
+        heads: number of query heads.
+        head_dim: width of one.
+    """
+
+    path: str
+    query: str
+    output: str
+    heads: int
+    head_dim: int
+
+
+@runtime_checkable
+class HasHeadAttention(Protocol):
+    """A policy that says where its action head attends."""
+
+    def head_attention(self) -> Sequence[AttentionLayer]:
+        """The head's attention layers, in execution order."""
         ...
 
 

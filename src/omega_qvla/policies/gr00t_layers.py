@@ -28,6 +28,7 @@ from omega_qvla.policies.layers import (
     KeyValue,
     Node,
     attend,
+    attention_logits,
     rotate,
     split_heads,
 )
@@ -110,6 +111,13 @@ class SelfAttention(nn.Module):
         )
         return self.to_out[0](attend(q, k, v, mask))
 
+    def logits(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the softmax of ``forward`` sees, [B, h, T, T]."""
+        q, k, _ = (
+            split_heads(y, self.head_dim) for y in shared_input(x, self.to_q, self.to_k, self.to_v)
+        )
+        return attention_logits(q, k, mask)
+
 
 class CrossAttention(nn.Module):
     """Attention to features that stay the same for a whole chunk: their keys and values do too."""
@@ -131,6 +139,10 @@ class CrossAttention(nn.Module):
         """x [B, T, D] → [B, T, D]; mask [B, 1, 1, S]: True may be seen."""
         query = split_heads(self.to_q(x), self.head_dim)
         return self.to_out[0](attend(query, *cross, mask))
+
+    def logits(self, x: Tensor, cross: KeyValue, mask: Tensor | None = None) -> Tensor:
+        """What the softmax of ``forward`` sees, [B, h, T, S]."""
+        return attention_logits(split_heads(self.to_q(x), self.head_dim), cross[0], mask)
 
 
 class FeedForward(nn.Module):

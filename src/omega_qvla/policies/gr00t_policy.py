@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.base import Observation, Stage, State
+from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
 from omega_qvla.policies.gr00t_layers import EmbodimentLinear
 from omega_qvla.policies.gr00t_n15 import (
     Gr00tN15Config,
@@ -115,6 +115,14 @@ class Gr00tN15Policy(NativePolicy):
 
     def denoise(self, observed: Observed, noise: Tensor, steps: int) -> Tensor:
         return sample_chunk(self.module, observed, noise, self.schedule(steps), self.clock)
+
+    def head_attention(self) -> Sequence[AttentionLayer]:
+        head = self.config.head
+        paths = [f"{BLOCKS}.{i}.attn1" for i in range(head.depth)]
+        return [
+            AttentionLayer(p, f"{p}.to_q", f"{p}.to_out.0", head.heads, head.width // head.heads)
+            for p in paths
+        ]
 
     def outlier_pairs(self, scope: Scope) -> Sequence[OutlierPath]:
         return gr00t_outlier_pairs(self.config, scope)

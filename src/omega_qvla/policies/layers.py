@@ -137,6 +137,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     return out.transpose(-3, -2).flatten(-2)
 
 
+def attention_logits(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What ``attend`` takes the softmax of, [B, h, T, S]; -inf where the mask hides."""
+    keys = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    logits = query @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+    return logits if mask is None else logits.masked_fill(~mask, float("-inf"))
+
+
 class GatedMLP(nn.Module):
     """GeGLU: down(gelu_tanh(gate(x)) · up(x))."""
 
@@ -173,15 +180,34 @@ class RotaryAttention(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """x [B, T, D] → ([B, T, D], this call's own keys and values)."""
+        q, own = self._project(x, rotary)
+        return self.o_proj(attend(q, *_after(past, own), mask)), own
+
+    def logits(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        past: KeyValue | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """What the softmax of ``forward`` sees, [B, h, T, S]."""
+        q, own = self._project(x, rotary)
+        return attention_logits(q, _after(past, own)[0], mask)
+
+    def _project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, KeyValue]:
+        """Queries, and keys and values."""
         q, k, v = (
             split_heads(y, self.head_dim)
             for y in shared_input(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        own = (k, v)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=-2), torch.cat((past[1], v), dim=-2)
-        return self.o_proj(attend(q, k, v, mask)), own
+        return rotate(q, rotary), (rotate(k, rotary), v)
+
+
+def _after(past: KeyValue | None, own: KeyValue) -> KeyValue:
+    """Cached keys and values, then one's own."""
+    if past is None:
+        return own
+    return torch.cat((past[0], own[0]), dim=-2), torch.cat((past[1], own[1]), dim=-2)
 
 
 class KeyValueProjection(nn.Module):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.base import Observation, Stage, State
+from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
 from omega_qvla.policies.images import FITS
 from omega_qvla.policies.layers import KeyValue
 from omega_qvla.policies.native import NativePolicy
@@ -26,7 +26,12 @@ from omega_qvla.policies.pi05 import (
     sample_chunk,
 )
 from omega_qvla.policies.pi05_outliers import pi05_outlier_pairs
-from omega_qvla.policies.pi05_stages import MODULATION_PATHS, component_of, pi05_stages
+from omega_qvla.policies.pi05_stages import (
+    EXPERT_LAYERS,
+    MODULATION_PATHS,
+    component_of,
+    pi05_stages,
+)
 from omega_qvla.policies.processing import (
     Tokenizer,
     discretize_state,
@@ -178,6 +183,14 @@ class Pi05Policy(NativePolicy):
     def denoise(self, observed: tuple[list[KeyValue], int], noise: Tensor, steps: int) -> Tensor:
         cache, length = observed
         return sample_chunk(self.module, cache, length, noise, self.schedule(steps), self.clock)
+
+    def head_attention(self) -> Sequence[AttentionLayer]:
+        expert = self.config.expert
+        paths = [f"{EXPERT_LAYERS}.{i}.self_attn" for i in range(self.config.depth)]
+        return [
+            AttentionLayer(p, f"{p}.q_proj", f"{p}.o_proj", expert.heads, expert.head_dim)
+            for p in paths
+        ]
 
     def outlier_pairs(self, scope: Scope) -> Sequence[OutlierPath]:
         return pi05_outlier_pairs(self.config, scope)

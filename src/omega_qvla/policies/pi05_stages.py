@@ -21,6 +21,7 @@ from omega_qvla.policies.base import (
 )
 from omega_qvla.policies.pi05 import Pi05Module
 
+EXPERT_LAYERS = "paligemma_with_expert.gemma_expert.model.layers"
 MODULATION_PATHS = ("time_mlp_in", "time_mlp_out")
 """What turns flow time into the condition of the adaptive norms."""
 
@@ -82,7 +83,6 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
     tower = f"{root}.paligemma.model.vision_tower.vision_model"
     language = f"{root}.paligemma.model.language_model"
     vision, backbone = f"{tower}.encoder.layers", f"{language}.layers"
-    expert = f"{root}.gemma_expert.model.layers"
 
     def patches(state: State) -> State:
         pixels = state["pixels"].flatten(0, 1)
@@ -148,7 +148,7 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
                     )
             return {**state, "hidden": tuple(hidden)}
 
-        path = f"{expert}.{i}"
+        path = f"{EXPERT_LAYERS}.{i}"
         sites = _layer_sites(path, "action_head", _GEMMA_GROUPS, per_step=True)
         return Stage(f"action expert layer {i}", run, sites, (path,))
 

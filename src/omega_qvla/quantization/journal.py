@@ -24,6 +24,7 @@ from torch import Tensor
 
 from omega_qvla.errors import ResourceError, ResumeError
 from omega_qvla.policies.base import QuantizationSite
+from omega_qvla.quantization.low_rank import LowRankBranch
 from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.quantization.transforms import BlockTransform, OutputRotation
 from omega_qvla.quantization.weights import QuantizedWeight
@@ -202,6 +203,9 @@ def _encode(quantized: QuantizedSite) -> tuple[dict[str, Tensor], dict[str, obje
             tensors["permutation"] = quantized.transform.permutation
     if quantized.output_rotation is not None:
         tensors["output_rotation"] = quantized.output_rotation.matrix
+    if quantized.low_rank is not None:
+        tensors["low_rank_down"] = quantized.low_rank.down
+        tensors["low_rank_up"] = quantized.low_rank.up
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
 
 
@@ -217,6 +221,9 @@ def _decode(
     rotation = None
     if "output_rotation" in tensors:
         rotation = OutputRotation(tensors["output_rotation"], sum(metadata["splits"]))
+    branch = None
+    if "low_rank_down" in tensors:
+        branch = LowRankBranch(tensors["low_rank_down"], tensors["low_rank_up"])
     return QuantizedSite(
         site=site,
         in_features=int(metadata["in_features"]),
@@ -234,6 +241,7 @@ def _decode(
         activation_scale=tensors.get("activation_scale"),
         activation_times=tensors.get("activation_times"),
         output_rotation=rotation,
+        low_rank=branch,
         proxy_loss=metadata["proxy_loss"],
         note=str(metadata["note"]),
     )

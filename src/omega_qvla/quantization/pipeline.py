@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import overload
 
@@ -39,6 +39,11 @@ from omega_qvla.policies.base import (
 )
 from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.policies.weight_store import hold, named_values
+from omega_qvla.quantization.attention import (
+    AttentionFactors,
+    match_attention,
+    scale_attention,
+)
 from omega_qvla.quantization.embedding import QuantizedRows, quantize_rows
 from omega_qvla.quantization.journal import Journal
 from omega_qvla.quantization.simulation import SimulatedEmbedding, SimulatedLinear, install
@@ -64,6 +69,7 @@ class Quantization:
         step_table: adaptive-norm modulation over flow time, or None where the dense layers stay.
         calibration: fingerprint of the observations that were used.
         observations: how many there were.
+        attention: what the action head's 16-bit attention is multiplied with, where a recipe asks.
     """
 
     recipe: Recipe
@@ -72,6 +78,7 @@ class Quantization:
     step_table: StepTable | None
     calibration: str
     observations: int
+    attention: Sequence[AttentionFactors] = ()
 
 
 def quantize_policy(
@@ -126,7 +133,7 @@ def quantize_policy(
             after = work.quantize_stage(stage, states)
             if number + 1 < len(stages):
                 states = after or _advance(stage, states)
-    return Quantization(
+    quantization = Quantization(
         recipe=recipe,
         sites=work.finished,
         embedding=embedding,
@@ -134,6 +141,10 @@ def quantize_policy(
         calibration=calibration,
         observations=len(used),
     )
+    if not recipe.match_attention:
+        return quantization
+    factors = match_attention(policy, simulate(policy, quantization), used, recipe.seed)
+    return replace(quantization, attention=factors)
 
 
 def simulate(policy: Policy, quantization: Quantization) -> Policy:
@@ -144,6 +155,7 @@ def simulate(policy: Policy, quantization: Quantization) -> Policy:
     if quantization.embedding is not None:
         rows = quantization.embedding
         install(target.module, [rows.path], SimulatedEmbedding(rows))
+    scale_attention(target, quantization.attention)
     return target
 
 
@@ -207,6 +219,8 @@ def _require_streamable(recipe: Recipe) -> None:
         reason = "calibrates later layers on quantized earlier ones (cascade)"
     if not recipe.realizable:
         reason = "is a simulation in floating point"
+    if recipe.match_attention:
+        reason = "runs full precision beside the quantized policy (match_attention)"
     if reason is not None:
         raise PolicyError(
             f"recipe {recipe.name!r} {reason}, which needs the whole policy in memory; load it "

@@ -48,7 +48,10 @@ class SimulatedLinear(nn.Module):
         rows = self.transform_input(x.to(torch.float32))
         scale = self.input_scale(rows)
         rounded = round_activations(rows, scale, self.activation_bits) * scale
-        return F.linear(rounded, self._weight, self._quantized.bias).to(x.dtype)
+        y = F.linear(rounded, self._weight, self._quantized.bias)
+        if self._quantized.low_rank is not None:
+            y = y + self._quantized.low_rank.apply(x)
+        return y.to(x.dtype)
 
     @property
     def activation_bits(self) -> int:
@@ -69,7 +72,8 @@ class SimulatedLinear(nn.Module):
         quantized, time = self._quantized, self._clock.time
         times, scales = quantized.activation_times, quantized.activation_scale
         if scales is None or times is None:
-            return per_token_scale(transformed, quantized.activations.bits)
+            activations = quantized.activations
+            return per_token_scale(transformed, activations.bits, activations.clip)
         if time not in self._scales:
             self._scales[time] = interpolate_scales(times, scales, time)
         return self._scales[time]

@@ -6,7 +6,8 @@ W' are then rounded to integers, q_x ≈ x'/s_x and q_w ≈ W'/s_w, and
     y_n ≈ s_x · s_w[n] · Σ_k q_x[k] q_w[n,k] + b_n
 
 with an integer sum.  That works because s_x does not depend on k and s_w only on n (or on a group
-of k, which splits the sum).
+of k, which splits the sum).  A low-rank branch, where a scheme asks for one, is multiplied beside
+that sum in 16 bits (``low_rank.py``).
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ from torch import Tensor, nn
 from omega_qvla.calibration.capture import SiteStatistics
 from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.base import QuantizationSite
-from omega_qvla.quantization.activations import channel_quantile_scale, static_scale_mse
+from omega_qvla.quantization.activations import (
+    channel_quantile_scale,
+    per_token_scale,
+    round_activations,
+    static_scale_mse,
+)
+from omega_qvla.quantization.low_rank import LowRankBranch, low_rank_branch
 from omega_qvla.quantization.transforms import (
     BlockTransform,
+    InputSummary,
     OutputRotation,
     block_transform,
     output_rotation,
@@ -39,6 +47,9 @@ from omega_qvla.recipe import ActivationScheme, Scheme
 _SAME_TIME = 1e-6
 """Flow times closer than this are one time."""
 
+_ROWS = 512
+"""Sampled inputs that a transform looks at."""
+
 
 @dataclass(frozen=True)
 class QuantizedSite:
@@ -52,11 +63,12 @@ class QuantizedSite:
         weight_bits: width of the weight integers.
         transform: T, or None when the input is used as it is.
         bias: [N] float32 or None.
-        activations: the activation scheme.
+        activations: the activation scheme; ``per_step_or_token`` has become one of the two.
         activation_scale: static scales: [steps] (per_step), [steps, K'] (per_channel_per_step),
             or None (per_token).
         activation_times: [steps] flow time of each static scale, descending, or None.
         output_rotation: rotation of the output undone after the product (simulation only).
+        low_rank: a 16-bit branch whose output is added, or None; ``weight`` is what it leaves.
         proxy_loss: relative error tr(E H Eᵀ)/tr(W H Wᵀ) of the rounded weight; None unmeasured.
         note: anything unusual that happened (raised damping, fallback); empty otherwise.
     """
@@ -72,6 +84,7 @@ class QuantizedSite:
     activation_scale: Tensor | None
     activation_times: Tensor | None
     output_rotation: OutputRotation | None = None
+    low_rank: LowRankBranch | None = None
     proxy_loss: float | None = None
     note: str = ""
 
@@ -79,8 +92,7 @@ class QuantizedSite:
 def needs_statistics(scheme: Scheme) -> bool:
     """Whether a scheme looks at activations at all."""
     return (
-        scheme.transform.balance is not None
-        or scheme.transform.permutation != "none"
+        scheme.transform.needs_statistics
         or scheme.weights.rounding == "gptq"
         or scheme.activations.scale != "per_token"
     )
@@ -107,9 +119,13 @@ def quantize_site(
     weight, bias = _stack(site, linears)
     transform = None
     if not scheme.transform.identity:
-        rms = None if statistics is None else statistics.rms
-        transform = block_transform(weight, scheme.transform, rms)
-    folded = weight if transform is None else transform.fold(weight)
+        inputs = None if statistics is None else _summary(statistics, scheme)
+        transform = block_transform(weight, scheme.transform, inputs)
+    branch = None
+    if scheme.weights.low_rank is not None:
+        branch = low_rank_branch(weight, transform, scheme.weights.low_rank)
+    left = weight if branch is None else branch.residual(weight)
+    folded = left if transform is None else transform.fold(left)
     undo = None
     if scheme.transform.output_rotation:
         undo = output_rotation(folded, scheme.transform.block)
@@ -121,7 +137,10 @@ def quantize_site(
         quantized = gptq(folded, hessian, scheme.weights)
     else:
         quantized = round_to_nearest(folded, scheme.weights)
-    scale, times = _static_scales(scheme.activations, statistics, transform)
+    activations = scheme.activations
+    if activations.scale == "per_step_or_token":
+        activations = _better_scale(activations, quantized, statistics, transform)
+    scale, times = _static_scales(activations, statistics, transform)
     return QuantizedSite(
         site=site,
         in_features=weight.shape[1],
@@ -130,10 +149,11 @@ def quantize_site(
         weight_bits=scheme.weights.bits,
         transform=transform,
         bias=bias,
-        activations=scheme.activations,
+        activations=activations,
         activation_scale=scale,
         activation_times=times,
         output_rotation=undo,
+        low_rank=branch,
         proxy_loss=None if hessian is None else proxy_loss(folded, quantized, hessian),
         note=quantized.note or "",
     )
@@ -161,9 +181,45 @@ def _stack(site: QuantizationSite, linears: Sequence[nn.Linear]) -> tuple[Tensor
     return weight, torch.cat([b.to(torch.float32) for b in biases])
 
 
+def _summary(statistics: SiteStatistics, scheme: Scheme) -> InputSummary:
+    """What the transform may look at; the rows only where it will."""
+    rows = None
+    if scheme.transform.rotation == "greedy":
+        rows = torch.cat([statistics.rows(step) for step in statistics.steps])
+        rows = rows[:: -(-rows.shape[0] // _ROWS)]
+    return InputSummary(statistics.rms, statistics.maxima, statistics.second_moment, rows)
+
+
 def _hessian(statistics: SiteStatistics, transform: BlockTransform | None) -> Tensor:
     moment = statistics.take_moment()
     return moment if transform is None else transform.second_moment(moment)
+
+
+def _better_scale(
+    scheme: ActivationScheme,
+    weight: QuantizedWeight,
+    statistics: SiteStatistics | None,
+    transform: BlockTransform | None,
+) -> ActivationScheme:
+    """``per_step`` or ``per_token``, by Σ ‖(Q(x') − x') Ŵᵀ‖² over the sampled rows of all steps.
+
+    Ties go to the static scale, which costs nothing at run time.
+    """
+    if statistics is None:
+        raise ValueError("choosing an activation scale needs statistics")
+    dequantized = weight.dequantize()
+    static, dynamic = 0.0, 0.0
+    for step in statistics.steps:
+        rows = transform_rows(statistics.rows(step), transform)
+        fixed = torch.tensor(static_scale_mse(rows, scheme.bits))
+        for scale in (fixed, per_token_scale(rows, scheme.bits, scheme.clip)):
+            error = round_activations(rows, scale, scheme.bits) * scale - rows
+            size = float((error @ dequantized.t()).square().sum(dtype=torch.float64))
+            if scale.ndim:
+                dynamic += size
+            else:
+                static += size
+    return scheme.model_copy(update={"scale": "per_step" if static <= dynamic else "per_token"})
 
 
 def _static_scales(

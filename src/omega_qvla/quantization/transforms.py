@@ -7,12 +7,14 @@ so that x' and W' have no channel that stands out:
     T_g = diag(1/c_g) · U_g · H        x' = x T,   W' = W T⁻ᵀ ≈ (W diag(c)) U H
 
 * **Balance** c_j = rms(x_j)^α / rms(W_:j)^(1-α) moves magnitude from the channels of x to the
-  columns of W (SmoothQuant, arXiv 2211.10438, section 4, with rms in place of the maximum).
+  columns of W (SmoothQuant, arXiv 2211.10438, section 4, with rms in place of the maximum;
+  ``magnitude: max`` is the paper's own).
   Rotation alone only spreads an outlier over its block; balancing removes it first.
 * **Composite rotation** R = U H of the *balanced* weight (arXiv 2605.28803): U holds the right
   singular vectors of the block, H is the Sylvester Hadamard matrix over √B (rotations for
   quantization: QuaRot, arXiv 2404.00456).  Since ‖W_g U h_j‖² = Σσ²/B for every j, all channels
-  of a block end up with exactly the same weight energy.
+  of a block end up with exactly the same weight energy.  Other maps that may stand in its place,
+  published ones among them, are in ``rotations.py``.
 * **Permutation** (optional) deals channels over blocks in a snake, 0 1 … n n … 1 0, from the most
   to the least energetic (the zigzag of DuQuant, arXiv 2406.01721), so that no block collects the
   outliers.  It is an index gather before the blocks.
@@ -36,6 +38,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from omega_qvla.quantization.checks import require_finite
+from omega_qvla.quantization.rotations import (
+    greedy_rotation,
+    hadamard,
+    second_moment_map,
+    svd_basis,
+)
 from omega_qvla.recipe import TransformScheme
 
 MIN_BALANCE, MAX_BALANCE = 2.0**-10, 2.0**16
@@ -44,29 +52,6 @@ MIN_BALANCE, MAX_BALANCE = 2.0**-10, 2.0**16
 Large c is harmless.  Small c *amplifies* a channel, and a channel that merely looked silent during
 calibration would then swamp its block, hence the tighter lower bound.
 """
-
-
-def hadamard(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Sylvester's Hadamard matrix over √n: symmetric, orthogonal, all entries ±1/√n.
-
-    Args:
-        n: a power of two.
-        dtype: of the result.
-
-    Returns:
-        [n, n].
-
-    Raises:
-        ValueError: n is not a power of two.
-    """
-    if n < 1 or n & (n - 1):
-        raise ValueError(f"a Sylvester Hadamard matrix needs a power of two, got {n}")
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < n:
-        matrix = torch.cat(
-            (torch.cat((matrix, matrix), dim=1), torch.cat((matrix, -matrix), dim=1)), dim=0
-        )
-    return (matrix / n**0.5).to(dtype)
 
 
 def padded_width(width: int, block: int) -> int:
@@ -86,8 +71,30 @@ def column_rms(weight: Tensor) -> Tensor:
     return norm / max(weight.shape[0], 1) ** 0.5
 
 
+@dataclass(frozen=True)
+class InputSummary:
+    """What calibration saw of a site's input; a scheme reads what it needs.
+
+    Attributes:
+        rms: [K] root mean square of each channel.
+        maxima: [K] largest magnitude of each channel.
+        moment: [K, K] second moment xᵀx, of any overall scale.
+        rows: [R, K] sampled inputs.
+    """
+
+    rms: Tensor
+    maxima: Tensor | None = None
+    moment: Tensor | None = None
+    rows: Tensor | None = None
+
+
+def column_maxima(weight: Tensor) -> Tensor:
+    """Largest magnitude of each column of weight [N, K] → [K] float64."""
+    return weight.abs().amax(dim=0).to(torch.float64)
+
+
 def balance_factors(input_rms: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """Per-channel factors c of the balance step: x/c, W·c.
+    """Per-channel factors c of the balance step: x/c, W·c, from root mean squares.
 
     c_j = rms(x_j)^α / rms(W_:j)^(1-α), divided by the geometric mean over live channels and
     clamped to [MIN_BALANCE, MAX_BALANCE].  A channel that is dead on one side (all zeros) is
@@ -105,17 +112,47 @@ def balance_factors(input_rms: Tensor, weight: Tensor, alpha: float) -> Tensor:
         NonFiniteError: NaN or Inf in ``input_rms`` or ``weight``.
         ValueError: shapes do not match, or a negative rms.
     """
-    if weight.ndim != 2 or input_rms.shape != (weight.shape[1],):
+    _check_balance(input_rms, weight, "rms")
+    return _factors(input_rms, column_rms(weight), alpha)
+
+
+def smoothing_factors(input_maxima: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """The same from largest magnitudes: c_j = max|x_j|^α / max|W_:j|^(1-α).
+
+    That is SmoothQuant's smoothing factor (arXiv 2211.10438, equation 4) up to the common factor
+    by which all are divided here, which scales of weights and activations absorb.
+
+    Args:
+        input_maxima: [K] largest magnitude of each input channel over calibration.
+        weight: [N, K]; for fused linears the stacked weight.
+        alpha: migration strength in [0, 1].
+
+    Returns:
+        [K] float64, all positive.
+
+    Raises:
+        NonFiniteError: NaN or Inf in ``input_maxima`` or ``weight``.
+        ValueError: shapes do not match, or a negative magnitude.
+    """
+    _check_balance(input_maxima, weight, "maxima")
+    return _factors(input_maxima, column_maxima(weight), alpha)
+
+
+def _check_balance(input_size: Tensor, weight: Tensor, what: str) -> None:
+    if weight.ndim != 2 or input_size.shape != (weight.shape[1],):
         raise ValueError(
-            f"balance needs input_rms [K] for weight [N, K], got {list(input_rms.shape)} "
+            f"balance needs input_{what} [K] for weight [N, K], got {list(input_size.shape)} "
             f"and {list(weight.shape)}"
         )
-    require_finite(input_rms, "the input's channel rms")
+    require_finite(input_size, f"the input's channel {what}")
     require_finite(weight, "weight")
-    if bool((input_rms < 0).any()):
-        raise ValueError("a root mean square cannot be negative")
-    log_input, live_input = _log_with_neutral_zeros(input_rms.to(torch.float64))
-    log_weight, live_weight = _log_with_neutral_zeros(column_rms(weight))
+    if bool((input_size < 0).any()):
+        raise ValueError(f"the {what} of channels cannot be negative")
+
+
+def _factors(input_size: Tensor, weight_size: Tensor, alpha: float) -> Tensor:
+    log_input, live_input = _log_with_neutral_zeros(input_size.to(torch.float64))
+    log_weight, live_weight = _log_with_neutral_zeros(weight_size)
     log_factor = alpha * log_input - (1.0 - alpha) * log_weight
     both = live_input & live_weight
     if bool(both.any()):
@@ -156,36 +193,6 @@ def snake_permutation(energy: Tensor, block: int) -> Tensor:
     ranked = torch.argsort(energy, descending=True, stable=True).reshape(block, blocks)
     ranked[1::2] = ranked[1::2].flip(-1)
     return ranked.t().reshape(-1).contiguous()
-
-
-def svd_basis(weight_block: Tensor) -> Tensor:
-    """Right singular vectors of a weight block, as eigenvectors of WᵀW.
-
-    Columns are ordered by falling singular value and signed so that the entry of largest
-    magnitude (the first, among equals) is positive: the same block always gives the same basis.
-
-    Args:
-        weight_block: [N, B], any N ≥ 0.
-
-    Returns:
-        [B, B] float64, orthogonal.
-
-    Raises:
-        NonFiniteError: NaN or Inf in the block.
-    """
-    require_finite(weight_block, "weight")
-    block = weight_block.to(torch.float64)
-    return _eigenbasis(block.t() @ block)
-
-
-def _eigenbasis(gram: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric [B, B] matrix, descending, with fixed signs."""
-    largest = float(gram.diagonal().max()) if gram.numel() else 0.0
-    if largest > 0.0:
-        gram = gram / largest
-    basis = torch.linalg.eigh((gram + gram.t()) / 2).eigenvectors.flip(-1)
-    leading = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-    return basis * torch.where(leading < 0, -1.0, 1.0)
 
 
 def bfloat16_representable(x: Tensor) -> Tensor:
@@ -298,70 +305,121 @@ class BlockTransform:
 
 
 def block_transform(
-    weight: Tensor, scheme: TransformScheme, input_rms: Tensor | None = None
+    weight: Tensor, scheme: TransformScheme, inputs: InputSummary | None = None
 ) -> BlockTransform:
     """The transform a scheme asks for.
 
     Args:
         weight: [N, K]; for fused linears the stacked weight.
         scheme: rotation, balance exponent, permutation and block size.
-        input_rms: [K] rms of each input channel over calibration; required for balancing, and
-            what the permutation ranks channels by (weight energy is used without it).
+        inputs: what calibration saw.  Balancing needs the sizes of channels, the rotations that
+            look at inputs their rows or second moment; a permutation ranks channels by their size
+            (weight energy is used without it).
 
     Returns:
         The transform, its matrix already rounded to what bfloat16 can hold (an identity when the
         scheme asks for nothing; callers skip it then).
 
     Raises:
-        NonFiniteError: NaN or Inf in ``weight`` or ``input_rms``.
-        ValueError: shapes do not match, balancing without ``input_rms``, or a Hadamard rotation
-            with a block that is not a power of two.
+        NonFiniteError: NaN or Inf in ``weight`` or ``inputs``.
+        ValueError: shapes do not match, something of the inputs is missing, or a Hadamard matrix
+            of a block that is not a power of two.
     """
     if weight.ndim != 2:
         raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
     require_finite(weight, "weight")
     width = weight.shape[1]
-    if input_rms is not None:
-        if input_rms.shape != (width,):
-            raise ValueError(f"input_rms must be [{width}], got {list(input_rms.shape)}")
-        require_finite(input_rms, "the input's channel rms")
+    sizes = None if inputs is None else _channel_sizes(inputs, scheme, width)
     factor = torch.ones(width, dtype=torch.float64, device=weight.device)
     if scheme.balance is not None:
-        if input_rms is None:
+        if sizes is None:
             raise ValueError("balancing needs the rms of the input channels from calibration")
-        factor = balance_factors(input_rms, weight, scheme.balance)
+        factors = smoothing_factors if scheme.magnitude == "max" else balance_factors
+        factor = factors(sizes, weight, scheme.balance)
     padded = padded_width(width, scheme.block)
     factor = F.pad(factor, (0, padded - width), value=1.0)
     weight = pad_to_block(weight, scheme.block)
 
-    permutation = None
+    order = torch.arange(padded, device=weight.device)
     if scheme.permutation == "snake":
-        rms = column_rms(weight) * factor
-        if input_rms is not None:
-            rms = pad_to_block(input_rms.to(torch.float64), scheme.block) / factor
-        permutation = snake_permutation(rms.square(), scheme.block)
-        factor = factor[permutation]
+        ranking = column_rms(weight) * factor
+        if sizes is not None:
+            ranking = pad_to_block(sizes.to(torch.float64), scheme.block) / factor
+        order = snake_permutation(ranking.square(), scheme.block)
 
     matrices: list[Tensor] = []
-    for g in range(padded // scheme.block):
-        channels = slice(g * scheme.block, (g + 1) * scheme.block)
-        block = weight[:, channels] if permutation is None else weight[:, permutation[channels]]
+    for channels in order.split(scheme.block):
         c = factor[channels]
-        matrices.append(_rotation(block.to(torch.float64) * c, scheme) / c.unsqueeze(-1))
+        block = _Block(weight[:, channels].to(torch.float64) * c, channels, c, inputs)
+        matrices.append(_mixing(block, scheme) / c.unsqueeze(-1))
     return BlockTransform(
-        bfloat16_representable(torch.stack(matrices)), permutation, scheme.block, width
+        bfloat16_representable(torch.stack(matrices)),
+        None if scheme.permutation == "none" else order,
+        scheme.block,
+        width,
     )
 
 
-def _rotation(block: Tensor, scheme: TransformScheme) -> Tensor:
-    """The orthogonal part of one block's transform; ``block`` [N, B] is the balanced weight."""
-    size = block.shape[1]
+def _channel_sizes(inputs: InputSummary, scheme: TransformScheme, width: int) -> Tensor:
+    """The sizes [K] that balance and permutation go by."""
+    sizes = inputs.maxima if scheme.magnitude == "max" else inputs.rms
+    if sizes is None:
+        raise ValueError("magnitude 'max' needs the largest magnitudes of the input channels")
+    what = "maxima" if scheme.magnitude == "max" else "rms"
+    if sizes.shape != (width,):
+        raise ValueError(f"the input's channel {what} must be [{width}], got {list(sizes.shape)}")
+    require_finite(sizes, f"the input's channel {what}")
+    return sizes
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of a site, balanced.
+
+    ``weight`` is [N, B], already times c; ``channels`` [B] are its input channels, which may lie
+    in the padding, and ``factor`` [B] their c.
+    """
+
+    weight: Tensor
+    channels: Tensor
+    factor: Tensor
+    inputs: InputSummary | None
+
+    def rows(self) -> Tensor:
+        """Sampled inputs [R, B], balanced."""
+        if self.inputs is None or self.inputs.rows is None:
+            raise ValueError("a greedy rotation needs sampled inputs from calibration")
+        rows = self.inputs.rows
+        real = self.channels < rows.shape[1]
+        found = torch.zeros((rows.shape[0], len(self.channels)), dtype=torch.float64)
+        found[:, real] = rows[:, self.channels[real]].to(torch.float64)
+        return found / self.factor
+
+    def moment(self) -> Tensor:
+        """Second moment [B, B] of the inputs, balanced."""
+        if self.inputs is None or self.inputs.moment is None:
+            raise ValueError("a second-moment transform needs the second moment from calibration")
+        moment, size = self.inputs.moment, len(self.channels)
+        real = self.channels < moment.shape[0]
+        known = self.channels[real]
+        found = torch.zeros((size, size), dtype=torch.float64)
+        found[real.unsqueeze(-1) & real] = moment[known][:, known].to(torch.float64).flatten()
+        return found / (self.factor * self.factor.unsqueeze(-1))
+
+
+def _mixing(block: _Block, scheme: TransformScheme) -> Tensor:
+    """What mixes the balanced channels of one block, [B, B]."""
+    size = block.weight.shape[1]
     if scheme.rotation == "none":
-        return torch.eye(size, dtype=torch.float64, device=block.device)
+        return torch.eye(size, dtype=torch.float64, device=block.weight.device)
+    if scheme.rotation == "greedy":
+        return greedy_rotation(block.rows())
+    if scheme.rotation == "second_moment":
+        return second_moment_map(block.weight.t() @ block.weight, block.moment())
     if scheme.rotation == "svd":
-        return svd_basis(block)
-    flat = hadamard(size).to(block.device)
-    return flat if scheme.rotation == "hadamard" else svd_basis(block) @ flat
+        return svd_basis(block.weight)
+    flat = hadamard(size).to(block.weight.device)
+    return flat if scheme.rotation == "hadamard" else svd_basis(block.weight) @ flat
 
 
 @dataclass(frozen=True)

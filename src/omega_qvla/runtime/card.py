@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from omega_qvla.recipe import Recipe
+
 
 def model_card(config: Mapping[str, Any]) -> str:
     """Markdown text saying what the artifact is, how it was made and how to load it."""
     recipe = config["recipe"]
+    left = Recipe.model_validate(recipe).left_in_16_bits
     sites = Counter(site["component"] for site in config["sites"])
     lines = [
         "# Quantized vision-language-action policy",
@@ -17,6 +20,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"- policy family: `{config['policy']['family']}`",
         f"- recipe: `{recipe['name']}` ({recipe['description']})",
         f"- recipe hash: `{config['recipe_hash']}`",
+        *([f"- in 16 bits: {', '.join(left)}"] if left else []),
         f"- calibrated on {config['calibration']['observations']} observations, fingerprint "
         f"`{config['calibration']['fingerprint']}`",
         f"- made by omega-qvla {config['library_version']}",

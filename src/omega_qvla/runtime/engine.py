@@ -26,13 +26,20 @@ from omega_qvla.policies.base import Observation, Policy, QuantizationSite, line
 from omega_qvla.policies.loading import policy_skeleton
 from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.policies.weight_store import materialize
+from omega_qvla.quantization.attention import scale_attention
+from omega_qvla.quantization.low_rank import branch_rank
 from omega_qvla.quantization.pipeline import Quantization, simulate
 from omega_qvla.quantization.simulation import SimulatedLinear, install
-from omega_qvla.recipe import Recipe
+from omega_qvla.recipe import Recipe, Scheme
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
 from omega_qvla.runtime.linear import QuantizedLinear
-from omega_qvla.runtime.memory import memory_report, narrowed, reference_parameters
+from omega_qvla.runtime.memory import (
+    kept_linears,
+    memory_report,
+    narrowed,
+    reference_parameters,
+)
 
 _STEP_TABLE = "step_table"
 
@@ -235,6 +242,7 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
     if quantization.embedding is not None:
         rows = quantization.embedding
         install(target.module, [rows.path], QuantizedEmbedding.from_rows(rows))
+    scale_attention(target, quantization.attention)
     if quantization.step_table is not None:
         _require_table(target).use_step_table(quantization.step_table)
     if target.store is not None:
@@ -396,9 +404,14 @@ def _load_linear(
         raise ArtifactError(
             f"{name}.weight_shape is {shape.tolist()}, expected {[outputs, record.in_features]}"
         )
+    down = up = None
+    if scheme.weights.low_rank is not None:
+        rank = branch_rank(scheme.weights.low_rank, outputs, record.in_features)
+        down = take("low_rank_down", torch.bfloat16, rank, record.in_features)
+        up = take("low_rank_up", torch.bfloat16, outputs, rank)
     if any(linear.bias is not None for linear in linears):
         bias = take("bias", torch.float32, outputs)
-    if scheme.activations.scale == "per_step":
+    if _activation_scale(record, scheme) == "per_step":
         steps = tensors[f"{name}.activation_step_times"].numel()
         times = take("activation_step_times", torch.float32, steps)
         scale = take("activation_scale", torch.float32, steps)
@@ -419,9 +432,24 @@ def _load_linear(
         bias=bias,
         group=group,
         clock=policy.clock,
+        low_rank_down=down,
+        low_rank_up=up,
+        activation_clip=scheme.activations.clip,
         kernel=run.kernel,
         threads=run.threads,
     )
+
+
+def _activation_scale(record: SiteRecord, scheme: Scheme) -> str:
+    """How a site's activations are scaled; the record says where the recipe leaves a choice."""
+    asked, stored = scheme.activations.scale, record.activation_scale
+    possible = ("per_step", "per_token") if asked == "per_step_or_token" else (asked,)
+    if stored not in possible:
+        raise ArtifactError(
+            f"site {record.site.name!r}: omega_config.json has activation_scale {stored!r}, its "
+            f"recipe {asked!r}"
+        )
+    return stored
 
 
 def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -490,6 +518,7 @@ def _config(policy: Policy, quantization: Quantization) -> dict[str, Any]:
             ).dump()
             for site in quantization.sites
         ],
+        "kept": kept_linears(policy, recipe),
         "embedding": None
         if quantization.embedding is None
         else {"path": quantization.embedding.path, "bits": quantization.embedding.bits},

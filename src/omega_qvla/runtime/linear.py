@@ -2,7 +2,8 @@
 
 The module holds the packed integers, the scales, the block transform and the bias, and nothing
 else: there is no dequantized weight to fall back to.  It may stand for several fused linears, whose
-outputs it concatenates (``splits``).
+outputs it concatenates (``splits``).  Where a recipe leaves a low-rank part of the weight in 16
+bits, those two thin matrices are multiplied beside the integers.
 
 The integers are kept once.  As made or loaded they are row-major words (``weight_packed``); for the
 C++ kernels they are brought into panels (``prepare``) and the words are given up, to be made again
@@ -50,6 +51,9 @@ class QuantizedLinear(nn.Module):
         activation_step_times: [steps] flow times of the static scales.
         bias: [N], or None.
         group: input channels per weight scale, or None.
+        low_rank_down: bfloat16 [r, K] of a 16-bit branch on the untransformed input, or None.
+        low_rank_up: bfloat16 [N, r], or None.
+        activation_clip: share of a token's largest magnitude that a dynamic scale reaches to.
         clock: tells the flow time when scales are per step.
         kernel: ``reference``, or the name of an instruction set (``cpu.instruction_sets()``); None
             takes the best there is.
@@ -75,12 +79,16 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None,
         group: int | None,
         clock: FlowClock,
+        low_rank_down: Tensor | None = None,
+        low_rank_up: Tensor | None = None,
+        activation_clip: float = 1.0,
         kernel: str | None = None,
         threads: int | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, sum(splits)
         self.splits, self.group, self.activation_bits = splits, group, activation_bits
+        self.activation_clip = activation_clip
         self.weight_packed: Tensor | None
         self.weight_scale: Tensor
         self.transform: Tensor | None
@@ -88,6 +96,8 @@ class QuantizedLinear(nn.Module):
         self.activation_scale: Tensor | None
         self.activation_step_times: Tensor | None
         self.bias: Tensor | None
+        self.low_rank_down: Tensor | None
+        self.low_rank_up: Tensor | None
         self.register_buffer("weight_packed", weight_packed)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("transform", transform)
@@ -95,6 +105,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("activation_scale", activation_scale)
         self.register_buffer("activation_step_times", activation_step_times)
         self.register_buffer("bias", bias)
+        self.register_buffer("low_rank_down", low_rank_down)
+        self.register_buffer("low_rank_up", low_rank_up)
         self._clock = clock
         self._schedule = _Schedule(activation_step_times, activation_scale)
         self.threads = None if threads is None else cpu.check_threads(threads)
@@ -104,7 +116,7 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def from_site(cls, quantized: QuantizedSite, clock: FlowClock) -> QuantizedLinear:
         """Pack a freshly quantized, realizable site."""
-        integers = quantized.weight.integers
+        integers, branch = quantized.weight.integers, quantized.low_rank
         return cls(
             weight_packed=pack_int4(integers) if quantized.weight_bits == 4 else integers,
             weight_scale=quantized.weight.scale.contiguous(),
@@ -118,6 +130,9 @@ class QuantizedLinear(nn.Module):
             bias=quantized.bias,
             group=quantized.weight.group,
             clock=clock,
+            low_rank_down=None if branch is None else branch.down.to(torch.bfloat16),
+            low_rank_up=None if branch is None else branch.up.to(torch.bfloat16),
+            activation_clip=quantized.activations.clip,
         )
 
     def _choose(self, kernel: str | None) -> str:
@@ -152,6 +167,7 @@ class QuantizedLinear(nn.Module):
             transform=self.transform if self._fused() else None,
             bias=self.bias,
             activation_bits=self.activation_bits,
+            activation_clip=self.activation_clip,
             path=self.kernel,
         )
         self.weight_packed = None
@@ -179,6 +195,8 @@ class QuantizedLinear(nn.Module):
             )
         rows = x.reshape(-1, self.in_features).to(torch.float32)
         y = self._multiply_reference(rows) if self.kernel == REFERENCE else self._multiply(rows)
+        if self.low_rank_down is not None and self.low_rank_up is not None:
+            y = y + (rows @ self.low_rank_down.t().float()) @ self.low_rank_up.t().float()
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _multiply(self, rows: Tensor) -> Tensor:
@@ -218,7 +236,7 @@ class QuantizedLinear(nn.Module):
     def input_scale(self, transformed: Tensor) -> Tensor:
         """Activation scale of transformed rows [M, K']: static scalar, or per token [M, 1]."""
         if self.activation_scale is None:
-            return reference.row_scales(transformed, self.activation_bits)
+            return reference.row_scales(transformed, self.activation_bits, self.activation_clip)
         return self._schedule.at(self._clock.time)
 
     def transform_input(self, rows: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 The reference is the checkpoint the policy came from, every parameter of it, dead ones included, in
 16 bits.  The paper's own figure (71.3 %) counts only the linears it quantizes; that number is
-reported beside ours and labelled.
+reported beside ours and labelled.  Linears that a recipe leaves in 16 bits inside a component it
+quantizes count there as what they are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from omega_qvla.artifact.memory import ComponentMemory, MemorySummary, summarise
 from omega_qvla.artifact.packing import packed_width
 from omega_qvla.policies.base import PAPER_SCOPE, HasEmbedding, Policy, linears_of, sites_of
 from omega_qvla.policies.step_table import HasStepTable, StepTable
+from omega_qvla.quantization.low_rank import branch_rank
 from omega_qvla.recipe import Recipe, Scheme
 from omega_qvla.runtime.embedding import embedding_layout
 
@@ -51,6 +54,47 @@ def reference_parameters(policy: Policy) -> dict[str, dict[str, int]]:
     return {"all": counts, "paper_scope": {k: v for k, v in narrow.items() if v}}
 
 
+def kept_linears(policy: Policy, recipe: Recipe) -> list[str]:
+    """Linears in 16 bits although their component is quantized (a selective layout)."""
+    return [
+        name
+        for site in sites_of(policy)
+        if recipe.scheme(site.component) is not None and recipe.scheme_of(site) is None
+        for name in site.linears
+    ]
+
+
+@dataclass(frozen=True)
+class WeightStorage:
+    """How the weights of a policy's linears are stored.
+
+    Attributes:
+        bits_per_weight: bits stored for the weights of all sites over their number: integers,
+            their scales, low-rank branches, and 16 for what is not quantized.  Transforms and
+            static activation scales are not weights; ``checkpoint_bytes`` counts them.
+        weights_16bit: how many of those weights stay in 16 bits.
+    """
+
+    bits_per_weight: float
+    weights_16bit: int
+
+
+def weight_storage(policy: Policy, recipe: Recipe) -> WeightStorage:
+    """What a recipe stores per weight of this policy, simulations as if they could be stored."""
+    total, kept, bits = 0, 0, 0
+    for site in sites_of(policy):
+        linears = linears_of(policy.module, site)
+        inputs, outputs = linears[0].in_features, sum(linear.out_features for linear in linears)
+        total += inputs * outputs
+        scheme = recipe.scheme_of(site)
+        if scheme is None:
+            kept += inputs * outputs
+            bits += 8 * _REFERENCE_BYTES * inputs * outputs
+        else:
+            bits += 8 * _weight_bytes(scheme, inputs, outputs)
+    return WeightStorage(bits / total, kept)
+
+
 def memory_report(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -71,10 +115,12 @@ def memory_report(
         ``reference_bytes``, ``reduction`` and ``paper_scope_reduction`` (fractions saved).
     """
     sites = {site["name"]: site["component"] for site in config["sites"]}
+    kept = set(config.get("kept", ()))
     used = _Usage()
     for name, tensor in tensors.items():
-        site = sites.get(name.rpartition(".")[0])
-        used.add(site or _component(name, component_of), tensor.nbytes, linear=site is not None)
+        path = name.rpartition(".")[0]
+        component = sites.get(path) or _component(name, component_of)
+        used.add(component, tensor.nbytes, linear=path in sites or path in kept)
     if directory_bytes is not None:
         used.add(OVERHEAD, directory_bytes - used.total(), linear=False)
     return _summary(config["reference_parameters"], used)
@@ -84,6 +130,7 @@ def predict(policy: Policy, recipe: Recipe) -> MemorySummary:
     """The memory table a quantization will have, from shapes alone (tensors only)."""
     used = _Usage()
     quantized: set[str] = set()
+    kept = set(kept_linears(policy, recipe))
     for site in sites_of(policy):
         scheme = recipe.scheme_of(site)
         if scheme is None:
@@ -106,7 +153,7 @@ def predict(policy: Policy, recipe: Recipe) -> MemorySummary:
         size = narrowed(parameter).nbytes
         if path == embedding:
             size = _embedding_bytes(recipe.embedding_bits, *parameter.shape)
-        used.add(component, size, linear=False)
+        used.add(component, size, linear=path in kept)
     if table is not None:
         used.add(_STEP_TABLE_COMPONENT, table.times.nbytes + table.values.nbytes, linear=False)
     return _summary(reference_parameters(policy), used)
@@ -148,13 +195,27 @@ def _site_bytes(scheme: Scheme, in_features: int, outputs: int, *, biased: bool,
     block = scheme.transform.block
     transformed = not scheme.transform.identity
     width = -(-in_features // block) * block if transformed else in_features
-    groups = 1 if scheme.weights.group is None else -(-width // scheme.weights.group)
-    row = 4 * packed_width(width) if scheme.weights.bits == 4 else width
-    size = outputs * row + 4 * outputs * groups + 16
+    size = _weight_bytes(scheme, in_features, outputs) + 16
     size += 2 * width * block if transformed else 0
     size += 4 * width if scheme.transform.permutation != "none" else 0
-    size += 8 * steps if scheme.activations.scale == "per_step" else 0
+    # Where calibration chooses, a static scale is assumed: a few bytes too many at most.
+    static = scheme.activations.scale in ("per_step", "per_step_or_token")
+    size += 8 * steps if static else 0
     return size + (4 * outputs if biased else 0)
+
+
+def _weight_bytes(scheme: Scheme, in_features: int, outputs: int) -> int:
+    """Integers and scales of a weight [N, K], and its low-rank branch."""
+    width, weights = in_features, scheme.weights
+    if not scheme.transform.identity:
+        width = -(-in_features // scheme.transform.block) * scheme.transform.block
+    groups = 1 if weights.group is None else -(-width // weights.group)
+    row = 4 * packed_width(width) if weights.bits == 4 else width
+    size = outputs * row + 4 * outputs * groups
+    if weights.low_rank is not None:
+        rank = branch_rank(weights.low_rank, outputs, in_features)
+        size += 2 * rank * (outputs + in_features)
+    return size
 
 
 def narrowed(tensor: Tensor) -> Tensor:

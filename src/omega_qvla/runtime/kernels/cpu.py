@@ -106,6 +106,7 @@ class PackedLinear:
         transform: bfloat16 [ceil(K/64), 64, 64], or None.
         bias: float32 [N], or None.
         activation_bits: 4 or 8.
+        activation_clip: share of a row's largest magnitude that a dynamic scale reaches to.
         path: instruction set; the best one when None.
 
     Raises:
@@ -123,12 +124,13 @@ class PackedLinear:
         transform: Tensor | None = None,
         bias: Tensor | None = None,
         activation_bits: int = 4,
+        activation_clip: float = 1.0,
         path: str | None = None,
     ) -> None:
         self._extension = _require()
         self._path = path_number(path or instruction_set() or "")
         self.out_features, self.columns = words.shape[0], columns
-        self.activation_bits = activation_bits
+        self.activation_bits, self.activation_clip = activation_bits, activation_clip
         width = columns if transform is None else -(-columns // BLOCK) * BLOCK
         self.width, self.padded = width, padded_width(width, group)
         _check("weight", words, torch.int32, (self.out_features, -(-width // 8)))
@@ -171,7 +173,8 @@ class PackedLinear:
         if torch.compiler.is_compiling():
             return torch.ops.omega_qvla.w4a4_linear(
                 x, self.panels, self.weight_scale, self.bias, self.transform, static_scale,
-                self.out_features, self.group, self.activation_bits, self._path, threads,
+                self.out_features, self.group, self.activation_bits, self.activation_clip,
+                self._path, threads,
             )  # fmt: skip
         _check_input(x, self.columns)
         rows = x.shape[0]
@@ -180,7 +183,7 @@ class PackedLinear:
             self._path, threads, x.data_ptr(), x.stride(0), self._transform_pointer,
             0 if static_scale is None else static_scale.data_ptr(), *self._pointers,
             out.data_ptr(), self.out_features, rows, self.out_features, self.columns,
-            self.padded, self.group, self.groups, self.activation_bits,
+            self.padded, self.group, self.groups, self.activation_bits, self.activation_clip,
         )  # fmt: skip
         return out
 
@@ -270,6 +273,7 @@ def _linear_operator(
     out_features: int,
     group: int,
     activation_bits: int,
+    activation_clip: float,
     path: int,
     threads: int,
 ) -> Tensor:
@@ -281,7 +285,7 @@ def _linear_operator(
         path, threads, x.data_ptr(), x.stride(0), _address(transform), _address(static_scale),
         panels.data_ptr(), weight_scale.data_ptr(), _address(bias), out.data_ptr(), out_features,
         x.shape[0], out_features, x.shape[1], padded, group, weight_scale.shape[0],
-        activation_bits,
+        activation_bits, activation_clip,
     )  # fmt: skip
     return out
 
@@ -294,7 +298,7 @@ def _linear_shape(
     transform: Tensor | None,
     static_scale: Tensor | None,
     out_features: int,
-    *sizes: int,
+    *sizes: float,
 ) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
 
@@ -302,8 +306,8 @@ def _linear_shape(
 _library = torch.library.Library("omega_qvla", "DEF")
 _library.define(
     "w4a4_linear(Tensor x, Tensor panels, Tensor weight_scale, Tensor? bias, Tensor? transform, "
-    "Tensor? static_scale, int out_features, int group, int activation_bits, int path, "
-    "int threads) -> Tensor"
+    "Tensor? static_scale, int out_features, int group, int activation_bits, "
+    "float activation_clip, int path, int threads) -> Tensor"
 )
 _library.impl("w4a4_linear", _linear_operator, "CPU")
 torch.library.register_fake("omega_qvla::w4a4_linear", _linear_shape, lib=_library)

@@ -34,10 +34,13 @@ def transform_blocks(x: Tensor, transform: Tensor) -> Tensor:
     return product.transpose(0, 1).reshape(-1, blocks * block)
 
 
-def row_scales(x: Tensor, bits: int) -> Tensor:
-    """Dynamic per-row scale, [M, 1] float32: abs max over the largest integer; 1 for zero rows."""
+def row_scales(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+    """Dynamic per-row scale, [M, 1] float32; 1 for zero rows.
+
+    Abs max over the largest integer, times ``clip`` in float32.
+    """
     largest = x.abs().amax(dim=-1, keepdim=True)
-    scale = largest / (2 ** (bits - 1) - 1)
+    scale = largest / (2 ** (bits - 1) - 1) * clip
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
