@@ -105,7 +105,8 @@ class Gr00tN15Policy(NativePolicy):
         return {**self.processor.encode(observation)._asdict(), "noise": noise}
 
     def see(self, observation: Observation) -> Seen:
-        pixels, token_ids, state = self.processor.encode(observation)
+        encoded = self.processor.encode(observation)
+        pixels, token_ids, state = (part.to(self.device) for part in encoded)
         return Seen(self.module.embed_images(pixels), token_ids, state)
 
     def read(self, seen: Seen) -> Observed:
