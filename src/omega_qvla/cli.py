@@ -45,6 +45,7 @@ from omega_qvla.evaluation.comparison import (
     full_footprint,
     stress_twin,
 )
+from omega_qvla.evaluation.device_roofline import roofline
 from omega_qvla.evaluation.kernel_speed import (
     SHAPES,
     machine_name,
@@ -80,6 +81,7 @@ from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.report.table import Table as TextTable
 from omega_qvla.report.table import (
+    bound_table,
     comparison_table,
     human_bytes,
     kernel_table,
@@ -273,13 +275,29 @@ class Bench(_Common):
     rounds: Annotated[int, tyro.conf.arg(help="turns that every peer takes")] = 9
     sites: Annotated[str, tyro.conf.arg(help="for `kernels`: only sites containing this")] = ""
     figure: Annotated[Path | None, tyro.conf.arg(help="for `kernels`: roofline as PNG")] = None
+    roofline: Annotated[
+        Literal["orin", "thor", "4090", "h200"] | None,
+        tyro.conf.arg(
+            help="for `policy`: measure nothing; calculate the least time on this device"
+        ),
+    ] = None
     device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
 
     def run(self, screen: Screen) -> int:
         _require_cpu(self.device)
         if self.rounds < 1:
             raise RecipeError(f"--rounds {self.rounds}: at least one is needed")
+        if self.roofline is not None:
+            return self._roofline(screen, self.roofline)
         return self._kernels(screen) if self.what == "kernels" else self._policy(screen)
+
+    def _roofline(self, screen: Screen, device: str) -> int:
+        if self.what != "policy":
+            raise RecipeError("--roofline is for `bench policy`; `bench kernels` draws --figure")
+        found = roofline(device, policy=self.policy, artifact=self.artifact)
+        screen.table(bound_table(found))
+        _write(self.json, {"schema": 1, "library": version("omega-qvla"), **found})
+        return 0
 
     def _kernels(self, screen: Screen) -> int:
         if self.figure is not None and self.json is None:
