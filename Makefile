@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup gpu demo test slow lint format bench train clean
+.PHONY: setup gpu demo test slow lint format bench bench-gpu train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -81,6 +81,10 @@ format: $(STAMP)
 bench: $(STAMP)
 	@mkdir -p $(OUT)
 	$(BIN)/omega-qvla bench kernels --json $(OUT)/kernels.json --figure $(OUT)/kernels.png
+
+# On the GPU at hand, ten minutes at most; exit status 3 where there is none.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 train: $(STAMP)
 	$(BIN)/omega-qvla train tiny-pi05 --out $(OUT)/tiny-pi05

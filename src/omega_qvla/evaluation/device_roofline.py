@@ -37,7 +37,7 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.memory import site_bytes
 
-PARTS = ("vision", "prefix", "denoise")
+PARTS: tuple[str, ...] = ("vision", "prefix", "denoise")
 _BF16_BYTES = 2
 _PART_OF = {"vision": "vision", "projector": "vision", "backbone": "prefix"}
 """Where weights are read whose module is never called as such; the others while denoising."""
@@ -243,7 +243,7 @@ def bytes_read(
     policy: NativePolicy, stored: Stored, counted: Mapping[str, Counted]
 ) -> dict[str, float]:
     """Bytes of weight read per part of one chunk."""
-    found = dict.fromkeys(PARTS, 0.0)
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     modules = dict(policy.module.named_modules())
     skipped = set(policy.modulation_paths)
     for path, size in stored.held.items():
