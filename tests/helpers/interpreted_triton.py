@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
+from omega_qvla.runtime.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,28 @@ def _tensor(name: str, value: Any) -> Any:
     return found.bfloat16() if name == "transform" else found
 
 
-def answer(call: Call) -> Answer:
+@dataclass(frozen=True)
+class Chunk:
+    """One action chunk of an artifact whose every linear is given the GPU kernel."""
+
+    artifact: Path
+    observation: dict[str, Any]
+    noise: np.ndarray
+
+
+def chunk(call: Chunk) -> np.ndarray:
+    """Sample one chunk here, with the module's own code around the interpreted kernels."""
+    policy = load(call.artifact, kernel="reference").policy
+    for linear in policy.module.modules():
+        if isinstance(linear, QuantizedLinear):
+            linear.kernel = gpu.NAME  # no way for users: here no tensor is on a GPU
+    return policy.sample_normalized(call.observation, call.noise).numpy()  # type: ignore[attr-defined]
+
+
+def answer(call: Call | Chunk) -> Answer | np.ndarray:
     """Run one call here."""
+    if isinstance(call, Chunk):
+        return chunk(call)
     operands = {name: _tensor(name, value) for name, value in call.operands.items()}
     layer = gpu.PackedLinear(operands.pop("words"), operands.pop("weight_scale"), **operands)
     x = torch.from_numpy(call.x).to(getattr(torch, call.dtype))
@@ -82,11 +105,19 @@ class Interpreter:
         self._connection = connection
 
     def __call__(self, call: Call) -> Answer:
-        self._connection.send(call)
-        assert self._connection.poll(120), "the interpreter hangs"
-        found = self._connection.recv()
+        found = self._ask(call)
         assert isinstance(found, Answer), found
         return found
+
+    def chunk(self, call: Chunk) -> np.ndarray:
+        found = self._ask(call)
+        assert isinstance(found, np.ndarray), found
+        return found
+
+    def _ask(self, call: Call | Chunk) -> Any:
+        self._connection.send(call)
+        assert self._connection.poll(200), "the interpreter hangs"
+        return self._connection.recv()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted_triton import Call, Interpreter, interpreter, numpy_operands
+from interpreted_triton import Call, Chunk, Interpreter, interpreter, numpy_operands
 from torch import Tensor
 
+import omega_qvla as oq
 from omega_qvla.artifact.packing import pack_int4
+from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.runtime.kernels import reference
 from omega_qvla.runtime.kernels import triton as gpu
@@ -242,6 +245,28 @@ def test_the_transform_of_any_numbers_rounds_to_the_nearest_integer(
     found = interpreted(Call(numpy_operands(**operands), rows.numpy(), static))
     distance = (exact / scale).clamp(-8, 7) - torch.from_numpy(found.integers[:, :320])
     assert float(distance.abs().max()) <= 0.5 + 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "family", ["small_policy", pytest.param("small_gr00t", marks=pytest.mark.slow)]
+)
+def test_a_whole_policy_acts_as_with_the_reference_kernel(
+    interpreted: Interpreter,
+    family: str,
+    request: pytest.FixtureRequest,
+    few: Observations,
+    noise: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    """Fused sites, biases, step scales by the clock.  Transforms are added up in another order,
+    and a value between two integers may fall to the other side; none does by much."""
+    policy = request.getfixturevalue(family)
+    oq.quantize(policy, few, "omega-w4a4").save_pretrained(tmp_path / "out")
+    found = interpreted.chunk(Chunk(tmp_path / "out", dict(few[0]), noise))
+    loaded: Any = oq.load(tmp_path / "out", kernel="reference").policy
+    wanted = loaded.sample_normalized(few[0], noise).numpy()
+    assert np.square(found - wanted).mean() < 1e-4 * np.square(wanted).mean()
 
 
 def test_the_interpreter_does_not_leak_into_other_tests() -> None:
