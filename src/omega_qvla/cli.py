@@ -879,7 +879,10 @@ def _is_torch(directory: Path) -> bool:
 
 def _require_cpu(device: str) -> None:
     if device != "cpu":
-        raise ResourceError(f"device {device!r} is not supported by this version; use cpu")
+        raise ResourceError(
+            f"device {device!r} is not supported by this command; use cpu. On a GPU an artifact "
+            "is run from Python, load(DIR, device='cuda'), and measured by `make bench-gpu`"
+        )
 
 
 def _split(text: str | None) -> list[str] | None:

@@ -317,6 +317,7 @@ def test_no_rows_give_no_rows() -> None:
         (torch.zeros(12), r"\[12\]"),
         (torch.zeros((12, 2)).t(), "contiguous"),
         (torch.zeros((2, 12), device="meta"), "meta"),
+        (torch.zeros((1, 12)).expand(1 << 25, 12), "fewer rows"),
     ],
 )
 def test_inputs_the_kernel_cannot_read_are_refused(rows: Tensor, message: str) -> None:

@@ -30,8 +30,12 @@ TYPES = {
 }
 ALIGNED = {*TYPES, "width", "size", "stride", "share"}
 """Arguments that are multiples of 16 in every layer of the policies."""
-SMALL = {"ROWS": 16, "OUTPUTS": 64, "BYTES": 64, "LIMIT": 8}
-LARGE = {"ROWS": 128, "OUTPUTS": 128, "BYTES": 64, "LIMIT": 128}
+SMALL: dict[str, int | None] = {"ROWS": 16, "OUTPUTS": 64, "BYTES": 64, "LIMIT": 8}
+LARGE: dict[str, int | None] = {"ROWS": 128, "OUTPUTS": 128, "BYTES": 64, "LIMIT": 128}
+ABSENT = SMALL | {"transform": None, "bias": None}
+"""A layer with neither transform nor bias."""
+ONES = ABSENT | dict.fromkeys(("count", "blocks", "parts", "share", "size", "per_row", "groups"), 1)
+"""One row, one block, one part, one output."""
 PRODUCTS = ("multiply", "multiply_part", "multiply_grouped")
 PROGRAMS = (*PRODUCTS, "add_parts", "quantize_static", "quantize_dynamic", "row_maxima")
 
@@ -42,8 +46,17 @@ def device() -> ModuleType:
     return gpu.programs()
 
 
-def compile_program(program: Any, capability: int, sizes: dict[str, int], folder: Path) -> Any:
-    """One program for one GPU, with nothing taken from an earlier run."""
+def compile_program(
+    program: Any,
+    capability: int,
+    sizes: dict[str, int | None],
+    folder: Path,
+    types: dict[str, str] = TYPES,
+) -> Any:
+    """One program for one GPU, with nothing taken from an earlier run.
+
+    Arguments named in ``sizes`` are constants, as Triton makes of None and of 1 when it is called.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -53,10 +66,14 @@ def compile_program(program: Any, capability: int, sizes: dict[str, int], folder
     source = ASTSource(
         fn=program,
         signature={
-            name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names
+            name: "constexpr" if name in constants else types.get(name, "i32") for name in names
         },
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name in ALIGNED and name not in constants
+        },
     )
     options = {
         "num_warps": 8 if sizes is LARGE else 4,
@@ -107,18 +124,31 @@ def test_the_product_is_made_of_integer_matrix_instructions(
 def test_every_program_compiles_and_rounds_as_the_reference_does(
     device: ModuleType, name: str, tmp_path: Path
 ) -> None:
-    compiled = compile_program(getattr(device, name), 80, SMALL, tmp_path)
+    compiled = compile_program(getattr(device, name), 80, ABSENT, tmp_path)
     check_rounding(compiled.asm["ptx"])
     if name in PRODUCTS:
         check_product(compiled, 80, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_rows_of_16_bits_compile_too(
+    device: ModuleType, name: str, dtype: str, tmp_path: Path
+) -> None:
+    types = TYPES | {"x": f"*{dtype}", "out": f"*{dtype}"}
+    compiled = compile_program(getattr(device, name), 90, SMALL, tmp_path, types)
+    check_rounding(compiled.asm["ptx"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [SMALL, ABSENT, ONES, LARGE], ids=["small", "absent", "ones", "large"]
+)
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_program_on_every_gpu(
-    device: ModuleType, capability: int, name: str, sizes: dict[str, int], tmp_path: Path
+    device: ModuleType, capability: int, name: str, sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     compiled = compile_program(getattr(device, name), capability, sizes, tmp_path)
     check_rounding(compiled.asm["ptx"])

@@ -38,6 +38,8 @@ _ROWS_AT_ONCE = 1024
 _MAXIMA_PARTS = 8
 _MOST_COLUMNS = 1 << 17
 """16 · 128 · 8 · K must stay below 2³¹."""
+_MOST_ELEMENTS = 1 << 31
+"""The programs count elements in int32."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -264,6 +266,10 @@ class PackedLinear:
             self._check("transform", transform, torch.bfloat16, (self.blocks, BLOCK, BLOCK))
         if bias is not None:
             self._check("bias", bias, torch.float32, (self.out_features,))
+        if self.out_features * padded_width(self.width) // 2 >= _MOST_ELEMENTS:
+            raise PolicyError(
+                f"a weight of {self.out_features} × {columns} is more than GPU kernels can count"
+            )
         self.weight = pack(words, self.width)
         self.weight_scale = weight_scale if group is None else weight_scale.t().contiguous()
         self.transform, self.bias = transform, bias
@@ -305,7 +311,7 @@ class PackedLinear:
                 x, self.transform, static_scale, integers, *sizes, width,
                 LIMIT=limit, ROWS=rows, enable_fp_fusion=False,
             )  # fmt: skip
-            return integers, static_scale
+            return integers, static_scale.reshape(())
         share = -(-self.blocks // _MAXIMA_PARTS)
         parts = -(-self.blocks // share)
         maxima = torch.empty((parts, count), device=x.device)
@@ -387,6 +393,12 @@ class PackedLinear:
             raise ObservationError(
                 f"input is {x.dtype} {list(x.shape)} on {x.device}; the kernel needs float32, "
                 f"bfloat16 or float16 [rows, {self.columns}] on {self.device}"
+            )
+        widest = max(abs(x.stride(0)), padded_width(self.columns), self.out_features)
+        if x.shape[0] * widest >= _MOST_ELEMENTS:
+            raise ObservationError(
+                f"input {list(x.shape)} for {self.out_features} outputs: the kernel takes fewer "
+                "than 2³¹ elements; give it fewer rows at a time"
             )
         if x.shape[1] > 1 and x.stride(1) != 1:
             raise ObservationError(
