@@ -59,7 +59,7 @@ demo: $(STAMP)
 test: $(STAMP) $(EMULATOR)
 	$(BIN)/python -m pytest -q
 
-# What `test` does a little of, done at length: half an hour.
+# What `test` does a little of, done at length.
 slow: $(STAMP) $(EMULATOR) $(GPU)
 	$(BIN)/python -m pytest -q -m slow
 

@@ -34,6 +34,9 @@ import triton.language as tl
 HALF = tl.constexpr(64)
 """Inputs per transform block, per group of weight scales, and per half of a packed block."""
 _ROUNDER = tl.constexpr(12582912.0)
+_ANY = ["count", "columns", "blocks", "parts", "groups", "per_row"]
+"""Arguments whose value changes no instruction worth having: a prompt one token longer must not be
+compiled for anew because its length is no multiple of 16."""
 
 
 @triton.jit
@@ -84,7 +87,7 @@ def _store_integers(integers, found, inverse, rows, count, width, block, LIMIT: 
     tl.store(place, rounded, mask=(rows < count)[:, None] & (lane >= 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def quantize_static(
     x,
     transform,
@@ -106,7 +109,7 @@ def quantize_static(
     _store_integers(integers, found, inverse, rows, count, width, block, LIMIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def row_maxima(
     x,
     transform,
@@ -128,7 +131,7 @@ def row_maxima(
     tl.store(maxima + part * count + rows, largest, mask=rows < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def quantize_dynamic(
     x,
     transform,
@@ -222,7 +225,7 @@ def _store_scaled(product, bias, scales, out, rows, count, outputs, size, per_ro
     tl.store(place, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def multiply(
     integers,
     weights,
@@ -260,7 +263,7 @@ def multiply(
     _store_scaled(product, bias, scales, out, rows, count, outputs, size, per_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def multiply_part(
     integers,
     weights,
@@ -299,7 +302,7 @@ def multiply_part(
     tl.store(place, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def add_parts(
     partial,
     weight_scale,
@@ -326,7 +329,7 @@ def add_parts(
     _store_scaled(product, bias, scales, out, rows, count, outputs, size, per_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def multiply_grouped(
     integers,
     weights,
