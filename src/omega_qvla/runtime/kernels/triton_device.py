@@ -28,8 +28,8 @@ Layouts, all row-major:
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports] - an extra
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 HALF = tl.constexpr(64)
 """Inputs per transform block, per group of weight scales, and per half of a packed block."""
