@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+# The Triton that PyTorch's CUDA builds of that version bring; its CPU build brings none.
+TRITON ?= triton==3.7.1
 OUT    ?= out
 # How many episodes per task and method `make demo` runs; empty is the command's own default.
 EPISODES ?=
@@ -11,6 +13,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMULATOR := $(VENV)/.emulator
+GPU := $(VENV)/.gpu
 
 # Two threads at most, and idle ones sleep: spinning costs a factor of seven when cores are shared.
 export OMP_NUM_THREADS ?= 2
@@ -18,7 +21,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-scale lint format bench soak fuzz train clean
+.PHONY: setup gpu demo test slow test-scale lint format bench bench-gpu soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -48,6 +51,14 @@ $(EMULATOR): tools/emulator.sh | $(BIN)/python
 	sh tools/emulator.sh
 	@touch $@
 
+# 200 MB to fetch and 700 MB on disk, so not part of `setup`: without it the tests of the GPU kernels
+# skip and say so. No GPU is needed to interpret the kernels, nor to compile them.
+gpu: $(GPU)
+
+$(GPU): $(STAMP)
+	$(BIN)/python -m pip install --quiet "$(TRITON)"
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/omega-qvla demo --out $(OUT)/demo $(if $(EPISODES),--episodes $(EPISODES))
 
@@ -58,6 +69,10 @@ test: $(STAMP) $(EMULATOR)
 test-scale: $(STAMP)
 	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[scale]"
 	$(BIN)/python -m pytest -q -m scale tests/evaluation/test_ray.py
+
+# What `test` does a little of, done at length.
+slow: $(STAMP) $(EMULATOR) $(GPU)
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -90,6 +105,10 @@ fuzz: $(STAMP)
 	@mkdir -p $(OUT)
 	$(BIN)/python benchmarks/fuzz_artifact.py --count $(COUNT) --out $(OUT)/fuzz-artifact.json
 	$(BIN)/python benchmarks/fuzz_wire.py --count $(MESSAGES) --out $(OUT)/fuzz-wire.json
+
+# On the GPU at hand, ten minutes at most; exit status 3 where there is none.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 train: $(STAMP)
 	$(BIN)/omega-qvla train tiny-pi05 --out $(OUT)/tiny-pi05

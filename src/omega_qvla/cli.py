@@ -45,6 +45,7 @@ from omega_qvla.evaluation.comparison import (
     comparison_rows,
     discard_simulations,
 )
+from omega_qvla.evaluation.device_roofline import roofline
 from omega_qvla.evaluation.diagnostics import diagnose
 from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
 from omega_qvla.evaluation.kernel_speed import (
@@ -97,6 +98,7 @@ from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.report.table import Table as TextTable
 from omega_qvla.report.table import (
+    bound_table,
     comparison_table,
     human_bytes,
     kernel_table,
@@ -315,13 +317,29 @@ class Bench(_Common):
     rounds: Annotated[int, tyro.conf.arg(help="turns that every peer takes")] = 9
     sites: Annotated[str, tyro.conf.arg(help="for `kernels`: only sites containing this")] = ""
     figure: Annotated[Path | None, tyro.conf.arg(help="for `kernels`: roofline as PNG")] = None
+    roofline: Annotated[
+        Literal["orin", "thor", "4090", "h200"] | None,
+        tyro.conf.arg(
+            help="for `policy`: measure nothing; calculate the least time on this device"
+        ),
+    ] = None
     device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
 
     def run(self, screen: Screen) -> int:
         _require_cpu(self.device)
         if self.rounds < 1:
             raise RecipeError(f"--rounds {self.rounds}: at least one is needed")
+        if self.roofline is not None:
+            return self._roofline(screen, self.roofline)
         return self._kernels(screen) if self.what == "kernels" else self._policy(screen)
+
+    def _roofline(self, screen: Screen, device: str) -> int:
+        if self.what != "policy":
+            raise RecipeError("--roofline is for `bench policy`; `bench kernels` draws --figure")
+        found = roofline(device, policy=self.policy, artifact=self.artifact)
+        screen.table(bound_table(found))
+        _write(self.json, {"schema": 1, "library": version("omega-qvla"), **found})
+        return 0
 
     def _kernels(self, screen: Screen) -> int:
         if self.figure is not None and self.json is None:
@@ -1212,7 +1230,10 @@ def _is_torch(directory: Path) -> bool:
 
 def _require_cpu(device: str) -> None:
     if device != "cpu":
-        raise ResourceError(f"device {device!r} is not supported by this version; use cpu")
+        raise ResourceError(
+            f"device {device!r} is not supported by this command; use cpu. On a GPU an artifact "
+            "is run from Python, load(DIR, device='cuda'), and measured by `make bench-gpu`"
+        )
 
 
 def _split(text: str | None) -> list[str] | None:

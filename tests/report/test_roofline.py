@@ -22,15 +22,28 @@ DOCUMENT = {
 }
 
 
-def test_a_saved_benchmark_becomes_a_picture(tmp_path: Path) -> None:
+GPU_DOCUMENT = {
+    "machine": "a GPU",
+    "peak_gmacs": {"int8": 990_000.0},
+    "memory_gbytes": 4000.0,
+    "rows": [
+        {"kernel": kernel, "M": 10, "gmacs": 9_000.0, "weights_in_cache": warm}
+        for kernel in ("triton", "cuBLAS bf16")
+        for warm in (False, True)
+    ],
+}
+
+
+@pytest.mark.parametrize("document", [DOCUMENT, GPU_DOCUMENT], ids=["processor", "gpu"])
+def test_a_saved_benchmark_becomes_a_picture(tmp_path: Path, document: object) -> None:
     pytest.importorskip("matplotlib")
-    (tmp_path / "k.json").write_text(json.dumps(DOCUMENT))
+    (tmp_path / "k.json").write_text(json.dumps(document))
     picture = roofline_figure(tmp_path / "k.json", tmp_path / "k.png")
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 20_000
 
 
-@pytest.mark.parametrize("missing", ["machine", "threads", "peak_gmacs", "memory_gbytes", "rows"])
+@pytest.mark.parametrize("missing", ["machine", "peak_gmacs", "memory_gbytes", "rows"])
 def test_what_is_not_a_kernel_benchmark_is_refused(tmp_path: Path, missing: str) -> None:
     (tmp_path / "k.json").write_text(
         json.dumps({k: v for k, v in DOCUMENT.items() if k != missing})

@@ -105,7 +105,7 @@ class Gr00tN15Policy(NativePolicy):
         return {**self.processor.encode(observation)._asdict(), "noise": noise}
 
     def embed(self, inputs: Sequence[Tensor]) -> Seen:
-        pixels, token_ids, state = inputs
+        pixels, token_ids, state = (part.to(self.device) for part in inputs)
         return Seen(self.module.embed_images(pixels), token_ids, state)
 
     def read(self, seen: Seen) -> Observed:

@@ -85,6 +85,11 @@ class NativePolicy(ABC):
         self._schedules: dict[int, Any] = {}
 
     @property
+    def device(self) -> torch.device:
+        """Where the network computes; observations and noise are brought there."""
+        return next(self.module.parameters()).device
+
+    @property
     def noise_shape(self) -> tuple[int, int]:
         """(horizon, action_dim) of the noise ``sample_actions`` starts from."""
         return self.config.horizon, self.config.action_dim
@@ -215,7 +220,8 @@ class NativePolicy(ABC):
         """What an Euler schedule needs of the flow times, computed once per number of steps."""
         if steps not in self._schedules:
             with torch.inference_mode():
-                self._schedules[steps] = self.make_schedule(torch.tensor(euler_times(steps)))
+                times = torch.tensor(euler_times(steps), device=self.device)
+                self._schedules[steps] = self.make_schedule(times)
         return self._schedules[steps]
 
     def make_schedule(self, times: Tensor) -> Any:
@@ -307,7 +313,8 @@ class NativePolicy(ABC):
             if generator is None:
                 generator = torch.Generator()
                 generator.seed()
-            return torch.randn((1, *self.noise_shape), generator=generator)
+            drawn = torch.randn((1, *self.noise_shape), generator=generator)
+            return drawn.to(self.device)
         given = torch.as_tensor(noise, dtype=torch.float32)
         if tuple(given.shape) != self.noise_shape:
             raise ObservationError(
@@ -315,7 +322,7 @@ class NativePolicy(ABC):
             )
         if not bool(torch.isfinite(given).all()):
             raise ObservationError("noise has NaN or Inf")
-        return given.unsqueeze(0)
+        return given.unsqueeze(0).to(self.device)
 
 
 def _alike(inputs: Sequence[Sequence[Tensor]]) -> list[list[int]]:

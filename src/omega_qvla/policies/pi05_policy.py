@@ -170,14 +170,14 @@ class Pi05Policy(NativePolicy):
 
     def embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Pixels and token ids → (image tokens [B, V·patches, D], token ids [B, T])."""
-        pixels, token_ids = inputs
+        pixels, token_ids = (part.to(self.device) for part in inputs)
         return self.module.embed_images(pixels), token_ids
 
     def read(self, seen: tuple[Tensor, Tensor]) -> tuple[list[KeyValue], int]:
         """Keys and values of the prefix per layer, and its length."""
         images, token_ids = seen
         prefix = torch.cat((images, self.module.embed_text(token_ids)), dim=1)
-        positions = torch.arange(prefix.shape[1]).unsqueeze(0)
+        positions = torch.arange(prefix.shape[1], device=prefix.device).unsqueeze(0)
         return self.module.prefill(prefix, positions)[0], prefix.shape[1]
 
     def denoise(self, observed: tuple[list[KeyValue], int], noise: Tensor, steps: int) -> Tensor:

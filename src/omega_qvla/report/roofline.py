@@ -1,4 +1,4 @@
-"""The roofline of measured kernels, drawn from ``bench kernels --json`` alone.
+"""The roofline of measured kernels, drawn from the JSON of ``bench kernels`` or ``bench-gpu``.
 
 Every mark is one layer: how many multiply-adds it does for each byte of weight that has to come
 from memory (to the right: more rows share a weight), and how many a second it reached.  No mark can
@@ -16,13 +16,19 @@ from typing import Any
 
 from omega_qvla.report.results import ReportError
 
-_BYTES_PER_WEIGHT = {"torch fp32": 4.0, "torch int8 dynamic": 1.0, "llama.cpp Q4_0": 18 / 32}
+_BYTES_PER_WEIGHT = {
+    "torch fp32": 4.0,
+    "torch int8 dynamic": 1.0,
+    "llama.cpp Q4_0": 18 / 32,
+    "cuBLAS bf16": 2.0,
+}
 _OURS = 0.5
-_NEEDED = ("rows", "peak_gmacs", "memory_gbytes", "machine", "threads")
+_NEEDED = ("rows", "peak_gmacs", "memory_gbytes", "machine")
 _STYLE = {
     "torch fp32": ("#999999", "s", "torch fp32"),
     "torch int8 dynamic": ("#E69F00", "D", "torch int8 dynamic"),
     "llama.cpp Q4_0": ("#009E73", "^", "llama.cpp Q4_0"),
+    "cuBLAS bf16": ("#999999", "s", "cuBLAS bf16"),
 }
 _OUR_COLOUR = "#0072B2"
 _RC = {
@@ -56,8 +62,9 @@ def roofline_figure(json_path: str | Path, png_path: str | Path) -> Path:
         axes.set_yscale("log")
         axes.set_xlabel("multiply-adds per byte of weight")
         axes.set_ylabel("10⁹ multiply-adds per second")
-        threads = document["threads"]
-        axes.set_title(f"Quantized linears on {document['machine']}, {threads} thread(s)")
+        threads = document.get("threads")  # of a processor; a GPU has none to speak of
+        where = document["machine"] + ("" if threads is None else f", {threads} thread(s)")
+        axes.set_title(f"Quantized linears on {where}")
         axes.legend(loc="lower right", frameon=False)
         figure.savefig(png_path)
     return Path(png_path)
@@ -70,7 +77,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise ReportError(f"cannot read {path}: {error}") from error
     if not complete:
-        raise ReportError(f"{path} is not what `omega-qvla bench kernels --json` writes")
+        raise ReportError(
+            f"{path} is not what `omega-qvla bench kernels --json` or `make bench-gpu` writes"
+        )
     return document
 
 
@@ -88,6 +97,8 @@ def _draw_roofs(axes: Any, document: Mapping[str, Any]) -> None:
 
 
 def _draw_marks(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    # A weight that stays in a cache is not bound by memory, whose roof this is.
+    rows = [row for row in rows if not row.get("weights_in_cache")]
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         colour, marker, label = _STYLE.get(kernel, (_OUR_COLOUR, "o", f"W4A4 ({kernel})"))
         size = _BYTES_PER_WEIGHT.get(kernel, _OURS)

@@ -219,6 +219,35 @@ def policy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
+def bound_table(found: Mapping[str, Any]) -> Table:
+    """One line per precision of ``bench policy --roofline``."""
+    parts = ("vision", "prefix", "denoise")
+    header = ("policy", "precision", *(f"{part} ms" for part in parts), "chunk ms")
+    device = found["device"]
+    return Table(
+        (*header, "weights read", "integer GMAC", "other GMAC"),
+        tuple(
+            (
+                row["policy"],
+                row["precision"],
+                *(f"{row[f'{part}_ms']:.2f} ({row['bound_by'][part]})" for part in parts),
+                f"{row['total_ms']:.2f}",
+                human_bytes(row["weight_bytes_read"]),
+                f"{row['integer_gmacs']:.0f}",
+                f"{row['float_gmacs']:.0f}",
+            )
+            for row in found["rows"]
+        ),
+        (
+            f"a calculation, not a measurement: nothing is faster than this on {device['title']}",
+            f"{device['memory_gbytes']:g} GB/s, int8 {device['int8_tops']:g} TOPS, bfloat16 "
+            f"{device['bf16_tflops']:g} TFLOPS ({device['source']})",
+            f"weights of W4A4 as {found['weights']}; {found['prefix_tokens']} prefix tokens, "
+            f"horizon {found['horizon']}, {found['steps']} denoising steps",
+        ),
+    )
+
+
 def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{share:.0%}"
 

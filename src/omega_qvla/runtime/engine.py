@@ -33,7 +33,8 @@ from omega_qvla.quantization.simulation import SimulatedLinear, install
 from omega_qvla.recipe import Recipe, Scheme
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
-from omega_qvla.runtime.linear import QuantizedLinear
+from omega_qvla.runtime.kernels import triton
+from omega_qvla.runtime.linear import GpuRun, QuantizedLinear
 from omega_qvla.runtime.memory import (
     kept_linears,
     memory_report,
@@ -42,6 +43,9 @@ from omega_qvla.runtime.memory import (
 )
 
 _STEP_TABLE = "step_table"
+GPU_WORKSPACE = 1 << 30
+"""Bytes a policy on a GPU is assumed to need beside its tensors: activations, keys and values, the
+programs.  Not measured."""
 
 
 @dataclass(frozen=True)
@@ -266,30 +270,40 @@ def load(
     verify: bool = True,
     kernel: str | None = None,
     threads: int | None = None,
+    tuning: str | Path | None = None,
 ) -> QuantizedPolicy:
     """Load an artifact; the full-precision checkpoint is never needed.
 
     Args:
         directory: what ``save_pretrained`` wrote.
-        device: only ``cpu`` in this version.
+        device: ``cpu``, or ``cuda`` or ``cuda:N`` for a native policy on an NVIDIA GPU
+            (docs/gpu.md).
         policy: for artifacts of a ``TorchPolicy``: the user's policy, which gives the structure
             (its own weights are replaced).
         verify: check every byte against its SHA-256 while loading.
-        kernel: ``reference``, or an instruction set of this processor; None takes the best.
+        kernel: ``reference``, an instruction set of this processor, or on a GPU ``triton``; None
+            takes the best.
         threads: of the C++ kernels; None follows ``torch.get_num_threads()``.
+        tuning: on a GPU, a folder of yours where measured tilings are kept; a shape that is not
+            there is measured when it is first multiplied.  None measures nothing and uses tilings
+            from arithmetic.
 
     Raises:
         NotAnArtifactError: the directory is not an artifact.
         ArtifactError: something is missing, extra, misshaped or damaged; names it.
-        ResourceError: the device or the kernel is not available, or more threads than cores.
+        ResourceError: the device or the kernel is not available, too little memory there, more
+            threads than cores, or nothing can be written to ``tuning``.
+        PolicyError: a layer that the GPU kernels cannot do, or a module of the user's own on a GPU.
     """
-    if device != "cpu":
-        raise ResourceError(
-            f"device {device!r} is not supported by this version: its integer kernel runs on 'cpu'"
-        )
+    gpu = None if device == "cpu" else _gpu_run(device, tuning)
+    if gpu is None and tuning is not None:
+        raise ResourceError("tuning is for GPUs: give device='cuda' as well, or leave it out")
     artifact = read_artifact(Path(directory), verify=verify)
+    if gpu is not None:
+        _require_native(artifact.config, device)
+        triton.check_memory(gpu.gpu, _gpu_bytes(artifact), f"{directory} with its workspace")
     try:
-        return _rebuild(artifact, policy, _Run(kernel, threads))
+        return _rebuild(artifact, policy, _Run(kernel, threads, gpu))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"{directory}: omega_config.json does not fit the tensors: "
@@ -303,6 +317,37 @@ class _Run:
 
     kernel: str | None
     threads: int | None
+    gpu: GpuRun | None
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.gpu is None else self.gpu.gpu.device
+
+
+def _gpu_run(device: str, tuning: str | Path | None) -> GpuRun:
+    gpu = triton.find(device)
+    return GpuRun(gpu, None if tuning is None else triton.tuner(gpu, Path(tuning)))
+
+
+def _require_native(config: Mapping[str, Any], device: str) -> None:
+    if config["policy"]["family"] == "torch":
+        raise PolicyError(
+            f"device {device!r} is for the policies of this project; a module of your own makes "
+            "its tensors where it likes, so it is loaded on 'cpu' only"
+        )
+
+
+def _gpu_bytes(artifact: Artifact) -> int:
+    """GPU memory a policy takes: its tensors, unquantized ones widened to float32, and room."""
+    sites = {str(site["name"]) for site in artifact.config["sites"]}
+    embedding = artifact.config["embedding"]
+    integers = sites if embedding is None else sites | {str(embedding["path"])}
+    return GPU_WORKSPACE + sum(
+        tensor.nbytes
+        if name.rpartition(".")[0] in integers or tensor.dtype != torch.bfloat16
+        else 2 * tensor.nbytes
+        for name, tensor in artifact.tensors.items()
+    )
 
 
 def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedPolicy:
@@ -310,7 +355,7 @@ def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedP
     family = str(config["policy"]["family"])
     target = _structure(family, config, artifact, policy)
     # The artifact gives its tensors away: one that has been repacked must not stay mapped.
-    remaining = dict(artifact.tensors)
+    remaining = {name: tensor.to(run.device) for name, tensor in artifact.tensors.items()}
     artifact.tensors.clear()
     if config["adaptive_norm"] == "table":
         times = remaining.pop(f"{_STEP_TABLE}.times")
@@ -390,7 +435,8 @@ def _load_linear(
         transform = take("transform", torch.bfloat16, width // block, block, block)
     if scheme.transform.permutation != "none":
         permutation = take("permutation", torch.int32, width)
-        if not torch.equal(permutation.sort().values, torch.arange(width, dtype=torch.int32)):
+        ordered = torch.arange(width, dtype=torch.int32, device=permutation.device)
+        if not torch.equal(permutation.sort().values, ordered):
             raise ArtifactError(f"{name}.permutation is not a permutation of {width} channels")
     if scheme.weights.bits == 4:
         packed = take("weight_packed", torch.int32, outputs, packed_width(width))
@@ -437,6 +483,7 @@ def _load_linear(
         activation_clip=scheme.activations.clip,
         kernel=run.kernel,
         threads=run.threads,
+        gpu=run.gpu,
     )
 
 

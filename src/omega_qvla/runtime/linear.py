@@ -6,13 +6,14 @@ outputs it concatenates (``splits``).  Where a recipe leaves a low-rank part of 
 bits, those two thin matrices are multiplied beside the integers.
 
 The integers are kept once.  As made or loaded they are row-major words (``weight_packed``); for the
-C++ kernels they are brought into panels (``prepare``) and the words are given up, to be made again
-from the panels when the module is saved.
+C++ and the GPU kernels they are brought into a layout of their own (``prepare``) and the words are
+given up, to be made again from it when the module is saved.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock
 from omega_qvla.quantization.site import QuantizedSite
-from omega_qvla.runtime.kernels import cpu, reference
+from omega_qvla.runtime.kernels import cpu, reference, triton
+from omega_qvla.runtime.kernels.triton_tuning import Tuner
 
 REFERENCE = "reference"
 
@@ -55,13 +57,14 @@ class QuantizedLinear(nn.Module):
         low_rank_up: bfloat16 [N, r], or None.
         activation_clip: share of a token's largest magnitude that a dynamic scale reaches to.
         clock: tells the flow time when scales are per step.
-        kernel: ``reference``, or the name of an instruction set (``cpu.instruction_sets()``); None
-            takes the best there is.
+        kernel: ``reference``, the name of an instruction set (``cpu.instruction_sets()``), or
+            ``triton`` where the weight is on a GPU; None takes the best there is.
         threads: for the C++ kernels; None follows ``torch.get_num_threads()``.
+        gpu: the GPU the weight is on, and what chooses tilings there.
 
     Raises:
         ResourceError: a kernel this machine cannot run, or more threads than cores.
-        PolicyError: the kernel asked for cannot do this layer.
+        PolicyError: the kernel asked for, or the only one for this device, cannot do this layer.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class QuantizedLinear(nn.Module):
         activation_clip: float = 1.0,
         kernel: str | None = None,
         threads: int | None = None,
+        gpu: GpuRun | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, sum(splits)
@@ -108,10 +112,12 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("low_rank_down", low_rank_down)
         self.register_buffer("low_rank_up", low_rank_up)
         self._clock = clock
-        self._schedule = _Schedule(activation_step_times, activation_scale)
+        device = weight_packed.device
+        self._schedule = _Schedule(activation_step_times, activation_scale, device)
         self.threads = None if threads is None else cpu.check_threads(threads)
-        self.kernel = self._choose(kernel)
-        self._packed: cpu.PackedLinear | None = None
+        self._gpu = gpu
+        self.kernel = self._choose_gpu(kernel) if device.type == "cuda" else self._choose(kernel)
+        self._packed: cpu.PackedLinear | triton.PackedLinear | None = None
 
     @classmethod
     def from_site(cls, quantized: QuantizedSite, clock: FlowClock) -> QuantizedLinear:
@@ -135,10 +141,19 @@ class QuantizedLinear(nn.Module):
             activation_clip=quantized.activations.clip,
         )
 
-    def _choose(self, kernel: str | None) -> str:
-        """The kernel that will run, by name."""
+    def _weight_bits(self) -> int:
         assert self.weight_packed is not None
-        bits = 8 if self.weight_packed.dtype == torch.int8 else 4
+        return 8 if self.weight_packed.dtype == torch.int8 else 4
+
+    def _choose(self, kernel: str | None) -> str:
+        """The kernel that will run on the CPU, by name."""
+        assert self.weight_packed is not None
+        if kernel == triton.NAME:
+            raise PolicyError(
+                f"kernel {triton.NAME!r} runs on a GPU, this layer is on "
+                f"{self.weight_packed.device}; load with device='cuda'"
+            )
+        bits = self._weight_bits()
         possible = self.weight_packed.device.type == "cpu" and cpu.supports(
             self.group, bits, self.activation_bits
         )
@@ -154,12 +169,38 @@ class QuantizedLinear(nn.Module):
             cpu.path_number(kernel)
         return kernel
 
+    def _choose_gpu(self, kernel: str | None) -> str:
+        """The one kernel there is for GPUs, if it can do this layer."""
+        if kernel not in (None, triton.NAME):
+            raise PolicyError(
+                f"kernel {kernel!r} runs on the CPU, this layer is on a GPU; leave kernel out, or "
+                f"ask for {triton.NAME!r}"
+            )
+        obstacle = triton.supports(
+            self.group,
+            self._weight_bits(),
+            self.activation_bits,
+            None if self.transform is None else self.transform.shape[-1],
+            self.permutation is not None,
+        )
+        if obstacle is not None:
+            raise PolicyError(
+                f"no GPU kernel for this layer: {obstacle}. Load it with device='cpu', or quantize "
+                "with a recipe such as 'omega-w4a4'"
+            )
+        return triton.NAME
+
     def prepare(self) -> None:
         """Bring the weight into the kernel's layout now rather than at the first call."""
         if self.kernel == REFERENCE or self._packed is not None:
             return
         assert self.weight_packed is not None
-        self._packed = cpu.PackedLinear(
+        self._packed = self._pack_gpu() if self.kernel == triton.NAME else self._pack()
+        self.weight_packed = None
+
+    def _pack(self) -> cpu.PackedLinear:
+        assert self.weight_packed is not None
+        return cpu.PackedLinear(
             self.weight_packed,
             self.weight_scale,
             columns=self._width(),
@@ -170,11 +211,26 @@ class QuantizedLinear(nn.Module):
             activation_clip=self.activation_clip,
             path=self.kernel,
         )
-        self.weight_packed = None
+
+    def _pack_gpu(self) -> triton.PackedLinear:
+        assert self.weight_packed is not None
+        run = self._gpu
+        return triton.PackedLinear(
+            self.weight_packed,
+            self.weight_scale,
+            columns=self.in_features,
+            group=self.group,
+            transform=self.transform,
+            bias=self.bias,
+            activation_bits=self.activation_bits,
+            activation_clip=self.activation_clip,
+            processors=1 if run is None else run.gpu.processors,
+            tuner=None if run is None else run.tuner,
+        )
 
     def packed_tensors(self) -> list[Tensor]:
         """What the kernels hold in their own layout, beside the module's buffers."""
-        return [] if self._packed is None else [self._packed.panels]
+        return [] if self._packed is None else [self._packed.weight]
 
     def stored(self) -> dict[str, Tensor]:
         """The module's tensors as an artifact holds them, by kind."""
@@ -193,16 +249,31 @@ class QuantizedLinear(nn.Module):
             raise ObservationError(
                 f"a quantized linear of {self.in_features} inputs got {list(x.shape)}"
             )
-        rows = x.reshape(-1, self.in_features).to(torch.float32)
-        y = self._multiply_reference(rows) if self.kernel == REFERENCE else self._multiply(rows)
+        rows = x.reshape(-1, self.in_features)
+        if self.kernel == triton.NAME:
+            y = self._multiply_gpu(rows)
+        elif self.kernel == REFERENCE:
+            y = self._multiply_reference(rows.to(torch.float32))
+        else:
+            y = self._multiply(rows.to(torch.float32))
         if self.low_rank_down is not None and self.low_rank_up is not None:
-            y = y + (rows @ self.low_rank_down.t().float()) @ self.low_rank_up.t().float()
+            thin = rows.to(torch.float32) @ self.low_rank_down.t().float()
+            y = y + thin @ self.low_rank_up.t().float()
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _multiply_gpu(self, rows: Tensor) -> Tensor:
+        """Rows [M, K] → [M, N] of the same dtype, on the GPU."""
+        self.prepare()
+        assert isinstance(self._packed, triton.PackedLinear)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        static = self.activation_scale is not None
+        return self._packed(rows, self._schedule.at(self._clock.time) if static else None)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         """Rows [M, K] float32 → [M, N] float32, by the C++ kernels."""
         self.prepare()
-        assert self._packed is not None
+        assert isinstance(self._packed, cpu.PackedLinear)
         if not self._fused():
             rows = self.transform_input(rows)
         if rows.stride(-1) != 1:
@@ -270,10 +341,28 @@ class QuantizedLinear(nn.Module):
         return -(-width // 8) * 8
 
 
-class _Schedule:
-    """Static scales over flow time: exact at calibrated times, linear between, flat beyond."""
+@dataclass(frozen=True)
+class GpuRun:
+    """Where and how linears run on a GPU.
 
-    def __init__(self, times: Tensor | None, scales: Tensor | None) -> None:
+    Attributes:
+        gpu: what was found.
+        tuner: measures tilings; None keeps to first guesses.
+    """
+
+    gpu: triton.Gpu
+    tuner: Tuner | None = None
+
+
+class _Schedule:
+    """Static scales over flow time: exact at calibrated times, linear between, flat beyond.
+
+    They are given out on the device of the layer: a program reads its scale there, so that nothing
+    has to be sent per call.
+    """
+
+    def __init__(self, times: Tensor | None, scales: Tensor | None, device: torch.device) -> None:
+        self._device = device
         self._known: dict[float | None, Tensor] = {}
         self._points: list[tuple[float, float]] = []
         if times is None or scales is None:
@@ -287,7 +376,8 @@ class _Schedule:
         if found is None:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            found = self._known[time] = torch.tensor(self._interpolate(time))
+            found = torch.tensor(self._interpolate(time), device=self._device)
+            self._known[time] = found
         return found
 
     def _interpolate(self, time: float | None) -> float:

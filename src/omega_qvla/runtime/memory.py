@@ -131,20 +131,11 @@ def predict(policy: Policy, recipe: Recipe) -> MemorySummary:
     used = _Usage()
     quantized: set[str] = set()
     kept = set(kept_linears(policy, recipe))
+    sizes = site_bytes(policy, recipe)
     for site in sites_of(policy):
-        scheme = recipe.scheme_of(site)
-        if scheme is None:
-            continue
-        linears = linears_of(policy.module, site)
-        size = _site_bytes(
-            scheme,
-            linears[0].in_features,
-            sum(linear.out_features for linear in linears),
-            biased=any(linear.bias is not None for linear in linears),
-            steps=getattr(policy, "steps", 1) if site.per_step else 1,
-        )
-        used.add(site.component, size, linear=True)
-        quantized.update(site.linears)
+        if site.name in sizes:
+            used.add(site.component, sizes[site.name], linear=True)
+            quantized.update(site.linears)
     table, embedding = _step_table(policy, recipe), _embedding(policy, recipe)
     for name, parameter in policy.module.named_parameters():
         component, path = policy.component_of(name), name.rpartition(".")[0]
@@ -157,6 +148,24 @@ def predict(policy: Policy, recipe: Recipe) -> MemorySummary:
     if table is not None:
         used.add(_STEP_TABLE_COMPONENT, table.times.nbytes + table.values.nbytes, linear=False)
     return _summary(reference_parameters(policy), used)
+
+
+def site_bytes(policy: Policy, recipe: Recipe) -> dict[str, int]:
+    """Bytes that the tensors of each site a recipe quantizes will take, by site name."""
+    sizes: dict[str, int] = {}
+    for site in sites_of(policy):
+        scheme = recipe.scheme_of(site)
+        if scheme is None:
+            continue
+        linears = linears_of(policy.module, site)
+        sizes[site.name] = _site_bytes(
+            scheme,
+            linears[0].in_features,
+            sum(linear.out_features for linear in linears),
+            biased=any(linear.bias is not None for linear in linears),
+            steps=getattr(policy, "steps", 1) if site.per_step else 1,
+        )
+    return sizes
 
 
 def _step_table(policy: Policy, recipe: Recipe) -> StepTable | None:

@@ -155,6 +155,11 @@ class PackedLinear:
         )
         self._transform_pointer = _address(self.transform)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the kernel's layout."""
+        return self.panels
+
     def words(self) -> Tensor:
         """The weight as row-major words again, int32 [N, ceil(K'/8)]."""
         return unpack_panels(self.panels, self.out_features, self.width, self.padded)

@@ -1,0 +1,444 @@
+"""The GPU kernels: NVIDIA tensor cores multiply int8, weights stay in 4 bits.
+
+``triton_device.py`` has the programs and their layouts, ``triton_tuning.py`` how products are cut.
+This module adds what a tensor knows and a program does not: dtypes, shapes, devices, how many
+programs to start.  A call is two to four launches: quantize (preceded by row maxima where the scale
+is dynamic), multiply (followed by a sum where K was cut).  Nothing waits for the GPU, nothing is
+read back, and a static scale is read from the device, so a captured graph may hold the calls.
+
+Without Triton, without a CUDA build of PyTorch, or without a GPU of compute capability 8.0,
+``find`` says which of them is missing and callers have no GPU; nothing here pretends otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from omega_qvla.errors import ObservationError, PolicyError, ResourceError
+from omega_qvla.runtime.kernels.triton_tuning import SPLIT_ROWS, Tiling, Tuner, first_guess
+
+NAME = "triton"
+BLOCK = 64
+"""Inputs per transform block, and per weight scale where there are groups."""
+LEAST_CAPABILITY = (8, 0)
+"""int8 tensor cores as used here, and asynchronous copies, begin with Ampere."""
+LEAST_TRITON = (3, 6)
+_PACKED = 2 * BLOCK
+_ROWS_AT_ONCE = 1024
+"""Rows of weight that are converted at a time: what the conversion needs beside its result."""
+_MAXIMA_PARTS = 8
+_MOST_COLUMNS = 1 << 17
+"""16 · 128 · 8 · K must stay below 2³¹."""
+_MOST_ELEMENTS = 1 << 31
+"""The programs count elements in int32."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as found.
+
+    Attributes:
+        device: its name in PyTorch, with its number.
+        name: its name in the world.
+        capability: compute capability, (major, minor).
+        processors: multiprocessors.
+        free_bytes: memory that can be had now.
+    """
+
+    device: str
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    free_bytes: int
+
+
+def find(device: str) -> Gpu:
+    """The GPU behind ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ResourceError: no such device, no GPU, a GPU that is too old, or Triton is missing or too
+            old.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise ResourceError(f"device {device!r}: there are 'cpu', 'cuda' and 'cuda:N'")
+    if torch.version.cuda is None:
+        raise ResourceError(
+            f"device {device!r}: this PyTorch ({torch.__version__}) was built without CUDA; "
+            "install a CUDA build (pytorch.org), or use device='cpu'"
+        )
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise ResourceError(
+            f"device {device!r}: PyTorch sees {count} GPUs; is the driver loaded (nvidia-smi)?"
+        )
+    programs()
+    index = int(number) if number else torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
+    return check_capability(
+        Gpu(
+            device=f"cuda:{index}",
+            name=properties.name,
+            capability=(properties.major, properties.minor),
+            processors=properties.multi_processor_count,
+            free_bytes=torch.cuda.mem_get_info(index)[0],
+        )
+    )
+
+
+def check_capability(gpu: Gpu) -> Gpu:
+    """The GPU, if it has the instructions the kernels are made of.
+
+    Raises:
+        ResourceError: it is older than Ampere.
+    """
+    if gpu.capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, pair)) for pair in (gpu.capability, LEAST_CAPABILITY))
+        raise ResourceError(
+            f"{gpu.name} has compute capability {found}; the kernels need {least} (Ampere) or "
+            "later. Use device='cpu'"
+        )
+    return gpu
+
+
+def check_memory(gpu: Gpu, needed: int, what: str) -> None:
+    """Refuse now what would run out of memory later.
+
+    Raises:
+        ResourceError: more bytes are needed than are free.
+    """
+    if needed > gpu.free_bytes:
+        raise ResourceError(
+            f"{what} needs {needed / 1e9:.2f} GB of GPU memory, {gpu.name} has "
+            f"{gpu.free_bytes / 1e9:.2f} GB free"
+        )
+
+
+def programs() -> ModuleType:
+    """The module with the GPU programs.
+
+    Raises:
+        ResourceError: Triton is not installed, or too old.
+    """
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        raise ResourceError(
+            "the GPU kernels need Triton: pip install 'omega-qvla[gpu]' (PyTorch's CUDA builds "
+            "bring it)"
+        ) from error
+    check_version(triton.__version__)
+    return importlib.import_module("omega_qvla.runtime.kernels.triton_device")
+
+
+def check_version(found: str) -> None:
+    """Refuse a Triton that cannot compile the programs.
+
+    Raises:
+        ResourceError: it is older than the oldest that was tried.
+    """
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if (major, minor) < LEAST_TRITON:
+        least = ".".join(map(str, LEAST_TRITON))
+        raise ResourceError(
+            f"Triton {found} is too old, the GPU kernels need {least} or later: upgrade PyTorch, "
+            "which brings its own, or pip install -U triton"
+        )
+
+
+def supports(
+    group: int | None, weight_bits: int, activation_bits: int, block: int | None, permuted: bool
+) -> str | None:
+    """What stands in the way of multiplying such a layer here; None if nothing does.
+
+    Args:
+        group: input channels per weight scale, or None.
+        block: side of the transform's blocks, or None without a transform.
+        permuted: whether the transform reads its inputs in another order.
+    """
+    if weight_bits != 4:
+        return f"its weights have {weight_bits} bits, not 4"
+    if activation_bits not in (4, 8):
+        return f"its activations have {activation_bits} bits, neither 4 nor 8"
+    if group not in (None, BLOCK):
+        return f"it has one weight scale per {group} inputs; the kernel knows {BLOCK}, or none"
+    if block not in (None, BLOCK):
+        return f"its transform has blocks of {block}; the kernel knows {BLOCK}"
+    if permuted:
+        return "its transform permutes the inputs"
+    return None
+
+
+def pack(words: Tensor, columns: int) -> Tensor:
+    """Row-major words int32 [N, ⌈K/8⌉] → the kernels' bytes, int8 [N, width/2], on one device.
+
+    The integers exist one to a byte only for some rows at a time.
+    """
+    width = padded_width(columns)
+    out = torch.empty((words.shape[0], width // 2), dtype=torch.int8, device=words.device)
+    for part, target in zip(words.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
+        octets = part.contiguous().view(torch.uint8)
+        nibbles = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)[:, :columns] ^ 8
+        nibbles = torch.nn.functional.pad(nibbles, (0, width - columns))
+        low, high = nibbles.view(len(part), -1, 2, BLOCK).unbind(2)
+        target.copy_((low | (high << 4)).flatten(1).view(torch.int8))
+    return out
+
+
+def unpack(packed: Tensor, columns: int) -> Tensor:
+    """The inverse of ``pack``; fillers past the last word's values are zero bits again."""
+    words = torch.empty(
+        (packed.shape[0], -(-columns // 8)), dtype=torch.int32, device=packed.device
+    )
+    for part, target in zip(packed.split(_ROWS_AT_ONCE), words.split(_ROWS_AT_ONCE), strict=True):
+        octets = part.view(torch.uint8).view(len(part), -1, BLOCK)
+        nibbles = torch.stack((octets & 15, octets >> 4), dim=2).flatten(1)[:, :columns] ^ 8
+        nibbles = torch.nn.functional.pad(nibbles, (0, -columns % 8))
+        target.copy_((nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(torch.int32))
+    return words
+
+
+def padded_width(columns: int) -> int:
+    """Inputs per row of packed weight: whole pairs of blocks."""
+    return -(-columns // _PACKED) * _PACKED
+
+
+class PackedLinear:
+    """One layer's operands in the kernels' layout, and the call on them.
+
+    Args:
+        words: int32 [N, ⌈K'/8⌉] row-major nibbles (``artifact.packing``); K' is K, filled up to
+            whole blocks where there is a transform.
+        weight_scale: float32 [N], or [N, ⌈K'/64⌉].
+        columns: K, the width of the rows the call is given.
+        group: 64 inputs per weight scale, or None.
+        transform: bfloat16 [⌈K/64⌉, 64, 64], or None.
+        bias: float32 [N], or None.
+        activation_bits: 4 or 8.
+        activation_clip: share of a row's largest magnitude that a dynamic scale reaches to.
+        processors: multiprocessors of the GPU, for the first guess at a tiling.
+        tuner: measures tilings; None keeps to the first guess.
+
+    Raises:
+        ResourceError: no Triton.
+        PolicyError: operands of another dtype, device or shape, or a layer these kernels cannot do.
+    """
+
+    def __init__(
+        self,
+        words: Tensor,
+        weight_scale: Tensor,
+        *,
+        columns: int,
+        group: int | None = None,
+        transform: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation_bits: int = 4,
+        activation_clip: float = 1.0,
+        processors: int = 1,
+        tuner: Tuner | None = None,
+    ) -> None:
+        self._programs = programs()
+        obstacle = supports(group, 4, activation_bits, None, False)
+        if obstacle is not None or columns >= _MOST_COLUMNS:
+            raise PolicyError(
+                f"no GPU kernel for a layer of {columns} inputs: "
+                f"{obstacle or f'the sums of {_MOST_COLUMNS} or more may overflow'}"
+            )
+        self.out_features, self.columns, self.group = words.shape[0], columns, group
+        self.activation_bits, self.activation_clip = activation_bits, activation_clip
+        self._processors, self._tuner = processors, tuner
+        self.blocks = -(-columns // BLOCK)
+        self.width = columns if transform is None else self.blocks * BLOCK
+        self.device = words.device
+        self._check("weight", words, torch.int32, (self.out_features, -(-self.width // 8)))
+        groups = -(-self.width // BLOCK)
+        scales = (self.out_features,) if group is None else (self.out_features, groups)
+        self._check("weight_scale", weight_scale, torch.float32, scales)
+        if transform is not None:
+            self._check("transform", transform, torch.bfloat16, (self.blocks, BLOCK, BLOCK))
+        if bias is not None:
+            self._check("bias", bias, torch.float32, (self.out_features,))
+        if self.out_features * padded_width(self.width) // 2 >= _MOST_ELEMENTS:
+            raise PolicyError(
+                f"a weight of {self.out_features} × {columns} is more than GPU kernels can count"
+            )
+        self.weight = pack(words, self.width)
+        self.weight_scale = weight_scale if group is None else weight_scale.t().contiguous()
+        self.transform, self.bias = transform, bias
+
+    def words(self) -> Tensor:
+        """The weight as row-major words again, int32 [N, ⌈K'/8⌉]."""
+        return unpack(self.weight, self.width)
+
+    def __call__(self, x: Tensor, static_scale: Tensor | None = None) -> Tensor:
+        """x [M, K] → [M, N] of the same dtype.
+
+        Args:
+            x: float32, bfloat16 or float16, rows contiguous (any distance apart).
+            static_scale: float32, one number, on the device; None for one dynamic scale per row.
+
+        Raises:
+            ObservationError: x has another dtype, device, shape or stride.
+        """
+        self._check_input(x)
+        out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype, device=x.device)
+        if not x.shape[0]:
+            return out
+        with torch.cuda.device_of(x):  # Triton starts programs on the current device
+            integers, scales = self.quantize(x, static_scale)
+            self._multiply(integers, scales, out)
+        return out
+
+    def quantize(self, x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [M, K] → (int8 [M, width], scales float32 [M], or the one that was given)."""
+        count = x.shape[0]
+        width = padded_width(self.columns)
+        rows = 16 if count <= SPLIT_ROWS else 64
+        integers = torch.empty((count, width), dtype=torch.int8, device=x.device)
+        grid = (-(-count // rows), width // BLOCK)
+        sizes = (count, self.columns, x.stride(0), self.blocks)
+        limit = 2 ** (self.activation_bits - 1)
+        if static_scale is not None:
+            self._programs.quantize_static[grid](
+                x, self.transform, static_scale, integers, *sizes, width,
+                LIMIT=limit, ROWS=rows, enable_fp_fusion=False,
+            )  # fmt: skip
+            return integers, static_scale.reshape(())
+        share = -(-self.blocks // _MAXIMA_PARTS)
+        parts = -(-self.blocks // share)
+        maxima = torch.empty((parts, count), device=x.device)
+        scales = torch.empty(count, device=x.device)
+        self._programs.row_maxima[(grid[0], parts)](
+            x, self.transform, maxima, *sizes, share, ROWS=rows, enable_fp_fusion=False
+        )
+        self._programs.quantize_dynamic[grid](
+            x, self.transform, maxima, scales, integers, *sizes, width, parts,
+            CLIP=self.activation_clip, LIMIT=limit, ROWS=rows, enable_fp_fusion=False,
+        )  # fmt: skip
+        return integers, scales
+
+    def _multiply(self, integers: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Integers int8 [M, width] and their scales → out [M, N]."""
+        if self.group is not None:
+            self._multiply_grouped(integers, scales, out)
+            return
+        shape = (len(integers), self.out_features, integers.shape[1])
+        if self._tuner is None:
+            tiling = first_guess(shape, self._processors)
+        else:
+            tiling = self._tuner.choose(
+                shape, lambda tiling: self.multiply(integers, scales, out, tiling)
+            )
+        self.multiply(integers, scales, out, tiling)
+
+    def multiply(self, integers: Tensor, scales: Tensor, out: Tensor, tiling: Tiling) -> None:
+        """Multiply and scale with a given tiling; weights have one scale per output."""
+        count, width = integers.shape
+        size, per_row = self.out_features, _per_row(scales)
+        grid = (-(-count // tiling.rows), -(-size // tiling.outputs))
+        sides = {"ROWS": tiling.rows, "OUTPUTS": tiling.outputs}
+        options = {
+            "num_warps": tiling.warps,
+            "num_stages": tiling.stages,
+            "enable_fp_fusion": False,
+        }
+        if tiling.parts == 1:
+            self._programs.multiply[grid](
+                integers, self.weight, self.weight_scale, self.bias, scales, out,
+                count, size, width, per_row, **sides, BYTES=tiling.bytes, **options,
+            )  # fmt: skip
+            return
+        share = tiling.share(width)
+        parts = -(-(width // 2) // share)
+        partial = torch.empty((parts, count, size), dtype=torch.int32, device=out.device)
+        self._programs.multiply_part[(*grid, parts)](
+            integers, self.weight, partial, count, size, width, share,
+            **sides, BYTES=tiling.bytes, **options,
+        )  # fmt: skip
+        self._programs.add_parts[grid](
+            partial, self.weight_scale, self.bias, scales, out,
+            count, size, parts, per_row, **sides, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def _multiply_grouped(self, integers: Tensor, scales: Tensor, out: Tensor) -> None:
+        count, width = integers.shape
+        rows = min(64, max(16, 1 << (count - 1).bit_length()))
+        grid = (-(-count // rows), -(-self.out_features // 64))
+        self._programs.multiply_grouped[grid](
+            integers, self.weight, self.weight_scale, self.bias, scales, out,
+            count, self.out_features, width, self.weight_scale.shape[0], _per_row(scales),
+            ROWS=rows, OUTPUTS=64, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def _check(self, what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        found = (tensor.dtype, tensor.device, tuple(tensor.shape), tensor.is_contiguous())
+        if found != (dtype, self.device, shape, True):
+            layout = "contiguous" if found[3] else "non-contiguous"
+            raise PolicyError(
+                f"{what} is {layout} {found[0]} {list(found[2])} on {found[1]}; the kernel needs "
+                f"contiguous {dtype} {list(shape)} on {self.device}"
+            )
+
+    def _check_input(self, x: Tensor) -> None:
+        fits = x.dtype in _FLOATS and x.ndim == 2 and x.shape[1] == self.columns
+        if not fits or x.device != self.device:
+            raise ObservationError(
+                f"input is {x.dtype} {list(x.shape)} on {x.device}; the kernel needs float32, "
+                f"bfloat16 or float16 [rows, {self.columns}] on {self.device}"
+            )
+        widest = max(abs(x.stride(0)), padded_width(self.columns), self.out_features)
+        if x.shape[0] * widest >= _MOST_ELEMENTS:
+            raise ObservationError(
+                f"input {list(x.shape)} for {self.out_features} outputs: the kernel takes fewer "
+                "than 2³¹ elements; give it fewer rows at a time"
+            )
+        if x.shape[1] > 1 and x.stride(1) != 1:
+            raise ObservationError(
+                f"input {list(x.shape)} has strides {x.stride()}: its rows must be contiguous; "
+                "call .contiguous()"
+            )
+
+
+def _per_row(scales: Tensor) -> int:
+    """Distance of one row's scale from the next: none where all rows share one."""
+    return 0 if scales.ndim == 0 else 1
+
+
+def tuner(gpu: Gpu, folder: Path) -> Tuner:
+    """A tuner that measures on this GPU.
+
+    Raises:
+        ResourceError: no Triton, or nothing can be written to the folder.
+    """
+    source = Path(str(programs().__file__)).read_bytes()
+    identity = {
+        "gpu": gpu.name,
+        "triton": str(importlib.import_module("triton").__version__),
+        "programs": hashlib.sha256(source).hexdigest()[:16],
+    }
+    return Tuner(folder, identity, gpu.processors, lambda call: seconds(call, gpu.device))
+
+
+def seconds(call: Callable[[], object], device: str, rounds: int = 15) -> float:
+    """Median seconds of a call on the GPU, by CUDA events; compiled and warmed up before."""
+    with torch.cuda.device(device):
+        for _ in range(3):
+            call()
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+        for begin, end in pairs:
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return 1e-3 * median(begin.elapsed_time(end) for begin, end in pairs)

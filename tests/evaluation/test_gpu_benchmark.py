@@ -1,0 +1,86 @@
+"""``make bench-gpu`` without a GPU: what it says, and that no part can take the others with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import bench_parts
+import pytest
+import torch
+
+from omega_qvla.errors import ResourceError
+from omega_qvla.evaluation.gpu_speed import MismatchError, compare_actions, time_chunk
+from omega_qvla.evaluation.policy_speed import PARTS
+from omega_qvla.policies.native import NativePolicy
+from omega_qvla.runtime.kernels import triton as gpu
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu as loaded  # pyright: ignore[reportMissingImports]
+
+    yield loaded
+    for name in ("gpu", "random_artifact"):
+        sys.modules.pop(name, None)
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def none(device: str) -> gpu.Gpu:
+        raise ResourceError(f"device {device!r}: PyTorch sees 0 GPUs")
+
+    monkeypatch.setattr(gpu, "find", none)
+    assert script.main(tmp_path / "results") == 3
+    assert "no GPU to measure" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_all_parts_together_take_at_most_ten_minutes(script: ModuleType) -> None:
+    assert sum(part.seconds for part in script.PARTS) <= 600
+
+
+def test_a_part_that_fails_hangs_or_dies_keeps_what_it_found_and_says_why(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    document: dict[str, Any] = {"unfinished": {}}
+    for name in ("finishes", "refuses", "breaks", "dies"):
+        part = script.Part(name, getattr(bench_parts, name), 60)
+        script.run_part(part, tmp_path, document)
+    script.run_part(script.Part("hangs", bench_parts.hangs, 5), tmp_path, document)
+    assert document["rows"][:3] == [1, 2, 3]
+    assert document["checks"] == {"a": 1} and document["memory_gbytes"] == 3.0
+    assert document["unfinished"] == {
+        "refuses": "not enough of anything",
+        "breaks": "ZeroDivisionError: by nothing",
+        "dies": "its process ended without a word; most likely out of memory",
+        "hangs": "not finished after 5 s",
+    }
+
+
+def test_actions_are_compared_on_the_same_observation_and_noise(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    """The processor with itself: the same integers, so the same actions; and a bound that bites."""
+    source = script.random_artifact("random:tiny-pi05").save_pretrained(tmp_path / "tiny")
+    assert compare_actions(source, "cpu") == {"action_error_against_cpu": 0.0}
+    with pytest.raises(MismatchError, match="differ by"):
+        compare_actions(source, "cpu", most=-1.0)
+
+
+def test_the_parts_of_a_chunk_add_up(small_policy: NativePolicy, few: Any) -> None:
+    times = time_chunk(small_policy, few[0])
+    assert set(times) == set(PARTS)
+    parts = sum(times[part] for part in PARTS if part != "total_ms")
+    assert times["total_ms"] == pytest.approx(parts)
+    assert not torch.cuda.is_initialized()
