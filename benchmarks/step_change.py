@@ -32,7 +32,7 @@ class Options:
     policy: str = "builtin:tiny-gr00t"
     calibrated: int = 4
     steps: int = 8
-    noises: int = 4
+    noises: int = 8
     json: Path | None = None
 
 

@@ -1,6 +1,6 @@
 """Open-loop action error: how far a quantized policy's chunks are from full precision.
 
-Let b_i be the chunk of the full-precision policy for held-out observation i and noise i, and a_i
+Let b_i be the chunk of the full-precision policy for a held-out observation and a noise, and a_i
 that of the policy under test for the same observation and the same noise.  The error is the
 relative mean squared error, pooled over everything,
 
@@ -13,6 +13,11 @@ weigh every action dimension alike.
 The **noise floor** puts the number in proportion: the same formula for the full-precision policy
 against itself, with two independent noises.  An error far below the floor is smaller than the
 policy's own sampling spread.
+
+The error is heavy-tailed: where full precision is undecided between two behaviours, a small error
+decides, and a handful of such chunks make up half of the sum.  With one noise per observation equal
+methods differ by a factor of two; ``NOISES`` are drawn for each, and a policy that can
+(``sample_noises``) answers all of them in one pass.
 """
 
 from __future__ import annotations
@@ -28,12 +33,15 @@ from omega_qvla.errors import NonFiniteError, ObservationError, PolicyError
 
 Array = npt.NDArray[np.float64]
 
+NOISES = 8
+"""Noises per held-out observation in comparisons."""
+
 
 class Sampler(Protocol):
     """What evaluation needs of a policy.
 
     ``sample_normalized(observation, noise=...)``, same signature and in the network's units, is
-    optional.
+    optional; so is ``sample_noises(observation, noises)``, the same for several noises at once.
     """
 
     @property
@@ -46,14 +54,17 @@ class Sampler(Protocol):
         ...
 
 
-def draw_noises(policy: Sampler, count: int, seed: int) -> npt.NDArray[np.float32]:
-    """Standard-normal noises [count, horizon, action_dim] float32, a function of ``seed``.
+def draw_noises(
+    policy: Sampler, count: int | tuple[int, int], seed: int
+) -> npt.NDArray[np.float32]:
+    """Standard-normal noises [*count, horizon, action_dim] float32, a function of ``seed``.
 
     Raises:
         PolicyError: see :func:`shape_of_noise`.
     """
     generator = np.random.default_rng(seed)
-    return generator.standard_normal((count, *shape_of_noise(policy)), dtype=np.float32)
+    counts = (count,) if isinstance(count, int) else count
+    return generator.standard_normal((*counts, *shape_of_noise(policy)), dtype=np.float32)
 
 
 def shape_of_noise(policy: Sampler) -> tuple[int, int]:
@@ -82,10 +93,10 @@ def sample_chunks(
     *,
     normalized: bool,
 ) -> Array:
-    """One chunk per pair of observation and noise, [n, horizon, action_dim].
+    """One chunk per pair of observation and noise, of the noises' shape.
 
     Args:
-        noises: [n, horizon, action_dim], one per observation.
+        noises: [n, horizon, action_dim], one per observation, or [n, k, horizon, action_dim].
         normalized: the network's units instead of the robot's.
 
     Raises:
@@ -97,15 +108,26 @@ def sample_chunks(
         raise ObservationError("action error needs at least one held-out observation")
     if len(given) != len(observations):
         raise ObservationError(f"{len(observations)} observations but {len(given)} noises")
-    name = "sample_normalized" if normalized else "sample_actions"
-    sample = cast(Callable[..., Any], getattr(policy, name))
     chunks: list[Array] = []
     for index, (observation, noise) in enumerate(zip(observations, given, strict=True)):
-        chunk = np.asarray(sample(observation, noise=noise), dtype=np.float64)
+        chunk = _sample(policy, observation, noise, normalized=normalized)
         if not np.isfinite(chunk).all():
             raise NonFiniteError(f"the chunk for held-out observation {index} is not finite")
         chunks.append(chunk)
     return np.stack(chunks)
+
+
+def _sample(policy: Sampler, observation: Any, noise: Any, *, normalized: bool) -> Array:
+    """Chunks of one observation for a noise [horizon, action_dim], or for several of them."""
+    together = getattr(policy, "sample_noises", None)
+    if noise.ndim == 3 and normalized and together is not None:
+        return np.asarray(together(observation, noise), dtype=np.float64)
+    if noise.ndim == 3:
+        alone = [_sample(policy, observation, one, normalized=normalized) for one in noise]
+        return np.stack(alone)
+    name = "sample_normalized" if normalized else "sample_actions"
+    sample = cast(Callable[..., Any], getattr(policy, name))
+    return np.asarray(sample(observation, noise=noise), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -114,7 +136,7 @@ class Measurement:
 
     Attributes:
         normalized: whether the chunks are in the network's units instead of the robot's.
-        chunks: [n, horizon, action_dim] float64.
+        chunks: [n, k, horizon, action_dim] float64, k noises per observation.
         floor: relative error between two noises; full precision only, else None.
     """
 
@@ -123,22 +145,29 @@ class Measurement:
     floor: float | None
 
 
-def measure_reference(policy: Sampler, observations: Sequence[Any], seed: int) -> Measurement:
+def measure_reference(
+    policy: Sampler, observations: Sequence[Any], seed: int, noises: int = NOISES
+) -> Measurement:
     """Full precision on the held-out observations, with its noise floor.
 
     Raises:
         ObservationError, NonFiniteError: see :func:`sample_chunks`.
     """
     normalized = offers_normalized(policy)
-    noises = draw_noises(policy, len(observations), seed)
-    others = draw_noises(policy, len(observations), seed + 1)
-    chunks = sample_chunks(policy, observations, noises, normalized=normalized)
+    counts = len(observations), noises
+    drawn, others = (draw_noises(policy, counts, s) for s in (seed, seed + 1))
+    chunks = sample_chunks(policy, observations, drawn, normalized=normalized)
     varied = sample_chunks(policy, observations, others, normalized=normalized)
     return Measurement(normalized, chunks, relative_error(varied, chunks))
 
 
 def measure_row(
-    policy: Sampler, observations: Sequence[Any], seed: int, *, normalized: bool
+    policy: Sampler,
+    observations: Sequence[Any],
+    seed: int,
+    noises: int = NOISES,
+    *,
+    normalized: bool,
 ) -> Measurement:
     """A policy on the same observations and noises as its reference, in the reference's units.
 
@@ -148,10 +177,9 @@ def measure_row(
     """
     if normalized and not offers_normalized(policy):
         raise PolicyError("needs sample_normalized, which its reference has")
-    noises = draw_noises(policy, len(observations), seed)
-    return Measurement(
-        normalized, sample_chunks(policy, observations, noises, normalized=normalized), None
-    )
+    drawn = draw_noises(policy, (len(observations), noises), seed)
+    chunks = sample_chunks(policy, observations, drawn, normalized=normalized)
+    return Measurement(normalized, chunks, None)
 
 
 def relative_error(chunks: npt.ArrayLike, reference: npt.ArrayLike) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from omega_qvla.api import quantize
-from omega_qvla.evaluation.openloop import Array, draw_noises, relative_error
+from omega_qvla.evaluation.openloop import NOISES, Array, draw_noises, relative_error
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import Recipe
 
@@ -52,7 +52,7 @@ def measure_step_change(
     *,
     calibrated: int,
     steps: int,
-    noises: int = 4,
+    noises: int = NOISES,
     seed: int = 0,
 ) -> StepChange:
     """Quantize for either number of steps, and run both with ``steps``.
@@ -64,12 +64,11 @@ def measure_step_change(
     """
     before, after = policy.with_steps(calibrated), policy.with_steps(steps)
     ours, again = (quantize(each, calibration, recipe) for each in (before, after))
-    observations = [item for item in held_out for _ in range(noises)]
-    drawn = draw_noises(policy, len(observations), seed)
+    drawn = draw_noises(policy, (len(held_out), noises), seed)
 
     def chunks(sampler: Any, count: int) -> Array:
-        pairs = zip(observations, drawn, strict=True)
-        found = [sampler.sample_normalized(item, noise=noise, steps=count) for item, noise in pairs]
+        pairs = zip(held_out, drawn, strict=True)
+        found = [sampler.sample_noises(item, noise, steps=count) for item, noise in pairs]
         return np.stack([np.asarray(chunk, dtype=np.float64) for chunk in found])
 
     reference = chunks(policy, steps)

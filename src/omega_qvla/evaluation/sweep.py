@@ -30,6 +30,7 @@ from omega_qvla.errors import PolicyError, RecipeError, ResourceError
 from omega_qvla.evaluation.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.episodes import EpisodeRecord
 from omega_qvla.evaluation.openloop import (
+    NOISES,
     Measurement,
     Sampler,
     measure_reference,
@@ -107,6 +108,8 @@ class OpenLoop:
 
     observations: Sequence[Any]
     seed: int = 0
+    noises: int = NOISES
+    """Per observation."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ def run_sweep(
         "policy": ", ".join(dict.fromkeys(row.policy for row in rows)),
         "rows": [
             _assemble(row, outcomes[row.label], outcomes[references[row.label].label], closed_loop)
+            | {"noises": None if open_loop is None else open_loop.noises}
             for row in rows
         ],
     }
@@ -196,16 +200,15 @@ def evaluate_here(plan: Plan, progress: Progress) -> dict[str, Outcome]:
         footprint = Footprint() if row.footprint is None else row.footprint(policy)
         measurement = None
         if plan.open_loop is not None:
-            observations, seed = plan.open_loop.observations, plan.open_loop.seed
+            loop = plan.open_loop
+            given = loop.observations, loop.seed, loop.noises
             if row.is_reference:
-                measurement = measure_reference(policy, observations, seed)
+                measurement = measure_reference(policy, *given)
             else:
                 known = outcomes[plan.references[row.label].label].measurement
                 assert known is not None
                 with _naming(row):
-                    measurement = measure_row(
-                        policy, observations, seed, normalized=known.normalized
-                    )
+                    measurement = measure_row(policy, *given, normalized=known.normalized)
         closed_loop = plan.closed_loop
         episodes = [] if closed_loop is None else _run_episodes(row, policy, closed_loop, progress)
         outcomes[row.label] = Outcome(episodes, measurement, footprint)

@@ -80,6 +80,7 @@ def prepare_request(
         measured = {
             "observations": list(open_loop.observations),
             "seed": open_loop.seed,
+            "noises": open_loop.noises,
             "normalized": normalized,
         }
     return {**_request("prepare", label, blueprint, threads), "open_loop": measured}
@@ -227,11 +228,11 @@ def serve(descriptor: int) -> None:
 
 
 def _measure(
-    built: Built, observations: Sequence[Any], seed: int, normalized: bool | None
+    built: Built, observations: Sequence[Any], seed: int, noises: int, normalized: bool | None
 ) -> Measurement:
     if normalized is None:
-        return measure_reference(built.policy, observations, seed)
-    return measure_row(built.policy, observations, seed, normalized=normalized)
+        return measure_reference(built.policy, observations, seed, noises)
+    return measure_row(built.policy, observations, seed, noises, normalized=normalized)
 
 
 def _reporter(emit: Emit) -> Callable[[str, int, int], None]:

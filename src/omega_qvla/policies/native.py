@@ -272,6 +272,29 @@ class NativePolicy(ABC):
         return self.processor.decode(chunk)
 
     @torch.inference_mode()
+    def sample_noises(
+        self, observation: Observation, noises: Sequence[np.ndarray], *, steps: int | None = None
+    ) -> Tensor:
+        """Chunks of one observation for several noises, in one pass.
+
+        Args:
+            noises: [horizon, action_dim] standard normal each.
+            steps: number of denoising steps; the policy's default when absent.
+
+        Returns:
+            [K, horizon, robot_action_dim] float32, normalized.
+
+        Raises:
+            ObservationError: as ``sample_actions``.
+        """
+        start = torch.cat([self._noise(noise, None) for noise in noises])
+        inputs = self.processor.encode(observation)
+        together = [part.repeat_interleave(len(start), dim=0) for part in inputs]
+        observed = self.read(self.embed(together))
+        chunks = self.denoise(observed, start, self.steps if steps is None else steps)
+        return chunks[..., : self.config.robot_action_dim].cpu()
+
+    @torch.inference_mode()
     def sample_batch(
         self,
         inputs: Sequence[Sequence[Tensor]],
