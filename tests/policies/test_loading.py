@@ -215,6 +215,6 @@ def test_a_random_policy_is_the_same_for_the_same_name() -> None:
 def test_a_policy_that_does_not_fit_in_memory_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loading, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(loading, "available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match=r"random:tiny-pi05 needs .* GB"):
         oq.load_policy("random:tiny-pi05")

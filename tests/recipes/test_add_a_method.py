@@ -27,10 +27,21 @@ from pathlib import Path
 from omega_qvla.evaluation.benchmark import METHODS
 from omega_qvla.evaluation.comparison import Comparison, comparison_rows
 from omega_qvla.evaluation.openloop import offers_normalized
+from omega_qvla.policies.checkpoints.choices import Choices
+from omega_qvla.quantization.pipeline import weights_fingerprint
 name = METHODS[-1]
 policy, observations = kit.build_policy(), kit.build_observations()
 comparison = Comparison(
-    "small", policy, None, observations, ["methods"], [0.0], "all", Path(out)
+    label="small",
+    policy=policy,
+    choices=Choices(),
+    weights=weights_fingerprint(policy),
+    checkpoint_bytes=None,
+    calibration=observations,
+    recipes=["methods"],
+    magnitudes=[0.0],
+    scope="all",
+    artifacts=Path(out),
 )
 rows = comparison_rows(comparison, lambda label, done, total: None)
 assert [row.recipe for row in rows] == ["fp32", *METHODS]
