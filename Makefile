@@ -62,8 +62,9 @@ $(GPU): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/omega-qvla demo --out $(OUT)/demo $(if $(EPISODES),--episodes $(EPISODES))
 
+# Two files at a time, one thread each; tests of threads ask for theirs by number.
 test: $(STAMP) $(EMULATOR)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Ray is 80 MB to fetch, 240 MB installed, and slow to start: its tests are not part of `make test`.
 test-scale: $(STAMP)

@@ -41,8 +41,7 @@ def twin(name: str) -> NativePolicy:
 
 @cache
 def held_out(name: str) -> list[Any]:
-    """Every second observation."""
-    return list(oq.Observations.load(f"builtin:{name}", split="heldout"))[::2]
+    return list(oq.Observations.load(f"builtin:{name}", split="heldout"))
 
 
 @cache
