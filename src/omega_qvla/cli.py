@@ -67,6 +67,7 @@ from omega_qvla.evaluation.libero import (
     suite_tasks,
 )
 from omega_qvla.evaluation.llama_cpp import Ggml
+from omega_qvla.evaluation.openloop import NOISES
 from omega_qvla.evaluation.placing import place
 from omega_qvla.evaluation.policy_speed import Subject, measure_policies
 from omega_qvla.evaluation.prepare import artifact_blueprint, full_blueprint
@@ -120,6 +121,11 @@ LIBERO_PATIENCE_S = 1800.0
 FILM_SIZE = 112
 """Width and height in pixels of a film's pictures; the policy's own are smaller."""
 
+DEMO_NOISES = 2
+TOGETHER = 8
+"""Episodes of Meta-World that advance together."""
+LIBERO_WORKERS = 2
+
 _PLAIN_WIDTH = 160
 _WIDE_COLUMNS = ("vs full precision", "noise floor", "resident")
 """Columns that are left to the JSON and the picture, so that the table fits a terminal."""
@@ -137,7 +143,13 @@ class _Common:
 
 @dataclass(frozen=True)
 class _Simulation:
-    workers: Annotated[int, tyro.conf.arg(help="simulators of a policy in this process")] = 2
+    workers: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="simulators of a policy, whose episodes advance together and share its passes; 8, "
+            "or 2 of LIBERO"
+        ),
+    ] = None
     threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
     seed: Annotated[int, tyro.conf.arg(help="first episode seed")] = EVALUATION_SEED
     processes: Annotated[
@@ -170,7 +182,8 @@ class Demo(_Simulation, _Common):
             policy=f"builtin:{self.policy}",
             recipes="rtn,omega-paper,omega-w4a4",
             episodes=self.episodes,
-            stress=30.0,
+            stress="30",
+            noises=DEMO_NOISES,
             out=self.out,
             json=self.json,
             debug=self.debug,
@@ -507,7 +520,7 @@ class Eval(_Simulation, _Checkpoint, _Common):
         )
         convention = convention_of(policy.family)
         pool = SimulatorPool(
-            self.workers,
+            LIBERO_WORKERS if self.workers is None else self.workers,
             FACTORY,
             options,
             timeout_s=LIBERO_PATIENCE_S,
@@ -567,9 +580,15 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
         str, tyro.conf.arg(help="comma-separated names or YAML files; or: methods, ablations")
     ] = "rtn,omega-paper,omega-w4a4"
     episodes: Annotated[int, tyro.conf.arg(help="per task; 0: open loop only")] = 20
-    stress: Annotated[float, tyro.conf.arg(help="add a stress condition; 0 for none")] = 0.0
+    stress: Annotated[
+        str, tyro.conf.arg(help="add stress conditions: magnitudes, comma-separated; 0: none")
+    ] = "0"
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
     tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
+    held_out: Annotated[
+        int | None, tyro.conf.arg(help="held-out observations of the action error; all by default")
+    ] = None
+    noises: Annotated[int, tyro.conf.arg(help="of each held-out observation")] = NOISES
     out: Annotated[Path, tyro.conf.arg(help="artifacts, picture and JSON go here")] = Path(
         "out/compare"
     )
@@ -587,11 +606,13 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
             checkpoint_bytes=_checkpoint_bytes(self.policy),
             calibration=_observations(source, policy, self),
             recipes=_split(self.recipes) or (),
-            magnitudes=[0.0] if self.stress == 0 else [0.0, self.stress],
+            magnitudes=_magnitudes(self.stress),
             scope=self.scope,
             artifacts=self.out / "artifacts",
         )
         held_out = _observations(source, policy, self, split="heldout")
+        if self.held_out is not None:
+            held_out = held_out.spread(self.held_out)
         for observations in (comparison.calibration, held_out):
             screen.report(observations)
         journals = _Journals(
@@ -609,7 +630,7 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
                 screen,
                 rows,
                 self,
-                OpenLoop(held_out),
+                OpenLoop(held_out, noises=self.noises),
                 _split(self.tasks),
                 self.policy,
                 _resident_bytes(policy),
@@ -1018,6 +1039,7 @@ def _sweep(
             )
     seeds = range(options.seed, options.seed + episodes)
     chosen = (tasks or benchmark_tasks(source)) if episodes else []
+    together = TOGETHER if options.workers is None else options.workers
     place_rows = partial(
         place,
         ray=options.ray,
@@ -1025,6 +1047,7 @@ def _sweep(
         threads=options.threads,
         episodes=len(rows) * len(chosen) * episodes,
         policy_bytes=policy_bytes,
+        simulators=together,
     )
     placement = place_rows()
     if placement.notice:
@@ -1033,8 +1056,8 @@ def _sweep(
     if episodes == 0:
         return run(closed_loop=None, evaluate=placement.evaluate)
     try:
-        with SimulatorPool(options.workers) as pool:
-            closed = ClosedLoop(pool, chosen, seeds)
+        with SimulatorPool(together) as pool:
+            closed = ClosedLoop(pool, chosen, seeds, together=together)
             if journals is not None:
                 closed = replace(closed, journals=journals.folder, identity=journals.identity)
             return run(closed_loop=closed, evaluate=placement.evaluate)
@@ -1107,6 +1130,17 @@ def _identity_of(row: SweepRow) -> str:
 
 def _resident_bytes(policy: NativePolicy) -> int:
     return sum(parameter.nbytes for parameter in policy.module.parameters())
+
+
+def _magnitudes(text: str) -> list[float]:
+    """Plain and the stress conditions of ``--stress 10,30``."""
+    try:
+        given = [float(part) for part in _split(text) or ()]
+    except ValueError:
+        given = [-1.0]
+    if any(not 0 <= magnitude < float("inf") for magnitude in given):
+        raise RecipeError(f"--stress {text!r}: give magnitudes such as 30 or 10,30,100")
+    return list(dict.fromkeys([0.0, *given]))
 
 
 def _with_steps(policy: NativePolicy, steps: int | None) -> NativePolicy:

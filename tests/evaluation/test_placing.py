@@ -35,7 +35,8 @@ def processes(**changes: object) -> int:
         ({}, 8),
         ({"threads": 4}, 2),
         ({"episodes": WORTH_PROCESSES - 1}, 1),
-        ({"policy_bytes": GIGABYTE}, 4),  # three copies and the libraries: 4 GB each
+        ({"policy_bytes": GIGABYTE}, 3),  # three copies, the libraries and a simulator: 4.25 GB
+        ({"simulators": 16}, 3),  # a quarter of a gigabyte each: 5 GB with the libraries
         ({"policy_bytes": 14 * GIGABYTE}, 1),
         ({"threads": 9}, 1),
         ({"processes": 3, "episodes": 1, "policy_bytes": 14 * GIGABYTE}, 3),

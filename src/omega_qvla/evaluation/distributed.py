@@ -25,7 +25,12 @@ from omega_qvla.evaluation.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.crew import Crew, Death, Reply
 from omega_qvla.evaluation.episodes import EpisodeJournal, EpisodeRecord
 from omega_qvla.evaluation.openloop import Measurement
-from omega_qvla.evaluation.rollout import MAX_DEATHS, EvaluationError, journal_settings
+from omega_qvla.evaluation.rollout import (
+    MAX_DEATHS,
+    EvaluationError,
+    journal_settings,
+    seed_groups,
+)
 from omega_qvla.evaluation.sweep import (
     Evaluate,
     Outcome,
@@ -41,8 +46,10 @@ from omega_qvla.evaluation.work import (
     prepare_request,
 )
 
-SEEDS_PER_JOB = 25
-"""A job loads its policy once for so many episodes, and a death costs at most their unfinished."""
+SEEDS_PER_JOB = 50
+"""A job loads policy and scenes once for at least so many episodes.
+
+Jobs are whole groups of the episodes that advance together (``rollout.py``)."""
 
 
 def evaluate_with(crew: Crew, *, threads: int = 1, seeds_per_job: int = SEEDS_PER_JOB) -> Evaluate:
@@ -99,19 +106,24 @@ class _Job:
 
     row: _Row
     task: str | None = None
-    seeds: Sequence[int] = ()
+    groups: Sequence[tuple[int, ...]] = ()
     deaths: int = 0
 
     @property
     def name(self) -> str:
         if self.task is None:
             return self.row.row.label
-        seeds = f"seeds {self.seeds[0]} to {self.seeds[-1]}"
+        seeds = f"seeds {self.groups[0][0]} to {self.groups[-1][-1]}"
         return f"{self.row.row.label}, {self.task}, {seeds}"
 
-    def left(self) -> list[int]:
-        """Seeds that the journal does not hold."""
-        return [seed for seed in self.seeds if (self.task, seed) not in self.row.finished]
+    def left(self) -> list[tuple[int, ...]]:
+        """Groups of which the journal lacks any seed; such a group is run again as a whole."""
+        finished = self.row.finished
+        return [
+            group
+            for group in self.groups
+            if any((self.task, seed) not in finished for seed in group)
+        ]
 
 
 class _Evaluation:
@@ -169,9 +181,10 @@ class _Evaluation:
                 blueprint,
                 closed_loop.pool,
                 job.task,
-                job.left(),
+                [seed for group in job.left() for seed in group],
                 threads=self._threads,
                 execute=closed_loop.execute,
+                together=closed_loop.together,
             )
         self._crew.start(number, request)
 
@@ -210,14 +223,19 @@ class _Evaluation:
             return
         path, identity = journal_of(row.row, closed_loop)
         if path is not None:
-            settings = journal_settings(closed_loop.pool, closed_loop.execute, identity)
+            settings = journal_settings(
+                closed_loop.pool, closed_loop.execute, closed_loop.together, identity
+            )
             row.journal = self._stack.enter_context(EpisodeJournal(path, settings))
             row.finished.update(row.journal.records)
         self._report(row)
+        together = closed_loop.together
+        size = -(-self._seeds_per_job // together)
+        groups = seed_groups(list(dict.fromkeys(closed_loop.seeds)), together)
         for task in dict.fromkeys(closed_loop.tasks):
-            seeds = _Job(row, task, list(dict.fromkeys(closed_loop.seeds))).left()
-            for first in range(0, len(seeds), self._seeds_per_job):
-                self._start(_Job(row, task, seeds[first : first + self._seeds_per_job]))
+            left = _Job(row, task, groups).left()
+            for first in range(0, len(left), size):
+                self._start(_Job(row, task, left[first : first + size]))
 
     def _again(self, death: Death) -> None:
         """The worker is gone: the rest of its job goes to another one."""

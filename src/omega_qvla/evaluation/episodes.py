@@ -13,14 +13,14 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 from omega_qvla.errors import ResourceError, ResumeError
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class EpisodeRecord:
         steps: control steps executed.
         chunks: action chunks the policy was asked for.
         jerk: mean squared third difference of the executed actions; None below four actions.
-        ms_per_chunk: median milliseconds of one policy call.
+        ms_per_chunk: median milliseconds of the policy's passes, each divided by the episodes that
+            shared it.
+        states: the robot's state at each chunk, [chunks][state_dim], rounded to five decimals.
         reruns: how often the simulator died and the episode was started again.
     """
 
@@ -44,6 +46,7 @@ class EpisodeRecord:
     chunks: int
     jerk: float | None
     ms_per_chunk: float
+    states: list[list[float]] = field(default_factory=list[list[float]], repr=False)
     reruns: int = 0
 
     @property

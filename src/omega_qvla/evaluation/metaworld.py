@@ -129,13 +129,13 @@ TASKS: dict[str, Task] = {
 
 
 def _simulator() -> tuple[Any, Any]:
-    """Import mujoco and metaworld with a headless renderer chosen before mujoco is imported."""
+    """Import mujoco and the tasks' classes; a headless renderer is chosen before mujoco is."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "1")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return importlib.import_module("mujoco"), importlib.import_module("metaworld")
+            return importlib.import_module("mujoco"), importlib.import_module("metaworld.env_dict")
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         raise SimulatorUnavailable(f"{_SUCCESS_HINT}: {error}") from error
 
@@ -152,13 +152,15 @@ class MetaWorldEnv:
             raise SimulatorUnavailable(f"unknown task {task!r}; known: {', '.join(TASKS)}")
         self.task = task
         self.image_size = image_size
-        self._mujoco, metaworld = _simulator()
-        benchmark = metaworld.MT1(task, seed=0)
-        self._env: Any = benchmark.train_classes[task]()
-        self._env.set_task(benchmark.train_tasks[0])
+        self._mujoco, environments = _simulator()
+        self._env: Any = environments.ALL_V3_ENVIRONMENTS[task]()
+        # What `metaworld.MT1` and `set_task` would do, less the fifty goals that nobody asks for.
+        self._env._set_task_called = True
+        self._env._set_task_inner()
         self._env._freeze_rand_vec = False
         self._env.seeded_rand_vec = True
         self._env._partially_observable = False
+        del self._env.sawyer_observation_space  # a cached property that depends on it
         self._widen_ranges()
         self._hand_start: Array = np.array(self._env.hand_init_pos, dtype=np.float64)
         self._raw: Array = np.zeros(39)

@@ -41,7 +41,8 @@ class Sampler(Protocol):
     """What evaluation needs of a policy.
 
     ``sample_normalized(observation, noise=...)``, same signature and in the network's units, is
-    optional; so is ``sample_noises(observation, noises)``, the same for several noises at once.
+    optional; so are ``sample_noises(observation, noises)``, the same for several noises at once,
+    and ``sample_batch(inputs, noises)`` with ``processor.encode``, for several observations.
     """
 
     @property
@@ -128,6 +129,22 @@ def _sample(policy: Sampler, observation: Any, noise: Any, *, normalized: bool) 
     name = "sample_normalized" if normalized else "sample_actions"
     sample = cast(Callable[..., Any], getattr(policy, name))
     return np.asarray(sample(observation, noise=noise), dtype=np.float64)
+
+
+def sample_together(
+    policy: Sampler, observations: Sequence[Any], noises: Sequence[npt.NDArray[np.float32]]
+) -> list[Any]:
+    """One chunk per observation in the robot's units, in one pass if the policy offers that.
+
+    Raises:
+        ObservationError: the policy refuses an observation.
+    """
+    batch = getattr(policy, "sample_batch", None)
+    if batch is None or len(observations) == 1:
+        pairs = zip(observations, noises, strict=True)
+        return [policy.sample_actions(observation, noise=noise) for observation, noise in pairs]
+    encode = cast(Any, policy).processor.encode
+    return batch([encode(observation) for observation in observations], noises)
 
 
 @dataclass(frozen=True)

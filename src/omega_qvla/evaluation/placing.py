@@ -14,8 +14,8 @@ from omega_qvla.runtime.kernels.cpu import available_cores
 
 WORTH_PROCESSES = 200
 """Below so many episodes in all, starting worker processes costs more than it brings."""
-_COPIES, _PROCESS_BYTES = 3, 1 << 30
-"""A process needs the policy, what quantizing it makes, and its twin; and the libraries."""
+_COPIES, _PROCESS_BYTES, _SIMULATOR_BYTES = 3, 1 << 30, 1 << 28
+"""A process needs the policy, what quantizing it makes, and its twin; the libraries; simulators."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,24 @@ class Placement:
 
 
 def place(
-    *, ray: str | None, processes: int | None, threads: int, episodes: int, policy_bytes: int
+    *,
+    ray: str | None,
+    processes: int | None,
+    threads: int,
+    episodes: int,
+    policy_bytes: int,
+    simulators: int = 1,
 ) -> Placement:
     """Choose where a sweep runs.
 
     Args:
         ray: address of a cluster, see :class:`RayCrew`; None: this machine, without Ray.
-        processes: worker processes of this machine, each with a policy and a simulator; 1 is this
+        processes: worker processes of this machine, each with a policy and simulators; 1 is this
             process with its shared simulators; None: as many as cores and memory allow, if there
             are enough ``episodes`` (of all rows) to make it worth while.
         threads: of each policy.
         policy_bytes: the policy in full precision, in memory.
+        simulators: of each process.
 
     Raises:
         ResourceError: both were asked for, or the cluster cannot be used.
@@ -53,11 +60,12 @@ def place(
         crew = RayCrew(ray, cpus=threads)
         return Placement(evaluate_with(crew, threads=threads), crew.description)
     if processes is None:
-        affordable = available_memory() // (_COPIES * policy_bytes + _PROCESS_BYTES)
+        each = _COPIES * policy_bytes + _PROCESS_BYTES + simulators * _SIMULATOR_BYTES
+        affordable = available_memory() // each
         processes = min(available_cores() // threads, affordable)
         if episodes < WORTH_PROCESSES:
             processes = 1
     if processes <= 1:
         return Placement(evaluate_here)
-    notice = f"{processes} processes, each with the policy and a simulator"
+    notice = f"{processes} processes, each with the policy and its simulators"
     return Placement(evaluate_with(LocalCrew(processes), threads=threads), notice)

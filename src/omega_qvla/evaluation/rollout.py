@@ -6,11 +6,17 @@ success or the task's steps are used up.  Everything random is a function of the
 simulator is reset with ``seed``, and chunk k starts from noise drawn by a generator seeded with
 (seed, k).  Two methods evaluated on the same episodes are therefore *paired*.
 
-Physics and rendering run in simulator processes; the policy stays here and answers one observation
-at a time.  One policy object serves all simulators, whatever its type or device, and the result
-does not depend on how many there are.
+Physics and rendering run in simulator processes; the policy stays here.  One policy object serves
+all simulators, whatever its type or device, and the result does not depend on how many there are.
 
-A simulator that dies or falls silent is replaced and its episode starts again with its seed; what
+A small policy spends its time on overhead, so episodes may advance **together**: consecutive seeds
+of a task form a group, and when every running episode of a group has its observation, one pass
+computes all their chunks.  The integers of a row do not depend on its neighbours, but sums of
+floating-point numbers may be ordered by the size of the batch, and a last bit decides a rounding
+now and then.  A group is therefore always the same seeds: it is run again as a whole if any of them
+is missing, and its size belongs to the identity of a journal.
+
+A simulator that dies or falls silent is replaced and its group starts again from the seeds; what
 the interrupted attempt did is forgotten, so no episode is lost or counted twice.
 """
 
@@ -27,11 +33,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.errors import NonFiniteError, OmegaError, PolicyError, SimulatorUnavailable
+from omega_qvla.errors import (
+    NonFiniteError,
+    OmegaError,
+    PolicyError,
+    ResourceError,
+    SimulatorUnavailable,
+)
 from omega_qvla.evaluation.channel import ChannelError
 from omega_qvla.evaluation.child import wait_for_replies
 from omega_qvla.evaluation.episodes import EpisodeJournal, EpisodeRecord
-from omega_qvla.evaluation.openloop import Sampler, shape_of_noise
+from omega_qvla.evaluation.openloop import Sampler, sample_together, shape_of_noise
 from omega_qvla.evaluation.simulators import Simulator, SimulatorPool
 from omega_qvla.evaluation.statistics import mean_squared_jerk
 
@@ -61,11 +73,34 @@ class _Attempt:
     chunks: int = 0
     planned: Actions | None = None
     executed: list[Actions] = field(default_factory=list[Actions])
+    states: list[list[float]] = field(default_factory=list[list[float]])
     latencies_ms: list[float] = field(default_factory=list[float])
 
     @property
     def name(self) -> str:
         return f"{self.task}, seed {self.seed}"
+
+    def noise(self, shape: tuple[int, int]) -> Actions:
+        """Of the next chunk; it depends on (seed, chunk) alone."""
+        generator = np.random.default_rng((self.seed, self.chunks))
+        return generator.standard_normal(shape, dtype=np.float32)
+
+
+@dataclass
+class _Group:
+    """Episodes of one task that advance together."""
+
+    task: str
+    seeds: tuple[int, ...]
+    attempts: dict[Simulator, _Attempt] = field(default_factory=dict[Simulator, _Attempt])
+    """Those that still run."""
+    observed: dict[Simulator, Observation] = field(default_factory=dict[Simulator, Observation])
+    """What those saw that wait for the others."""
+
+    @property
+    def name(self) -> str:
+        plural = "s" if len(self.seeds) > 1 else ""
+        return f"{self.task}, seed{plural} {', '.join(map(str, self.seeds))}"
 
 
 def rollout(
@@ -75,6 +110,7 @@ def rollout(
     *,
     pool: SimulatorPool,
     execute: int = 5,
+    together: int = 1,
     transform: Transform | None = None,
     journal: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -89,6 +125,8 @@ def rollout(
         seeds: non-negative integers; repeated ones count once.
         pool: the simulators; still usable afterwards, also after an error.
         execute: actions carried out of each chunk before the policy is asked again.
+        together: episodes of one task that advance together; the policy answers them in one pass if
+            it offers ``sample_batch``.  The pool needs as many simulators.
         transform: changes each observation before the policy sees it, for controls such as
             :func:`blank_images`.
         journal: file of finished episodes; those it holds already are not run again.
@@ -104,38 +142,58 @@ def rollout(
         SimulatorUnavailable: the simulator cannot be started; names what to install.
         EvaluationError: the simulator failed, or died ``MAX_DEATHS`` times on one episode.
         PolicyError: chunks are shorter than ``execute`` or of the wrong shape.
+        ResourceError: the pool has fewer simulators than episodes that advance together.
         NonFiniteError: the policy returned NaN or Inf.
         ResumeError: the journal belongs to another evaluation.
     """
     distinct = list(dict.fromkeys(seeds))
-    episodes = [(task, seed) for task in dict.fromkeys(tasks) for seed in distinct]
-    run = _Run(policy, pool, execute, transform)
-    settings = journal_settings(pool, execute, identity)
+    groups = [
+        (task, group) for task in dict.fromkeys(tasks) for group in seed_groups(distinct, together)
+    ]
+    run = _Run(policy, pool, execute, together, transform)
+    settings = journal_settings(pool, execute, together, identity)
     if journal is None:
-        finished = run.finish(episodes, {}, keep or (lambda record: None), progress)
+        finished = run.finish(groups, {}, keep or (lambda record: None), progress)
     else:
         with EpisodeJournal(journal, settings) as book:
-            finished = run.finish(episodes, dict(book.records), book.append, progress)
-    return [finished[episode] for episode in episodes]
+            finished = run.finish(groups, dict(book.records), book.append, progress)
+    return [finished[task, seed] for task, group in groups for seed in group]
+
+
+def seed_groups(seeds: Sequence[int], together: int) -> list[tuple[int, ...]]:
+    """Consecutive seeds, ``together`` at a time; the last group has what is left.
+
+    Raises:
+        ValueError: ``together`` is not positive.
+    """
+    if together < 1:
+        raise ValueError(f"at least one episode at a time, got {together}")
+    return [tuple(seeds[i : i + together]) for i in range(0, len(seeds), together)]
 
 
 def journal_settings(
-    pool: SimulatorPool, execute: int, identity: Mapping[str, Any] | None
+    pool: SimulatorPool, execute: int, together: int, identity: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What a journal's first line says: everything that fixes the outcome of an episode."""
     return {
         "environment": pool.environment,
         "options": pool.options,
         "execute": execute,
+        "together": together,
         "identity": dict(identity or {}),
     }
 
 
 class _Run:
-    """The scheduler: which simulator runs which episode, and what happens to each reply."""
+    """The scheduler: which simulators run which group, and what happens to each reply."""
 
     def __init__(
-        self, policy: Sampler, pool: SimulatorPool, execute: int, transform: Transform | None
+        self,
+        policy: Sampler,
+        pool: SimulatorPool,
+        execute: int,
+        together: int,
+        transform: Transform | None,
     ) -> None:
         self._noise_shape = shape_of_noise(policy)
         horizon = self._noise_shape[0]
@@ -143,36 +201,42 @@ class _Run:
             raise PolicyError(
                 f"cannot execute {execute} actions of chunks with a horizon of {horizon}"
             )
+        if pool.workers < together:
+            raise ResourceError(
+                f"{together} episodes that advance together need as many simulators, and the pool "
+                f"has {pool.workers}"
+            )
         self._policy = policy
         self._pool = pool
         self._execute = execute
         self._transform: Transform = transform or _unchanged
-        self._pending: dict[str, deque[int]] = {}
-        self._active: dict[Simulator, _Attempt] = {}
-        self._deaths: Counter[tuple[str, int]] = Counter()
+        self._pending: dict[str, deque[tuple[int, ...]]] = {}
+        self._active: dict[Simulator, _Group] = {}
+        self._deaths: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def finish(
         self,
-        episodes: Sequence[tuple[str, int]],
+        groups: Sequence[tuple[str, tuple[int, ...]]],
         finished: dict[tuple[str, int], EpisodeRecord],
         keep: Callable[[EpisodeRecord], None],
         progress: Progress | None,
     ) -> dict[tuple[str, int], EpisodeRecord]:
         """Run what is not finished yet; any error, Ctrl-C included, stops the simulators."""
-        for task, seed in episodes:
-            if (task, seed) not in finished:
-                self._pending.setdefault(task, deque()).append(seed)
+        episodes = [(task, seed) for task, group in groups for seed in group]
+        for task, group in groups:
+            if any((task, seed) not in finished for seed in group):
+                self._pending.setdefault(task, deque()).append(group)
         report = progress or _silent
-        total = len(episodes)
-        done = total - sum(map(len, self._pending.values()))
-        report(done, total)
+        done = sum(episode in finished for episode in episodes)
+        report(done, len(episodes))
         try:
             while self._active or any(self._pending.values()):
                 for record in self._advance():
-                    keep(record)
-                    finished[record.key] = record
-                    done += 1
-                    report(done, total)
+                    if record.key not in finished:
+                        keep(record)
+                        finished[record.key] = record
+                        done += 1
+                        report(done, len(episodes))
         except BaseException:
             self._pool.kill()
             raise
@@ -190,53 +254,89 @@ class _Run:
         return [record for record in records if record is not None]
 
     def _assign(self) -> None:
-        waiting = sum(map(len, self._pending.values()))
-        for simulator in self._pool.idle(self._active, len(self._active) + waiting):
-            task = self._choose_task(simulator.task)
-            if task is None:
+        while True:
+            waiting = sum(len(seeds) for groups in self._pending.values() for seeds in groups)
+            idle = self._pool.idle(self._active, len(self._active) + waiting)
+            task = self._choose_task(idle[0].task) if idle else None
+            if task is None or len(idle) < len(self._pending[task][0]):
                 return
-            attempt = _Attempt(task, self._pending[task].popleft())
-            self._active[simulator] = attempt
+            idle.sort(key=lambda simulator: simulator.task != task)
+            self._begin(_Group(task, self._pending[task].popleft()), idle)
+
+    def _begin(self, group: _Group, idle: Sequence[Simulator]) -> None:
+        for seed, simulator in zip(group.seeds, idle, strict=False):
+            group.attempts[simulator] = _Attempt(group.task, seed)
+            self._active[simulator] = group
+        for simulator, attempt in group.attempts.items():
             try:
                 self._pool.start(simulator, attempt.task, attempt.seed)
             except ChannelError:
                 self._bury(simulator)
+                return
 
     def _choose_task(self, current: str | None) -> str | None:
         """The simulator's present task if it has episodes left, else the least served one."""
         if current is not None and self._pending.get(current):
             return current
-        served = Counter(attempt.task for attempt in self._active.values())
-        open_tasks = [task for task, seeds in self._pending.items() if seeds]
+        served = Counter(group.task for group in self._active.values())
+        open_tasks = [task for task, groups in self._pending.items() if groups]
         if not open_tasks:
             return None
         return max(open_tasks, key=lambda task: len(self._pending[task]) / (1 + served[task]))
 
     def _hear(self, simulator: Simulator) -> EpisodeRecord | None:
         """Handle one reply; returns a record if it ended the episode."""
-        attempt = self._active[simulator]
+        group = self._active.get(simulator)
+        if group is None:  # another simulator of its group has just died
+            return None
+        attempt = group.attempts[simulator]
+        record = None
         try:
             reply = simulator.channel.receive()
             if "error" in reply:
                 raise _simulator_error(attempt, reply["error"])
             over, success = _account(attempt, reply)
             if over:
-                del self._active[simulator]
-                return self._record(attempt, success)
-            actions = self._plan(attempt, reply["observation"])
-            simulator.request({"actions": actions})
+                del self._active[simulator], group.attempts[simulator]
+                record = self._record(group, attempt, success)
+            else:
+                group.observed[simulator] = reply["observation"]
         except ChannelError:
             self._bury(simulator)
-        return None
+            return None
+        if group.attempts and len(group.observed) == len(group.attempts):
+            self._act(group)
+        return record
 
-    def _plan(self, attempt: _Attempt, observation: Observation) -> Actions:
-        """Ask the policy for the next chunk; the noise depends on (seed, chunk) alone."""
-        generator = np.random.default_rng((attempt.seed, attempt.chunks))
-        noise = generator.standard_normal(self._noise_shape, dtype=np.float32)
-        seen = self._transform(observation)
+    def _act(self, group: _Group) -> None:
+        """Everyone waits for actions: plan all chunks, and send each simulator its own."""
+        attempts = list(group.attempts.items())
+        observations = [group.observed[simulator] for simulator, _ in attempts]
+        group.observed.clear()
+        self._plan([attempt for _, attempt in attempts], observations)
+        for simulator, attempt in attempts:
+            try:
+                simulator.request({"actions": attempt.planned})
+            except ChannelError:
+                self._bury(simulator)
+                return
+
+    def _plan(self, attempts: Sequence[_Attempt], observations: Sequence[Observation]) -> None:
+        """Ask the policy for the next chunk of each episode."""
+        seen = [self._transform(observation) for observation in observations]
+        noises = [attempt.noise(self._noise_shape) for attempt in attempts]
         started = time.perf_counter()
-        chunk = np.asarray(self._policy.sample_actions(seen, noise=noise), dtype=np.float32)
-        attempt.latencies_ms.append((time.perf_counter() - started) * 1e3)
+        chunks = sample_together(self._policy, seen, noises)
+        share_ms = (time.perf_counter() - started) * 1e3 / len(attempts)
+        for attempt, observation, chunk in zip(attempts, observations, chunks, strict=True):
+            attempt.latencies_ms.append(share_ms)
+            attempt.states.append(_state_of(observation))
+            attempt.planned = np.clip(self._checked(attempt, chunk), *ACTION_LIMITS)
+            attempt.chunks += 1
+
+    def _checked(self, attempt: _Attempt, sampled: Any) -> Actions:
+        """The part of a chunk that is carried out."""
+        chunk = np.asarray(sampled, dtype=np.float32)
         if chunk.ndim != 2 or len(chunk) < self._execute:
             raise PolicyError(
                 f"{attempt.name}: the policy returned a chunk of shape {list(chunk.shape)}, "
@@ -246,11 +346,9 @@ class _Run:
             raise NonFiniteError(
                 f"{attempt.name}, chunk {attempt.chunks}: the policy returned a non-finite action"
             )
-        attempt.planned = np.clip(chunk[: self._execute], *ACTION_LIMITS)
-        attempt.chunks += 1
-        return attempt.planned
+        return chunk[: self._execute]
 
-    def _record(self, attempt: _Attempt, success: bool) -> EpisodeRecord:
+    def _record(self, group: _Group, attempt: _Attempt, success: bool) -> EpisodeRecord:
         actions = np.concatenate(attempt.executed)
         return EpisodeRecord(
             task=attempt.task,
@@ -260,20 +358,29 @@ class _Run:
             chunks=attempt.chunks,
             jerk=mean_squared_jerk(actions),
             ms_per_chunk=statistics.median(attempt.latencies_ms),
-            reruns=self._deaths[attempt.task, attempt.seed],
+            states=attempt.states,
+            reruns=self._deaths[group.task, group.seeds],
         )
 
     def _bury(self, simulator: Simulator) -> None:
-        """Forget a dead or silent simulator and put its episode back at the front."""
-        attempt = self._active.pop(simulator)
+        """Forget a dead or silent simulator; its group starts again, before any other."""
+        group = self._active[simulator]
         cause = self._pool.discard(simulator)
-        self._pending[attempt.task].appendleft(attempt.seed)
-        self._deaths[attempt.task, attempt.seed] += 1
-        if self._deaths[attempt.task, attempt.seed] >= MAX_DEATHS:
+        for other in group.attempts:
+            del self._active[other]
+            if other is not simulator:  # it owes an answer that nobody wants any more
+                self._pool.discard(other)
+        self._pending[group.task].appendleft(group.seeds)
+        self._deaths[group.task, group.seeds] += 1
+        if self._deaths[group.task, group.seeds] >= MAX_DEATHS:
             raise EvaluationError(
-                f"{attempt.name}: {MAX_DEATHS} simulator processes died on this episode, the last "
+                f"{group.name}: {MAX_DEATHS} simulator processes died on this episode, the last "
                 f"one {cause}; check the memory of the machine and the simulator's own messages"
             )
+
+
+def _state_of(observation: Observation) -> list[float]:
+    return np.asarray(observation.get("state", ()), np.float64).round(5).tolist()
 
 
 def _account(attempt: _Attempt, reply: Mapping[str, Any]) -> tuple[bool, bool]:

@@ -28,6 +28,7 @@ from typing import Any
 
 from omega_qvla.errors import PolicyError, RecipeError, ResourceError
 from omega_qvla.evaluation.blueprint import Blueprint, Footprint
+from omega_qvla.evaluation.drift import hand_drift
 from omega_qvla.evaluation.episodes import EpisodeRecord
 from omega_qvla.evaluation.openloop import (
     NOISES,
@@ -95,6 +96,8 @@ class ClosedLoop:
     tasks: Sequence[str]
     seeds: Sequence[int]
     execute: int = 5
+    together: int = 1
+    """Episodes that share the policy's passes, see ``rollout.py``."""
     transform: Transform | None = None
     journals: Path | None = None
     """Folder of one journal per row, so that an interrupted sweep continues; None keeps none."""
@@ -169,9 +172,10 @@ def run_sweep(
 
     Returns:
         The document of DESIGN's ``compare``: ``{"schema": 1, "policy": ..., "rows": [...]}``, rows
-        in the order given.  Beside the contract's keys a row has ``smoke``, ``episodes`` and
-        ``paired_vs_reference`` (``{"episodes", "only_row", "only_reference", "difference",
-        "ci95", "mcnemar_p"}``; null for references and without a simulator).  ``success_mean``
+        in the order given.  Beside the contract's keys a row has ``smoke``, ``episodes``, ``drift``
+        (``drift.py``; null for references) and ``paired_vs_reference`` (``{"episodes",
+        "only_row", "only_reference", "difference", "ci95", "mcnemar_p"}``; null for references and
+        without a simulator).  ``success_mean``
         is the rate over all episodes, with Wilson's interval.
 
     Raises:
@@ -278,6 +282,7 @@ def _run_episodes(
         closed_loop.seeds,
         pool=closed_loop.pool,
         execute=closed_loop.execute,
+        together=closed_loop.together,
         transform=closed_loop.transform,
         journal=journal,
         identity=identity,
@@ -330,6 +335,7 @@ def _assemble(
         "smoothness": relative_smoothness(
             [record.jerk for record in episodes], [record.jerk for record in reference.episodes]
         ),
+        "drift": _drift(outcome, reference, closed_loop),
         "checkpoint_bytes": outcome.footprint.checkpoint_bytes,
         "resident_bytes": outcome.footprint.resident_bytes,
         "ms_per_chunk": (
@@ -342,6 +348,14 @@ def _assemble(
         **row.extra,
         **row.derived,
     }
+
+
+def _drift(
+    outcome: Outcome, reference: Outcome, closed_loop: ClosedLoop | None
+) -> dict[str, Any] | None:
+    if outcome is reference or closed_loop is None:
+        return None
+    return hand_drift(outcome.episodes, reference.episodes, closed_loop.execute)
 
 
 def _per_task(episodes: Sequence[EpisodeRecord]) -> dict[str, list[int]]:

@@ -5,7 +5,7 @@ they are asked and what they answer are messages of JSON values and arrays (``ch
 
 * ``{"kind": "prepare", "blueprint", "open_loop"}`` → ``{"prepared": ...}``: build the policy, which
   may quantize it, measure its bytes and its open-loop chunks, and say how to build it again;
-* ``{"kind": "episodes", "blueprint", "simulators", "task", "seeds", "execute"}`` →
+* ``{"kind": "episodes", "blueprint", "simulators", "task", "seeds", "execute", "together"}`` →
   ``{"record": ...}`` per episode as it ends, then ``{"done": true}``;
 * on the way ``{"progress": [label, done, total]}``;
 * anything that raises → ``{"error": {"kind", "message"}}``, and that was the last answer.
@@ -95,6 +95,7 @@ def episodes_request(
     *,
     threads: int,
     execute: int,
+    together: int,
 ) -> Message:
     """Ask for the episodes of one task."""
     simulators = {
@@ -103,8 +104,14 @@ def episodes_request(
         "timeout_s": pool.timeout_s,
         "python": pool.python,
     }
-    episodes = {"task": task, "seeds": list(seeds), "execute": execute, "simulators": simulators}
-    return {**_request("episodes", label, blueprint, threads), **episodes}
+    return {
+        **_request("episodes", label, blueprint, threads),
+        "task": task,
+        "seeds": list(seeds),
+        "execute": execute,
+        "together": together,
+        "simulators": simulators,
+    }
 
 
 def _request(kind: str, label: str, blueprint: Blueprint, threads: int) -> Message:
@@ -195,21 +202,35 @@ class Worker:
             self._built[1].policy,
             [request["task"]],
             request["seeds"],
-            pool=self._simulators(**request["simulators"]),
+            pool=self._simulators(request["together"], **request["simulators"]),
             execute=request["execute"],
+            together=request["together"],
             keep=lambda record: emit({"record": asdict(record)}),
         )
         emit({"done": True})
 
     def _simulators(
-        self, environment: str, options: dict[str, Any], timeout_s: float, python: str | None
+        self,
+        count: int,
+        environment: str,
+        options: dict[str, Any],
+        timeout_s: float,
+        python: str | None,
     ) -> SimulatorPool:
-        """One simulator: it works while the policy waits, and the other way round."""
+        """As many as episodes advance together: they work while the policy waits, or it while
+        they do.
+        """
         pool = self._pool
-        wanted = (environment, options, timeout_s, python)
-        if pool is None or (pool.environment, pool.options, pool.timeout_s, pool.python) != wanted:
+        wanted = (count, environment, options, timeout_s, python)
+        if pool is None or wanted != (
+            pool.workers,
+            pool.environment,
+            pool.options,
+            pool.timeout_s,
+            pool.python,
+        ):
             self.close()
-            pool = SimulatorPool(1, environment, options, timeout_s=timeout_s, python=python)
+            pool = SimulatorPool(count, environment, options, timeout_s=timeout_s, python=python)
             self._pool = pool
         return pool
 
