@@ -10,14 +10,14 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.policies.base import Observation, Policy
 from omega_qvla.quantization.journal import Journal
 from omega_qvla.quantization.pipeline import Progress, quantize_policy
-from omega_qvla.recipe import Recipe, Scope
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, build
 
 
 def quantize(
     policy: Policy,
     observations: Observations | Iterable[Observation],
-    recipe: str | Path | Recipe = "omega-w4a4",
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
     scope: Scope = "all",
     work_directory: str | Path | None = None,

@@ -34,6 +34,7 @@ from omega_qvla.errors import RecipeError
 Scope = Literal["all", "paper"]
 
 _COMPONENTS = ("vision", "projector", "backbone", "action_head")
+DEFAULT_RECIPE = "omega-w4a4"
 _METHODS, _ABLATIONS = "recipes", "recipes/ablations"
 """Folders of the package that hold the built-in recipes."""
 

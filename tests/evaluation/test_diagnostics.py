@@ -10,7 +10,12 @@ import torch.nn.functional as F  # noqa: N812
 from omega_qvla.api import quantize
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.evaluation.diagnostics import BINS, channel_profile, diagnose
-from omega_qvla.evaluation.openloop import action_error, draw_noises, noise_floor
+from omega_qvla.evaluation.openloop import (
+    draw_noises,
+    measure_reference,
+    measure_row,
+    relative_error,
+)
 from omega_qvla.policies.base import sites_of
 from omega_qvla.quantization.pipeline import quantize_policy, simulate
 from omega_qvla.recipe import Recipe
@@ -56,10 +61,11 @@ def test_every_site_is_measured_at_every_denoising_step(document, small_policy, 
 
 
 def test_the_action_error_is_that_of_the_comparison(document, small_policy, few, rounded):
-    ours, others = (draw_noises(small_policy, len(few), seed) for seed in (0, 1))
-    assert document["action_error"] == pytest.approx(action_error(rounded, small_policy, few, ours))
-    floor = noise_floor(small_policy, few, ours, others)
-    assert document["noise_floor"] == pytest.approx(floor)
+    known = measure_reference(small_policy, few, 0, 1)
+    row = measure_row(rounded, few, 0, 1, normalized=known.normalized)
+    error = relative_error(row.chunks, known.chunks)
+    assert document["action_error"] == pytest.approx(error)
+    assert document["noise_floor"] == pytest.approx(known.floor)
 
 
 def test_a_sites_own_error_and_range_are_those_of_its_matrix_product(

@@ -5,9 +5,10 @@ import pytest
 
 from omega_qvla.errors import NonFiniteError, ObservationError, PolicyError
 from omega_qvla.evaluation.openloop import (
-    action_error,
     draw_noises,
-    noise_floor,
+    error_shares,
+    measure_reference,
+    measure_row,
     relative_error,
     sample_chunks,
 )
@@ -35,6 +36,13 @@ class Normalized(Affine):
         return super().sample_actions(observation, noise)
 
 
+def action_error(policy, reference, observations):
+    """What a comparison does, with two noises per observation."""
+    known = measure_reference(reference, observations, seed=0, noises=2)
+    row = measure_row(policy, observations, seed=0, noises=2, normalized=known.normalized)
+    return relative_error(row.chunks, known.chunks)
+
+
 @pytest.fixture
 def observations():
     generator = np.random.default_rng(3)
@@ -42,33 +50,31 @@ def observations():
 
 
 def test_error_of_a_scaled_policy_is_the_squared_relative_change(observations):
-    noises = draw_noises(Affine(), 5, seed=0)
     # float32 chunks: relative rounding 6e-8 of the chunk is 1e-6 of a 10 % change
-    assert action_error(Affine(1.1), Affine(), observations, noises) == pytest.approx(
-        0.01, rel=1e-5
-    )
-    assert action_error(Affine(), Affine(), observations, noises) == 0.0
+    assert action_error(Affine(1.1), Affine(), observations) == pytest.approx(0.01, rel=1e-5)
+    assert action_error(Affine(), Affine(), observations) == 0.0
 
 
 def test_error_pools_over_observations_instead_of_averaging_ratios():
     chunks, reference = [[[1.0]], [[10.0]]], [[[2.0]], [[10.0]]]
     assert relative_error(chunks, reference) == pytest.approx(1 / 104)
+    assert error_shares(chunks, reference) == pytest.approx([1 / 104, 0])
 
 
-def test_normalized_units_are_used_only_when_both_policies_offer_them(observations):
-    noises = draw_noises(Affine(), 5, seed=0)
-    both = action_error(Normalized(1.1), Normalized(), observations, noises)
-    one = action_error(Affine(1.0), Normalized(), observations, noises)
-    assert both == pytest.approx(0.01, rel=1e-5)
-    assert one > 0.5
+def test_the_reference_decides_the_units(observations):
+    """A hundredfold error in the distorted dimension shows in robot units only."""
+    assert action_error(Normalized(1.1), Normalized(), observations) == pytest.approx(
+        0.01, rel=1e-5
+    )
+    assert action_error(Normalized(1.1), Affine(), observations) > 100
+    with pytest.raises(PolicyError, match="sample_normalized"):
+        action_error(Affine(), Normalized(), observations)
 
 
 def test_noise_floor_of_a_pure_noise_policy_is_about_two(observations):
     """E‖a - b‖² = 2 E‖b‖² for independent noises; 3000 numbers give a few percent."""
     policy = Affine(0.0, 1.0)
-    first, second = draw_noises(policy, 500, 0), draw_noises(policy, 500, 1)
-    floor = noise_floor(policy, observations * 100, first, second)
-    assert floor == pytest.approx(2.0, rel=0.1)
+    assert measure_reference(policy, observations * 50, 0, 2).floor == pytest.approx(2.0, rel=0.1)
 
 
 def test_noises_are_a_function_of_the_seed():
@@ -80,9 +86,9 @@ def test_noises_are_a_function_of_the_seed():
 def test_bad_input_is_named(observations):
     noises = draw_noises(Affine(), 5, seed=0)
     with pytest.raises(ObservationError, match="at least one"):
-        action_error(Affine(), Affine(), [], noises[:0])
+        sample_chunks(Affine(), [], noises[:0], normalized=False)
     with pytest.raises(ObservationError, match="5 observations but 4 noises"):
-        action_error(Affine(), Affine(), observations, noises[:4])
+        sample_chunks(Affine(), observations, noises[:4], normalized=False)
     broken = [*observations[:3], np.full((2, 3), np.nan), observations[4]]
     with pytest.raises(NonFiniteError, match="observation 3"):
         sample_chunks(Affine(), broken, noises, normalized=False)

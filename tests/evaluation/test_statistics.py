@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from itertools import product
 
@@ -10,6 +11,8 @@ import pytest
 
 from omega_qvla.evaluation.statistics import (
     Z_95,
+    bootstrap_ratio,
+    bootstrap_total,
     compare_paired,
     mcnemar_exact,
     mean_squared_jerk,
@@ -137,3 +140,20 @@ def test_relative_smoothness_is_a_ratio_of_means_over_complete_pairs():
     assert relative_smoothness([2.0, 9.0], [1.0, None]) == 2.0
     assert relative_smoothness([2.0], [0.0]) is None
     assert relative_smoothness([None], [None]) is None
+
+
+def test_bootstrap_intervals_of_totals_and_ratios():
+    values = np.random.default_rng(0).exponential(size=200)
+    low, high = bootstrap_total(values)
+    deviation = values.std() * math.sqrt(len(values))  # of a sum of 200 draws
+    assert low == pytest.approx(values.sum() - 1.96 * deviation, rel=0.03)
+    assert high == pytest.approx(values.sum() + 1.96 * deviation, rel=0.03)
+    ratio, (below, above) = bootstrap_ratio(3 * values, values)
+    assert ratio == pytest.approx(3) and below == pytest.approx(3) and above == pytest.approx(3)
+    shuffled = np.random.default_rng(1).permutation(values)
+    ratio, (below, above) = bootstrap_ratio(shuffled, values)
+    assert ratio == pytest.approx(1) and below < 0.9 and above > 1.1
+    with pytest.raises(ValueError, match="pairs"):
+        bootstrap_ratio(values[:3], values)
+    with pytest.raises(ValueError, match="above zero"):
+        bootstrap_ratio(values[:3], [0, 0, 0])

@@ -16,6 +16,7 @@ from omega_qvla.evaluation.sweep import (
     run_sweep,
     write_json,
 )
+from omega_qvla.recipe import DEFAULT_RECIPE
 
 CONTRACT = {
     "policy",
@@ -170,3 +171,37 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["run.json"]
     with pytest.raises(ResourceError, match="cannot write"):
         write_json({}, target / "below-a-file.json")
+
+
+def test_errors_have_an_interval_and_are_paired_with_the_default_recipe(
+    environment, open_loop, point_policy
+):
+    """A row twice as wrong as the default is, observation by observation, four times its error."""
+    plain = point_policy(gain=1.0)
+    double = [
+        SweepRow("point", "fp32", lambda: plain),
+        SweepRow("point", DEFAULT_RECIPE, lambda: _Shifted(plain, 0.1)),
+        SweepRow("point", "other", lambda: _Shifted(plain, 0.2)),
+    ]
+    with SimulatorPool(1, environment) as pool:
+        closed = ClosedLoop(pool, ["near"], range(2))
+        full, ours, other = run_sweep(double, closed_loop=closed, open_loop=open_loop)["rows"]
+    assert sum(ours["action_errors"]) == pytest.approx(ours["action_error"], rel=1e-3)
+    low, high = ours["action_error_ci95"]
+    assert low <= ours["action_error"] <= high
+    assert ours["error_vs_default"] is None
+    assert other["error_vs_default"]["ratio"] == pytest.approx(4, rel=1e-4)
+    assert other["error_vs_default"]["ci95"] == pytest.approx([4, 4], rel=1e-4)
+    assert full["action_errors"] is full["action_error_ci95"] is full["drift"] is None
+    assert set(ours["drift"]) <= {"25", "50", "100"}
+
+
+class _Shifted:
+    """A policy whose every action is a constant off."""
+
+    def __init__(self, policy, shift):
+        self._policy, self._shift = policy, shift
+        self.noise_shape = policy.noise_shape
+
+    def sample_actions(self, observation, noise=None):
+        return self._policy.sample_actions(observation, noise) + np.float32(self._shift)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
@@ -47,6 +47,8 @@ class Comparison:
         scope: ``all`` is each recipe as written, ``paper`` backbone and action head only.
         artifacts: realizable recipes are saved here.
         seed: draws the twin's channels and factors.
+        reference: full precision in ``each`` condition, or ``once``, as it is: its twins compute
+            the same function, which is checked when they are made.
     """
 
     label: str
@@ -60,6 +62,7 @@ class Comparison:
     scope: Scope
     artifacts: Path
     seed: int = 0
+    reference: Literal["each", "once"] = "each"
 
 
 def comparison_rows(comparison: Comparison, progress: QuantizeProgress) -> list[SweepRow]:
@@ -108,13 +111,10 @@ def _condition_rows(
         extra=extra,
         blueprint=blueprint,
     )
-    return [
-        reference,
-        *(
-            _recipe_row(comparison, reference, recipe, full, condition, progress)
-            for recipe in recipes
-        ),
+    rows = [
+        _recipe_row(comparison, reference, recipe, full, condition, progress) for recipe in recipes
     ]
+    return rows if comparison.reference == "once" and magnitude else [reference, *rows]
 
 
 def _recipe_row(

@@ -34,7 +34,7 @@ from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Observation, sites_of
 from omega_qvla.policies.loading import policy_skeleton, policy_structure
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.recipe import Recipe
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.memory import site_bytes
 
 PARTS: tuple[str, ...] = ("vision", "prefix", "denoise")
@@ -294,7 +294,7 @@ def roofline_row(
 
 
 def roofline(
-    device: str, *, policy: str, artifact: Path | None = None, recipe: str = "omega-w4a4"
+    device: str, *, policy: str, artifact: Path | None = None, recipe: str = DEFAULT_RECIPE
 ) -> dict[str, Any]:
     """The bound of one policy on one device, in bfloat16 and in W4A4.
 

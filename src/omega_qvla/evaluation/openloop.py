@@ -205,44 +205,20 @@ def relative_error(chunks: npt.ArrayLike, reference: npt.ArrayLike) -> float:
     Raises:
         ValueError: different shapes, or a reference that is zero everywhere.
     """
+    return float(np.sum(error_shares(chunks, reference)))
+
+
+def error_shares(chunks: npt.ArrayLike, reference: npt.ArrayLike) -> Array:
+    """What each observation adds to :func:`relative_error`: [n] float64 for [n, ...].
+
+    Raises:
+        ValueError: different shapes, or a reference that is zero everywhere.
+    """
     ours, theirs = np.asarray(chunks, np.float64), np.asarray(reference, np.float64)
     if ours.shape != theirs.shape:
         raise ValueError(f"chunks have shape {ours.shape}, the reference {theirs.shape}")
     energy = float(np.sum(theirs**2))
     if energy == 0.0:
         raise ValueError("the reference chunks are zero everywhere: no relative error exists")
-    return float(np.sum((ours - theirs) ** 2)) / energy
-
-
-def action_error(
-    policy: Sampler,
-    reference_policy: Sampler,
-    observations: Sequence[Any],
-    noises: npt.ArrayLike,
-) -> float:
-    """Relative mean squared error of ``policy``'s chunks against full precision's.
-
-    Args:
-        observations: held-out observations.
-        noises: [n, horizon, action_dim], the same for both policies.
-
-    Raises:
-        ObservationError, NonFiniteError: see :func:`sample_chunks`.
-    """
-    normalized = offers_normalized(policy) and offers_normalized(reference_policy)
-    reference = sample_chunks(reference_policy, observations, noises, normalized=normalized)
-    chunks = sample_chunks(policy, observations, noises, normalized=normalized)
-    return relative_error(chunks, reference)
-
-
-def noise_floor(
-    reference_policy: Sampler,
-    observations: Sequence[Any],
-    noises: npt.ArrayLike,
-    other_noises: npt.ArrayLike,
-) -> float:
-    """The full-precision policy against itself: chunks from ``other_noises`` against ``noises``."""
-    normalized = offers_normalized(reference_policy)
-    reference = sample_chunks(reference_policy, observations, noises, normalized=normalized)
-    others = sample_chunks(reference_policy, observations, other_noises, normalized=normalized)
-    return relative_error(others, reference)
+    squares = (ours - theirs) ** 2
+    return squares.reshape(len(squares), -1).sum(axis=1) / energy

@@ -17,7 +17,7 @@ import numpy as np
 from omega_qvla.api import quantize
 from omega_qvla.evaluation.openloop import NOISES, Array, draw_noises, relative_error
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.recipe import Recipe
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def measure_step_change(
     policy: NativePolicy,
     calibration: Any,
     held_out: Sequence[Any],
-    recipe: str | Recipe = "omega-w4a4",
+    recipe: str | Recipe = DEFAULT_RECIPE,
     *,
     calibrated: int,
     steps: int,

@@ -32,15 +32,23 @@ from omega_qvla.evaluation.drift import hand_drift
 from omega_qvla.evaluation.episodes import EpisodeRecord
 from omega_qvla.evaluation.openloop import (
     NOISES,
+    Array,
     Measurement,
     Sampler,
+    error_shares,
     measure_reference,
     measure_row,
-    relative_error,
 )
 from omega_qvla.evaluation.rollout import Transform, rollout
 from omega_qvla.evaluation.simulators import SimulatorPool
-from omega_qvla.evaluation.statistics import compare_paired, relative_smoothness, wilson_interval
+from omega_qvla.evaluation.statistics import (
+    bootstrap_ratio,
+    bootstrap_total,
+    compare_paired,
+    relative_smoothness,
+    wilson_interval,
+)
+from omega_qvla.recipe import DEFAULT_RECIPE
 
 SCHEMA = 1
 FULL_PRECISION = ("fp32", "bf16")
@@ -173,7 +181,9 @@ def run_sweep(
     Returns:
         The document of DESIGN's ``compare``: ``{"schema": 1, "policy": ..., "rows": [...]}``, rows
         in the order given.  Beside the contract's keys a row has ``smoke``, ``episodes``, ``drift``
-        (``drift.py``; null for references) and ``paired_vs_reference`` (``{"episodes",
+        (``drift.py``), ``action_error_ci95`` (bootstrap over observations), ``action_errors`` (what
+        each of them adds), ``error_vs_default`` (``{"ratio", "ci95"}``, paired; null without the
+        default recipe and for itself) and ``paired_vs_reference`` (``{"episodes",
         "only_row", "only_reference", "difference", "ci95", "mcnemar_p"}``; null for references and
         without a simulator).  ``success_mean``
         is the rate over all episodes, with Wilson's interval.
@@ -190,7 +200,7 @@ def run_sweep(
         "policy": ", ".join(dict.fromkeys(row.policy for row in rows)),
         "rows": [
             _assemble(row, outcomes[row.label], outcomes[references[row.label].label], closed_loop)
-            | {"noises": None if open_loop is None else open_loop.noises}
+            | _open_loop_part(row, plan, outcomes)
             for row in rows
         ],
     }
@@ -303,13 +313,45 @@ def _silent(label: str, done: int, total: int) -> None:
     del label, done, total
 
 
-def _open_loop_errors(outcome: Outcome, reference: Outcome) -> tuple[float | None, float | None]:
-    """Action error and noise floor."""
-    ours, theirs = outcome.measurement, reference.measurement
-    if ours is None or theirs is None:
-        return None, None
-    error = 0.0 if outcome is reference else relative_error(ours.chunks, theirs.chunks)
-    return error, theirs.floor
+def _open_loop_part(row: SweepRow, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Action error, its interval, what every observation adds to it, and the noise floor."""
+    if plan.open_loop is None:
+        names = ("noise_floor", "noises", "action_errors", "error_vs_default")
+        return dict.fromkeys(("action_error", "action_error_ci95", *names))
+    reference = plan.references[row.label]
+    theirs = outcomes[reference.label].measurement
+    assert theirs is not None
+    common = {"noise_floor": theirs.floor, "noises": plan.open_loop.noises}
+    if row is reference:
+        missing = dict.fromkeys(("action_error_ci95", "action_errors", "error_vs_default"))
+        return {"action_error": 0.0, **missing, **common}
+    shares = _shares(row, plan, outcomes)
+    return {
+        "action_error": float(shares.sum()),
+        "action_error_ci95": list(bootstrap_total(shares)),
+        "action_errors": [float(f"{share:.4g}") for share in shares],
+        "error_vs_default": _versus_default(row, shares, plan, outcomes),
+        **common,
+    }
+
+
+def _shares(row: SweepRow, plan: Plan, outcomes: Mapping[str, Outcome]) -> Array:
+    ours = outcomes[row.label].measurement
+    theirs = outcomes[plan.references[row.label].label].measurement
+    assert ours is not None and theirs is not None
+    return error_shares(ours.chunks, theirs.chunks)
+
+
+def _versus_default(
+    row: SweepRow, shares: Array, plan: Plan, outcomes: Mapping[str, Outcome]
+) -> dict[str, Any] | None:
+    """The error over that of the default recipe on the same observations."""
+    for other in plan.rows:
+        same = (other.policy, other.condition) == (row.policy, row.condition)
+        if same and other.recipe == DEFAULT_RECIPE and other is not row:
+            ratio, interval = bootstrap_ratio(shares, _shares(other, plan, outcomes))
+            return {"ratio": ratio, "ci95": list(interval)}
+    return None
 
 
 def _file_name(label: str) -> str:
@@ -321,7 +363,6 @@ def _assemble(
 ) -> dict[str, Any]:
     episodes = outcome.episodes
     successes = sum(record.success for record in episodes)
-    error, floor = _open_loop_errors(outcome, reference)
     return {
         "policy": row.policy,
         "recipe": row.recipe,
@@ -330,8 +371,6 @@ def _assemble(
         "success": _per_task(episodes),
         "success_mean": successes / len(episodes) if episodes else None,
         "success_ci95": list(wilson_interval(successes, len(episodes))) if episodes else None,
-        "action_error": error,
-        "noise_floor": floor,
         "smoothness": relative_smoothness(
             [record.jerk for record in episodes], [record.jerk for record in reference.episodes]
         ),
