@@ -5,6 +5,7 @@ import json
 import pytest
 
 from omega_qvla.evaluation import statistics
+from omega_qvla.evaluation.episodes import EpisodeJournal, EpisodeRecord
 from omega_qvla.report.journals import wilson_interval
 from omega_qvla.report.results import ReportError
 from omega_qvla.report.sources import read_sources
@@ -181,3 +182,12 @@ def test_the_interval_of_a_journal_is_that_of_the_evaluation(episodes):
             f(successes, episodes) for f in (wilson_interval, statistics.wilson_interval)
         )
         assert ours == pytest.approx(theirs, abs=1e-15)
+
+
+def test_the_journal_of_an_evaluation_can_be_read(tmp_path):
+    """Written by the evaluation itself, so that its format and this reader cannot drift apart."""
+    labels = {"policy": "p", "recipe": "rtn", "condition": "plain"}
+    with EpisodeJournal(tmp_path / "j.jsonl", {"environment": "e", "identity": labels}) as book:
+        book.append(EpisodeRecord("a", 0, True, 5, 1, None, 2.0, [[0.1, 0.2]]))
+    result = read_sources([tmp_path / "j.jsonl"]).results[0]
+    assert (result.recipe, result.success, result.ms_per_chunk) == ("rtn", {"a": (1, 1)}, 2.0)

@@ -13,8 +13,10 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, cast
 
-from omega_qvla.report.results import SCHEMA, ReportError, Result
+from omega_qvla.report.results import ReportError, Result
 
+_SCHEMAS = (1, 2)
+"""The second keeps the robot's states as well, which are not shown here."""
 _Z_95 = 1.959963984540054
 _IDENTITY = ("policy", "recipe", "condition")
 
@@ -33,9 +35,10 @@ def read_journal(content: bytes, where: str) -> Result | None:
     """
     first, *lines = content.split(b"\n")
     header = _line(first) or {}
-    if header.get("schema") != SCHEMA:
+    if header.get("schema") not in _SCHEMAS:
         raise ReportError(
-            f"{where} has schema {header.get('schema')!r}; this version reads {SCHEMA}"
+            f"{where} has schema {header.get('schema')!r}; this version reads "
+            f"{' and '.join(map(str, _SCHEMAS))}"
         )
     identity = header.get("identity")
     if not isinstance(identity, dict) or any(key not in identity for key in _IDENTITY):

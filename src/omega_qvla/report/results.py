@@ -26,8 +26,10 @@ class ReportError(OmegaError):
 class Result:
     """One row of a saved comparison; None where nothing was measured.
 
-    ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``;
-    ``source`` is the file's name where several are read; ``unfinished`` rows come from a journal.
+    ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``,
+    ``error_ci95`` that of ``action_error``, ``error_vs_default`` that of ``error_ratio``, its ratio
+    to the default recipe's; ``drift`` maps control steps to metres; ``source`` is the file's name
+    where several are read; ``unfinished`` rows come from a journal.
     """
 
     policy: str
@@ -46,6 +48,11 @@ class Result:
     smoke: bool = False
     scope: str | None = None
     paired: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    bits_per_weight: float | None = None
+    error_ci95: tuple[float, float] | None = None
+    error_ratio: float | None = None
+    error_vs_default: tuple[float, float] | None = None
+    drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     source: str = ""
     unfinished: bool = False
 
@@ -105,7 +112,6 @@ def _result(row: Any, where: str) -> Result:
         raise ReportError(f"{where}: expected a mapping, got {type(row).__name__}")
     given = cast(dict[str, Any], row)
     try:
-        interval = given["success_ci95"]
         return Result(
             policy=str(given["policy"]),
             recipe=str(given["recipe"]),
@@ -113,7 +119,7 @@ def _result(row: Any, where: str) -> Result:
             realizable=bool(given["realizable"]),
             success={str(task): _count(pair) for task, pair in given["success"].items()},
             success_mean=_number(given["success_mean"]),
-            ci95=None if interval is None else _pair(interval),
+            ci95=_optional_pair(given["success_ci95"]),
             action_error=_number(given["action_error"]),
             noise_floor=_number(given["noise_floor"]),
             smoothness=_number(given["smoothness"]),
@@ -123,6 +129,11 @@ def _result(row: Any, where: str) -> Result:
             smoke=bool(given.get("smoke", False)),
             scope=None if given.get("scope") is None else str(given["scope"]),
             paired=_paired(given.get("paired_vs_reference")),
+            bits_per_weight=_number(given.get("bits_per_weight")),
+            error_ci95=_optional_pair(given.get("action_error_ci95")),
+            error_ratio=_number((given.get("error_vs_default") or {}).get("ratio")),
+            error_vs_default=_optional_pair((given.get("error_vs_default") or {}).get("ci95")),
+            drift=_drift(given.get("drift")),
         )
     except KeyError as error:
         raise ReportError(f"{where}: key {error} is missing") from error
@@ -142,6 +153,14 @@ def _paired(value: Any) -> Mapping[str, Any]:
     }
 
 
+def _drift(value: Any) -> dict[str, dict[str, float]]:
+    entries = {} if value is None else value
+    return {
+        str(steps): {str(name): float(number) for name, number in entry.items()}
+        for steps, entry in entries.items()
+    }
+
+
 def _count(pair: Any) -> tuple[int, int]:
     successes, episodes = (int(number) for number in pair)
     if not 0 <= successes <= episodes:
@@ -152,6 +171,10 @@ def _count(pair: Any) -> tuple[int, int]:
 def _pair(interval: Any) -> tuple[float, float]:
     low, high = (float(end) for end in interval)
     return low, high
+
+
+def _optional_pair(interval: Any) -> tuple[float, float] | None:
+    return None if interval is None else _pair(interval)
 
 
 def _number(value: Any) -> float | None:

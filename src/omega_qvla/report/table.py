@@ -52,7 +52,11 @@ def task_table(path: str | Path) -> Table:
     Raises:
         ReportError: the file cannot be read as a comparison.
     """
-    results = load_results(path)
+    return per_task_table(load_results(path))
+
+
+def per_task_table(results: Sequence[Result]) -> Table:
+    """The same of rows that have been read already."""
     tasks = list(dict.fromkeys(task for result in results for task in result.success))
     rows = tuple(
         (name, result.condition, *(_count(result.success.get(task)) for task in tasks))
@@ -100,8 +104,8 @@ def _measured(result: Result) -> tuple[str, ...]:
     return (
         _success(result),
         _difference(result),
-        _error(result.action_error),
-        _error(result.noise_floor),
+        error_text(result.action_error),
+        error_text(result.noise_floor),
         MISSING if result.smoothness is None else f"{result.smoothness:.2f}",
         human_bytes(result.checkpoint_bytes),
         human_bytes(result.resident_bytes),
@@ -127,7 +131,8 @@ def _difference(result: Result) -> str:
     return f"{100 * difference:+.1f} {interval} p={p_value:.2g}"
 
 
-def _error(value: float | None) -> str:
+def error_text(value: float | None) -> str:
+    """An action error with three significant digits."""
     return MISSING if value is None else "0" if value == 0 else f"{value:.3g}"
 
 
@@ -267,14 +272,14 @@ def site_table(document: Mapping[str, Any]) -> Table:
                 component,
                 str(len(sites)),
                 worst["name"],
-                _error(_largest(worst["error"])),
-                _error(_largest(worst["local_error"])),
+                error_text(_largest(worst["error"])),
+                error_text(_largest(worst["local_error"])),
                 f"{before:.1f}",
                 f"{after:.1f}",
             )
         )
-    action = f"action error {_error(document['action_error'])}"
-    floor = f"noise floor {_error(document['noise_floor'])}"
+    action = f"action error {error_text(document['action_error'])}"
+    floor = f"noise floor {error_text(document['noise_floor'])}"
     return Table(header, tuple(rows), (f"{action}, {floor}",))
 
 
