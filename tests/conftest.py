@@ -25,6 +25,8 @@ from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 from omega_qvla.policies.processing import WordTokenizer
 from omega_qvla.recipe import Recipe
 
+pytest.register_assert_rewrite("embedded_checks")
+
 INSTRUCTION = "press the button"
 STEPS = 4
 

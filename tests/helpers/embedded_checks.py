@@ -1,4 +1,6 @@
-"""What the embedded policies have to show: the default recipe's action error, plain and stressed.
+"""What an embedded policy has to show: the default recipe's action error, plain and stressed.
+
+Each policy has a test file of its own that inherits these checks, so that two workers share them.
 
 The figures are the project's own targets: 4-bit weights and activations cost at most 0.01 relative
 error of the action chunk in the paper's scope and 0.015 with everything quantized, also when 3 % of
@@ -20,13 +22,10 @@ import omega_qvla as oq
 from omega_qvla.evaluation.openloop import NOISES, draw_noises, relative_error, sample_chunks
 from omega_qvla.evaluation.step_change import measure_step_change
 from omega_qvla.evaluation.twin import stress_twin
-from omega_qvla.policies.loading import BUILTIN
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import Recipe, Scope
 
 MAGNITUDE = 30.0
-
-every_policy = pytest.mark.parametrize("name", BUILTIN)
 
 
 @cache
@@ -64,43 +63,41 @@ def error(name: str, recipe: str, scope: Scope, *, stress: bool) -> float:
     return relative_error(chunks, chunks_of_full_precision(name))
 
 
-@every_policy
-def test_the_stress_twin_computes_the_same_function(name: str) -> None:
-    chunks = sample_chunks(twin(name), held_out(name), noises(name), normalized=True)
-    assert relative_error(chunks, chunks_of_full_precision(name)) < 1e-9
+class EmbeddedPolicyChecks:
+    """Inherited with ``name`` set."""
 
+    name: str
 
-@every_policy
-def test_stress_in_the_papers_scope_stays_below_a_hundredth_and_a_tenth_of_the_paper(
-    name: str,
-) -> None:
-    ours = error(name, "omega-w4a4", "paper", stress=True)
-    assert ours <= 0.01
-    assert ours <= 0.1 * error(name, "omega-paper", "paper", stress=True)
+    def test_the_stress_twin_computes_the_same_function(self) -> None:
+        chunks = sample_chunks(
+            twin(self.name), held_out(self.name), noises(self.name), normalized=True
+        )
+        assert relative_error(chunks, chunks_of_full_precision(self.name)) < 1e-9
 
+    def test_stress_in_the_papers_scope_stays_below_a_hundredth_and_a_tenth_of_the_paper(
+        self,
+    ) -> None:
+        ours = error(self.name, "omega-w4a4", "paper", stress=True)
+        assert ours <= 0.01
+        assert ours <= 0.1 * error(self.name, "omega-paper", "paper", stress=True)
 
-@pytest.mark.slow
-@every_policy
-def test_plain_in_the_papers_scope_is_no_worse_than_the_paper_by_a_fifth(name: str) -> None:
-    assert error(name, "omega-w4a4", "paper", stress=False) <= 1.2 * error(
-        name, "omega-paper", "paper", stress=False
-    )
+    @pytest.mark.slow
+    def test_plain_in_the_papers_scope_is_no_worse_than_the_paper_by_a_fifth(self) -> None:
+        assert error(self.name, "omega-w4a4", "paper", stress=False) <= 1.2 * error(
+            self.name, "omega-paper", "paper", stress=False
+        )
 
+    @pytest.mark.parametrize("stress", [False, True])
+    def test_everything_quantized_stays_within_its_bar(self, stress: bool) -> None:
+        assert error(self.name, "omega-w4a4", "all", stress=stress) <= 0.015
 
-@every_policy
-@pytest.mark.parametrize("stress", [False, True])
-def test_everything_quantized_stays_within_its_bar(name: str, stress: bool) -> None:
-    assert error(name, "omega-w4a4", "all", stress=stress) <= 0.015
+    def test_rounding_to_nearest_breaks_under_stress(self) -> None:
+        assert error(self.name, "rtn", "paper", stress=True) > 0.1
 
-
-@every_policy
-def test_rounding_to_nearest_breaks_under_stress(name: str) -> None:
-    assert error(name, "rtn", "paper", stress=True) > 0.1
-
-
-@pytest.mark.slow
-@every_policy
-def test_four_steps_calibrated_and_eight_run_cost_half_as_much_again_at_most(name: str) -> None:
-    observations = oq.Observations.load(f"builtin:{name}")
-    found = measure_step_change(policy(name), observations, held_out(name), calibrated=4, steps=8)
-    assert found.ratio <= 1.5
+    @pytest.mark.slow
+    def test_four_steps_calibrated_and_eight_run_cost_half_as_much_again_at_most(self) -> None:
+        observations = oq.Observations.load(f"builtin:{self.name}")
+        found = measure_step_change(
+            policy(self.name), observations, held_out(self.name), calibrated=4, steps=8
+        )
+        assert found.ratio <= 1.5

@@ -1,0 +1,5 @@
+from embedded_checks import EmbeddedPolicyChecks
+
+
+class TestTinyGr00t(EmbeddedPolicyChecks):
+    name = "tiny-gr00t"

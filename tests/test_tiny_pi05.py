@@ -1,0 +1,5 @@
+from embedded_checks import EmbeddedPolicyChecks
+
+
+class TestTinyPi05(EmbeddedPolicyChecks):
+    name = "tiny-pi05"
