@@ -1,7 +1,7 @@
-"""Write the README's results from the saved JSON, or check that they are up to date.
+"""Write the README's results and docs/results.md from the saved JSON, or check them.
 
 Usage: ``python tools/results_table.py [--check]``.  Everything between the two markers of README.md
-is generated: no figure in it was typed.
+and all of docs/results.md is generated: no figure in them was typed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.report.table import Table, comparison_table, markdown, task_table
+from omega_qvla.report.benchmark_table import benchmark_tables, drift_table, error_table
+from omega_qvla.report.results import parse_results
+from omega_qvla.report.table import (
+    Table,
+    comparison_table,
+    markdown,
+    per_task_table,
+    results_table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -28,19 +36,20 @@ ADMISSION = (
 )
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
-CLOSED_LOOP = (
-    "`{}` in the simulator, everything quantized (`--scope all`), the same unseen seeds in every "
-    "row:"
-)
+BENCHMARK = "benchmark-v1.json"
+BENCHMARK_TEXT = "`{}`, everything quantized (`--scope all`), the same unseen seeds in every cell:"
 PAPER_SCOPE = (
     "`{}` open loop on held-out observations, backbone and action head only (`--scope paper`), "
     "the scope of the paper:"
 )
-SECTIONS = tuple(
-    (f"{name}-{suffix}.json", text.format(name))
-    for suffix, text in (("closed-loop", CLOSED_LOOP), ("paper-scope", PAPER_SCOPE))
-    for name in POLICIES
-)
+DETAILS = """# Results of the benchmark
+
+Written by `python tools/results_table.py` from
+[`benchmarks/results/{name}`](../benchmarks/results/{name}); what is measured and how is in
+[benchmark.md](benchmark.md), what the methods are in [methods.md](methods.md).
+
+Made with {library} on {machine}: `{command}`
+"""
 
 
 def admission_table(policies: Mapping[str, Path]) -> Table:
@@ -63,17 +72,40 @@ def _rate(measured: dict[str, Any] | None) -> str:
     return f"{solved}/{episodes} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def generated() -> str:
-    """The text between the markers."""
-    parts = [ADMISSION, "", markdown(admission_table(POLICIES))]
-    for name, introduction in SECTIONS:
-        path = RESULTS / name
-        if not path.exists():
-            continue
-        parts += [introduction, "", markdown(comparison_table(path))]
-        if task_table(path).header[2:]:
-            parts += ["Successes per task:", "", markdown(task_table(path))]
+def benchmark_section() -> list[str]:
+    """The benchmark on one page, a table per policy."""
+    parts: list[str] = []
+    for name, table in benchmark_tables(RESULTS / BENCHMARK).items():
+        parts += [BENCHMARK_TEXT.format(name.removeprefix("builtin:")), "", markdown(table)]
+    link = f"[`benchmarks/results/{BENCHMARK}`](benchmarks/results/{BENCHMARK})"
+    return [
+        *parts,
+        f"Data: {link}; intervals, paired tests, drift: [docs/results.md](docs/results.md).",
+        "",
+    ]
+
+
+def readme_section() -> str:
+    """The text between the README's markers."""
+    parts = [ADMISSION, "", markdown(admission_table(POLICIES)), *benchmark_section()]
+    for policy in POLICIES:
+        name = f"{policy}-paper-scope.json"
+        parts += [PAPER_SCOPE.format(policy), "", markdown(comparison_table(RESULTS / name))]
         parts += [f"Data: [`benchmarks/results/{name}`](benchmarks/results/{name}).", ""]
+    return "\n".join(parts)
+
+
+def details() -> str:
+    """docs/results.md: every row with its intervals."""
+    document = json.loads((RESULTS / BENCHMARK).read_text("utf-8"))
+    parts = [DETAILS.format(name=BENCHMARK, **document["benchmark"])]
+    rows = parse_results(document["rows"], BENCHMARK)
+    for policy in POLICIES:
+        kept = [row for row in rows if row.policy == f"builtin:{policy}"]
+        parts += [f"## {policy}\n", markdown(results_table(kept))]
+        parts += ["### Action error\n", markdown(error_table(kept))]
+        parts += ["### Drift of the hand\n", markdown(drift_table(kept))]
+        parts += ["### Successes per task\n", markdown(per_task_table(kept))]
     return "\n".join(parts)
 
 
@@ -82,13 +114,22 @@ def main(arguments: list[str]) -> int:
     text = README.read_text("utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    updated = f"{before}{START}\n{generated()}{END}{after}"
+    wanted = {
+        README: f"{before}{START}\n{readme_section()}{END}{after}",
+        ROOT / "docs" / "results.md": details(),
+    }
+    stale = [path for path, content in wanted.items() if _read(path) != content]
     if arguments == ["--check"]:
-        if updated != text:
-            print("README.md: results are out of date; run python tools/results_table.py")
-        return int(updated != text)
-    README.write_text(updated, "utf-8")
+        for path in stale:
+            print(f"{path.name}: results are out of date; run python tools/results_table.py")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(wanted[path], "utf-8")
     return 0
+
+
+def _read(path: Path) -> str:
+    return path.read_text("utf-8") if path.exists() else ""
 
 
 if __name__ == "__main__":
