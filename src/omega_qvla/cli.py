@@ -589,6 +589,10 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
         int | None, tyro.conf.arg(help="held-out observations of the action error; all by default")
     ] = None
     noises: Annotated[int, tyro.conf.arg(help="of each held-out observation")] = NOISES
+    reference: Annotated[
+        Literal["each", "once"],
+        tyro.conf.arg(help="full precision in each condition, or once: its twins compute the same"),
+    ] = "each"
     out: Annotated[Path, tyro.conf.arg(help="artifacts, picture and JSON go here")] = Path(
         "out/compare"
     )
@@ -609,6 +613,7 @@ class Compare(_Simulation, _Calibrated, _Checkpoint, _Common):
             magnitudes=_magnitudes(self.stress),
             scope=self.scope,
             artifacts=self.out / "artifacts",
+            reference=self.reference,
         )
         held_out = _observations(source, policy, self, split="heldout")
         if self.held_out is not None:
@@ -888,8 +893,12 @@ def _run(command: Any) -> int:
 
 def _console() -> Console:
     """A terminal as wide as it is; files and pipes get lines long enough for a table."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+    console = Console(highlight=False, emoji=False)
+    return (
+        console
+        if console.is_terminal
+        else Console(highlight=False, emoji=False, width=_PLAIN_WIDTH)
+    )
 
 
 @dataclass
