@@ -34,10 +34,11 @@ from websockets.sync.client import connect
 
 from omega_qvla.errors import ServingError
 from omega_qvla.serving.core import Core, Rules
+from omega_qvla.serving.door import Listening
 from omega_qvla.serving.gr00t import parse_observation
 from omega_qvla.serving.safety import ActionLimits
 from omega_qvla.serving.specification import Specification, parse_request
-from omega_qvla.serving.websocket import Listening, WebsocketFront
+from omega_qvla.serving.websocket import WebsocketFront
 from omega_qvla.serving.wire import decode_map, encode, gr00t_array
 
 TIME_LIMIT_S = 1.0

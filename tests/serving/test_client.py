@@ -23,7 +23,8 @@ from omega_qvla.serving.action_queue import ActionQueue, Blending
 pytest.importorskip("websockets", reason="the extra serve is not installed")
 
 from omega_qvla.serving.client import Patience, RemotePolicy, drive
-from omega_qvla.serving.websocket import Listening, WebsocketFront
+from omega_qvla.serving.door import Listening
+from omega_qvla.serving.websocket import WebsocketFront
 
 
 def chunk(first: float, length: int = 6, width: int = 2) -> np.ndarray:

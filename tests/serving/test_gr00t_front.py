@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from fake_serving import ARTIFACT, FakeEngine, make_core, running
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.serving.core import Core
+from omega_qvla.serving.front import metadata
 from omega_qvla.serving.wire import Bounds
 
 zmq = pytest.importorskip("zmq", reason="the extra serve is not installed")
@@ -82,16 +84,65 @@ def observation(**changes: Any) -> dict[str, Any]:
 
 
 def test_ping_and_get_action_answer_as_the_client_expects(client: Any) -> None:
-    assert call(client, {"endpoint": "ping"}) == {"status": "ok", "message": "Server is running"}
+    pong = call(client, {"endpoint": "ping"})
+    assert (pong["status"], pong["message"]) == ("ok", "Server is running")
     actions = call(client, {"endpoint": "get_action", "data": observation()})
     assert set(actions) == {"action.arm", "action.gripper"}
     assert actions["action.arm"].shape == (5, 2) and actions["action.arm"].dtype == np.float32
     assert np.all(actions["action.gripper"] == 0.5)
 
 
-def test_who_asks_is_told_artifact_and_age(client: Any) -> None:
-    answer = call(client, {"endpoint": "get_action", "data": observation(), "meta": True})
-    assert answer["meta"]["artifact"] == ARTIFACT and answer["meta"]["age_ms"] >= 0
+def test_ping_tells_the_metadata_that_the_websocket_sends_first(core: Core, client: Any) -> None:
+    told = call(client, {"endpoint": "ping"})["metadata"]
+    assert told == metadata(core) and told["artifact"] == ARTIFACT
+    assert told["specification"]["state_parts"] == [["arm", 3], ["gripper", 1]]
+
+
+def test_who_asks_is_told_artifact_request_and_age(client: Any) -> None:
+    """All of it in the observation: the published client lets a robot fill nothing else."""
+    data = observation(meta=True, request_id="grasp-7", age_ms=40.0)
+    answer = call(client, {"endpoint": "get_action", "data": data})
+    assert answer["meta"]["artifact"] == ARTIFACT and answer["meta"]["request_id"] == "grasp-7"
+    assert answer["meta"]["age_ms"] >= 40.0 and answer["meta"]["batch"] == 1
+    silent = call(client, {"endpoint": "get_action", "data": {**data, "meta": False}})
+    assert set(silent) == {"action.arm", "action.gripper"}
+
+
+def test_the_same_noise_gives_the_same_actions(client: Any) -> None:
+    noise = np.linspace(-1.0, 1.0, 15, dtype=np.float32).reshape(5, 3)
+    changes = {"annotation__human.action.task_description": ["noise"], "noise": noise}
+    actions = call(client, {"endpoint": "get_action", "data": observation(**changes)})
+    assert np.array_equal(actions["action.arm"], noise[:, :2] + 0.5)
+
+
+def test_an_observation_past_its_deadline_is_a_named_error(client: Any) -> None:
+    data = observation(age_ms=80.0, deadline_ms=50.0, request_id=3)
+    answer = call(client, {"endpoint": "get_action", "data": data})
+    assert answer["code"] == "stale" and answer["request_id"] == 3
+    assert "action.arm" in call(client, {"endpoint": "get_action", "data": observation()})
+
+
+def test_draining_finishes_refuses_and_says_so() -> None:
+    engine = FakeEngine()
+    core = make_core(engine)
+    core.start()
+    engine.gate.clear()
+    front = Gr00tFront(core, port=0)
+    with (
+        running(front) as service,
+        connected(service.port, zmq.REQ) as early,
+        connected(service.port, zmq.REQ) as late,
+    ):
+        early.send(pack({"endpoint": "get_action", "data": observation()}))
+        assert engine.started.wait(5)
+        service.stop()
+        while not core.draining:
+            time.sleep(0.01)
+        assert call(late, {"endpoint": "ping"})["status"] == "draining"
+        refused = call(late, {"endpoint": "get_action", "data": observation()})
+        assert refused["code"] == "draining"
+        engine.gate.set()
+        assert "action.arm" in unpack(early.recv())
 
 
 def test_nobody_can_end_the_server(client: Any) -> None:
@@ -116,6 +167,10 @@ def test_nobody_can_end_the_server(client: Any) -> None:
         ({"annotation__human.action.task_description": ["a", "b"]}, "must be a sentence"),
         ({"annotation__other": ["press"]}, "found 2"),
         ({"surprise": 1}, "unknown key"),
+        ({"meta": 1}, "true or false"),
+        ({"request_id": [1]}, "'request_id'"),
+        ({"deadline_ms": -1.0}, "'deadline_ms'"),
+        ({"noise": np.zeros((5, 4), np.float32)}, "'noise'"),
     ],
 )
 def test_a_bad_observation_is_told_what_is_wrong_and_the_next_is_served(

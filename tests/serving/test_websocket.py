@@ -31,7 +31,8 @@ pytest.importorskip("websockets", reason="the extra serve is not installed")
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from omega_qvla.serving.websocket import Listening, WebsocketFront
+from omega_qvla.serving.door import Listening
+from omega_qvla.serving.websocket import WebsocketFront
 
 TOKEN = b"0123456789abcdef0123"
 

@@ -10,10 +10,17 @@ parts, or ``{"error": text}``.  Two endpoints exist here: ``ping`` and ``get_act
 | ``video.CAMERA`` | uint8 [1, H, W, 3] or [H, W, 3] |
 | ``state.PART`` | numbers [1, width] or [width] |
 | ``annotation.…`` | the instruction, or a list with it |
+| ``request_id``, ``deadline_ms``, ``age_ms``, ``noise`` | as over the websocket |
+| ``meta`` | true: the answer has a map ``meta`` |
 
-The answer holds ``action.PART`` [horizon, width] float32, and beside them nothing: what else is to
-be said (artifact, age, request id) would look like an action to that client, so it is under
-``meta`` only where the request asks for it with ``"meta": true``.
+The last two lines are ours.  They are in the observation because that is what the published client
+lets a robot fill: it builds the rest of the request itself.
+
+The answer holds ``action.PART`` [horizon, width] float32, and beside them nothing, because robots
+take every key for an action (``eval/wrappers/multistep_wrapper.py`` slices each value).  Request
+id, artifact, age and timing are therefore under ``meta``, and only where the request asks for it.
+Two answers have room for more: ``ping``, of which the client reads nothing, tells the server's
+metadata, and an error, of which it reads ``error``, has code and request id beside it.
 
 The protocol's token travels *inside* the message, so it cannot be checked before parsing; this
 front therefore listens on loopback only.  A robot on another machine comes through an SSH tunnel.
@@ -31,8 +38,9 @@ import numpy.typing as npt
 
 from omega_qvla.errors import PolicyError, ResourceError, ServingError
 from omega_qvla.serving.access import is_loopback
-from omega_qvla.serving.core import Core, Outcome, Reply
-from omega_qvla.serving.specification import Request, Specification, parse_request
+from omega_qvla.serving.core import Core, Reply
+from omega_qvla.serving.front import Pending, drain, error_fields, facts, metadata
+from omega_qvla.serving.specification import CONTROL, Request, Specification, parse_request
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds, decode_map, encode, gr00t_array
 
 try:
@@ -47,8 +55,6 @@ Array = npt.NDArray[Any]
 
 _HANDSHAKE_MS = 5000
 _MESSAGES_PER_CLIENT = 4
-_FLUSH_S = 0.3
-"""After the last answer is known: how long it may take to leave."""
 
 
 class Gr00tFront:
@@ -84,7 +90,7 @@ class Gr00tFront:
         self._underway = 0
 
     async def serve(self, stop: asyncio.Event, ready: Callable[[int], None]) -> bool:
-        """Serve until ``stop`` is set, then drain; see ``WebsocketFront.serve``.
+        """Serve until ``stop`` is set, then drain; see ``Front``.
 
         Raises:
             OSError: the address cannot be used.
@@ -105,7 +111,7 @@ class Gr00tFront:
             await asyncio.wait({talking, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if talking.done():
                 talking.result()  # only a failure ends it
-            finished = await self._drain()
+            finished = await drain(self._core, self._drain_s, lambda: self._underway)
             talking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await talking
@@ -113,16 +119,6 @@ class Gr00tFront:
         finally:
             socket.close()
             context.term()
-
-    async def _drain(self) -> bool:
-        loop, core = asyncio.get_running_loop(), self._core
-        core.log("draining", waiting=core.waiting)
-        finished = await loop.run_in_executor(None, core.drain, self._drain_s)
-        flushed = loop.time() + _FLUSH_S
-        while self._underway and loop.time() < flushed:
-            await asyncio.sleep(0.01)
-        core.log("drained", finished=finished)
-        return finished
 
     async def _talk(self, socket: zmq.asyncio.Socket) -> None:
         """Read requests; the answers leave from tasks of their own, one per client at most."""
@@ -145,47 +141,36 @@ class Gr00tFront:
             self._underway -= 1
 
     async def _reply(self, client: bytes, message: bytes) -> dict[str, Any]:
+        specification = self._core.specification
+        data: dict[str, Any] = {}
         try:
             call = decode_map(message, self._bounds)
             endpoint = call.get("endpoint", "get_action")
             if endpoint == "ping":
-                return {"status": "ok", "message": "Server is running"}
+                return self._pong()
             if endpoint != "get_action":
                 raise ServingError("bad_request", "the endpoints are ping and get_action")
-            specification = self._core.specification
-            request = parse_observation(call.get("data"), specification)
+            data = _observation(call.get("data"))
+            request = parse_observation(data, specification)
         except Exception as error:  # a failed allocation, say: this request's affair, no other's
             explained = self._core.explain(error)
             self._core.count(explained)
-            return _error(explained)
-        outcome = await self._ask(client, request)
+            return _error(explained, data)
+        pending = Pending()
+        self._core.submit(client, request, pending.deliver)
+        outcome = await pending.future
         if not isinstance(outcome, Reply):
-            return _error(outcome)
+            return _error(outcome, data)
         parts = action_parts(outcome.actions, specification)
-        if call.get("meta") is not True:
-            return parts
-        meta = {
-            "artifact": outcome.artifact,
-            "request_id": outcome.request_id,
-            "age_ms": 1e3 * outcome.age_s,
-            "infer_ms": 1e3 * outcome.inference_s,
+        return {**parts, "meta": facts(outcome)} if data.get("meta") is True else parts
+
+    def _pong(self) -> dict[str, Any]:
+        state = "draining" if self._core.draining else "ok"
+        return {
+            "status": state,
+            "message": "Server is running",
+            "metadata": metadata(self._core),
         }
-        return {**parts, "meta": meta}
-
-    async def _ask(self, client: bytes, request: Request) -> Outcome:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Outcome] = loop.create_future()
-
-        def settle(outcome: Outcome) -> None:
-            if not future.done():
-                future.set_result(outcome)
-
-        def deliver(outcome: Outcome) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
-                loop.call_soon_threadsafe(settle, outcome)
-
-        self._core.submit(client, request, deliver)
-        return await future
 
 
 def _bind(socket: zmq.asyncio.Socket, address: str) -> None:
@@ -201,12 +186,11 @@ def parse_observation(data: Any, specification: Specification) -> Request:
     Raises:
         ServingError: ``bad_request``; says which key is wrong.
     """
-    if not isinstance(data, dict):
-        raise _bad("'data' must be an observation, a map")
     images: dict[str, Any] = {}
     state: dict[str, Any] = {}
     prompts: list[Any] = []
-    for key, value in cast(dict[Any, Any], data).items():
+    control: dict[str, Any] = {}
+    for key, value in _observation(data).items():
         kind, _, name = key.partition(".") if isinstance(key, str) else ("", "", "")
         if kind == "video":
             images[name] = _one_frame(key, value)
@@ -214,13 +198,30 @@ def parse_observation(data: Any, specification: Specification) -> Request:
             state[name] = value
         elif kind == "annotation":
             prompts.append(value)
-        else:
-            raise _bad(f"unknown key {ascii(key)[:60]}; known are video.*, state.*, annotation.*")
+        elif key in CONTROL:
+            control[key] = value
+        elif key != "meta" or not isinstance(value, bool):
+            raise _bad(
+                f"unknown key {ascii(key)[:60]}; known are video.*, state.*, annotation.*, "
+                f"{', '.join(CONTROL)} and meta (true or false)"
+            )
     if len(prompts) != 1:
         raise _bad(f"one annotation.* must hold the instruction, found {len(prompts)}")
-    prompt = _one_text(prompts[0])
-    joined = _joined(state, specification)
-    return parse_request({"images": images, "state": joined, "prompt": prompt}, specification)
+    return parse_request(
+        {
+            "images": images,
+            "state": _joined(state, specification),
+            "prompt": _one_text(prompts[0]),
+            **control,
+        },
+        specification,
+    )
+
+
+def _observation(data: Any) -> dict[Any, Any]:
+    if not isinstance(data, dict):
+        raise _bad("'data' must be an observation, a map")
+    return cast(dict[Any, Any], data)
 
 
 def _one_frame(key: str, value: Any) -> Any:
@@ -267,9 +268,10 @@ def action_parts(actions: Array, specification: Specification) -> dict[str, Any]
     return {f"action.{name}": piece for (name, _), piece in zip(parts, pieces, strict=True)}
 
 
-def _error(error: ServingError) -> dict[str, Any]:
+def _error(error: ServingError, data: Mapping[str, Any]) -> dict[str, Any]:
     """That client shows what is under ``error``."""
-    return {"error": str(error), "code": error.code}
+    told = error_fields(error, data.get("request_id"))
+    return {"error": told["message"], "code": told["error"], "request_id": told["request_id"]}
 
 
 def _bad(message: str) -> ServingError:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from omega_qvla.runtime.engine import load
 from omega_qvla.serving.access import read_token, require_token, tls_context
 from omega_qvla.serving.core import Core, Log, Rules
 from omega_qvla.serving.engine import PolicyEngine
+from omega_qvla.serving.front import Front
 from omega_qvla.serving.safety import ActionLimits, read_limits
 from omega_qvla.serving.specification import LAYOUTS
 
@@ -42,6 +44,8 @@ class Settings:
     kernel: str | None = None
     seed: int | None = None
     drain_s: float = 3.0
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         """Numbers that make no sense are refused before anything is loaded.
@@ -57,25 +61,30 @@ class Settings:
         for name, value in (("limit-margin", self.limit_margin), ("drain-s", self.drain_s)):
             if not 0 <= value < float("inf"):
                 raise PolicyError(f"--{name} {value}: it must be 0 or more")
-        if self.port is not None and not 0 <= self.port <= 65535:
-            raise PolicyError(f"--port {self.port}: ports are 0 to 65535")
+        for name, port in (("port", self.port), ("metrics-port", self.metrics_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise PolicyError(f"--{name} {port}: ports are 0 to 65535")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise PolicyError("TLS needs both --tls-certificate and --tls-key")
-        if self.protocol == "gr00t" and (self.tls_key or self.token_file):
+        if self.protocol != "gr00t" and self.metrics_port is not None:
+            raise PolicyError(
+                "--metrics-port is for GR00T's protocol; openpi's answers /healthz and /metrics on "
+                "its own port"
+            )
+        if self.metrics_port is None and self.metrics_host != "127.0.0.1":
+            raise PolicyError(f"--metrics-host {self.metrics_host} needs a --metrics-port")
+        if (
+            self.protocol == "gr00t"
+            and self.metrics_port is None
+            and (self.tls_key or self.token_file)
+        ):
             raise PolicyError(
                 "GR00T's protocol has neither TLS nor a token that is checked before parsing: it "
-                "is served on loopback without them; reach it through an SSH tunnel"
+                "is served on loopback without them (they protect --metrics-port, where there is "
+                "one); reach it through an SSH tunnel"
             )
         if self.protocol == "gr00t" and self.layout != "native":
             raise PolicyError("--layout is for openpi's protocol; GR00T's names its parts itself")
-
-
-class Front(Protocol):
-    """A protocol in front of a core."""
-
-    async def serve(self, stop: asyncio.Event, ready: Any) -> bool:
-        """Serve until ``stop``; whether all was finished."""
-        ...
 
 
 class Service:
@@ -100,6 +109,7 @@ class Service:
         """
         token = None if settings.token_file is None else read_token(settings.token_file)
         require_token(settings.host, token)
+        require_token(settings.metrics_host, token)
         quantized = load(directory, kernel=settings.kernel, threads=settings.threads)
         engine = PolicyEngine(quantized, threads=settings.threads, steps=settings.steps)
         specification = engine.specification(LAYOUTS[settings.layout])
@@ -152,16 +162,29 @@ def _front(core: Core, settings: Settings, token: bytes | None) -> Front:
     if settings.protocol == "gr00t":
         from omega_qvla.serving.gr00t import Gr00tFront
 
-        return Gr00tFront(core, settings.host, port, drain_s=settings.drain_s)
-    from omega_qvla.serving.websocket import Listening, WebsocketFront
+        front = Gr00tFront(core, settings.host, port, drain_s=settings.drain_s)
+        if settings.metrics_port is None:
+            return front
+        from omega_qvla.serving.door import Listening
+        from omega_qvla.serving.status_port import WithStatusPort
 
-    tls = None
-    if settings.tls_certificate is not None and settings.tls_key is not None:
-        tls = tls_context(settings.tls_certificate, settings.tls_key)
-    if token is not None and tls is None:
-        core.log("warning", message="the token travels unencrypted; give a TLS certificate")
+        tls = _tls(core, settings, token)
+        listening = Listening(settings.metrics_host, settings.metrics_port, token, tls)
+        return WithStatusPort(core, front, listening)
+    from omega_qvla.serving.door import Listening
+    from omega_qvla.serving.websocket import WebsocketFront
+
+    tls = _tls(core, settings, token)
     listening = Listening(settings.host, port, token, tls, drain_s=settings.drain_s)
     return WebsocketFront(core, listening)
+
+
+def _tls(core: Core, settings: Settings, token: bytes | None) -> ssl.SSLContext | None:
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        return tls_context(settings.tls_certificate, settings.tls_key)
+    if token is not None:
+        core.log("warning", message="the token travels unencrypted; give a TLS certificate")
+    return None
 
 
 def run_until_signal(service: Service) -> bool:

@@ -35,7 +35,8 @@ MAX_IMAGE_SIDE = 4096
 MAX_PROMPT_CHARACTERS = 2000
 MAX_REQUEST_ID_CHARACTERS = 64
 _PROMPT = "prompt"
-_CONTROL = ("request_id", "deadline_ms", "age_ms", "noise")
+CONTROL = ("request_id", "deadline_ms", "age_ms", "noise")
+"""What a request may carry beside the observation."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Specification:
             "noise_shape": list(self.noise_shape),
             "image_keys": dict(self.layout.images) or None,
             "state_keys": list(self.layout.state),
+            "state_parts": [list(part) for part in self.state_parts],
+            "action_parts": [list(part) for part in self.action_parts],
         }
 
 
@@ -144,7 +147,7 @@ def parse_request(message: Mapping[str, Any], specification: Specification) -> R
     """
     layout = specification.layout
     images = tuple(layout.images) or ("images", "image_masks")
-    known = {*images, *layout.state, _PROMPT, *_CONTROL}
+    known = {*images, *layout.state, _PROMPT, *CONTROL}
     unknown = [key for key in message if key not in known]
     if unknown:
         raise _bad(f"unknown keys {_listed(unknown)}; known are {_listed(sorted(known))}")

@@ -1,0 +1,219 @@
+"""The bounds of every connection that speaks HTTP or a websocket, before anything is understood.
+
+A connection that has not finished its handshake is *silent*: there are so many at most, and the
+oldest makes room for the next.  Bytes that do not complete a message are counted over all
+connections together, and a message that takes too long ends its connection.  What a connection may
+say once it is through the door is its front's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from omega_qvla.errors import ResourceError
+from omega_qvla.serving.core import Core
+from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds
+
+try:
+    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.exceptions import ConnectionClosed as ConnectionClosed  # for the fronts
+    from websockets.http11 import Request as HttpRequest
+    from websockets.http11 import Response
+except ImportError as error:
+    raise ResourceError(
+        "serving needs the package websockets: pip install 'omega-qvla[serve]'"
+    ) from error
+
+Talk = Callable[[ServerConnection], Awaitable[None]]
+Admit = Callable[[ServerConnection, HttpRequest], Response | None]
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where and how a server listens.
+
+    Attributes:
+        host, port: the address; port 0 lets the system choose.
+        token: what clients must show, or None on loopback.
+        tls: or None for plain TCP.
+        bounds: of one message.
+        connections: open at the same time at most.
+        silent: connections that have not finished their handshake at most.
+        handshake_s, message_s: how long a handshake and one message may take to arrive.
+        unfinished_bytes: of incomplete messages, all connections together.
+        pipeline: requests on their way per connection.
+        drain_s: how long what is on its way may take at the end.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: bytes | None = None
+    tls: ssl.SSLContext | None = None
+    bounds: Bounds = DEFAULT_BOUNDS
+    connections: int = 256
+    silent: int = 64
+    handshake_s: float = 5.0
+    message_s: float = 10.0
+    unfinished_bytes: int = 256 << 20
+    pipeline: int = 4
+    drain_s: float = 3.0
+
+
+@dataclass(eq=False)
+class Guest:
+    """One connection's part in the common bounds."""
+
+    abort: Callable[[], None]
+    opened: bool = False
+    unfinished: int = 0
+    since: float = 0.0
+
+
+class Door:
+    """The bounds that all connections share."""
+
+    def __init__(self, core: Core, listening: Listening) -> None:
+        self._core, self._listening = core, listening
+        self.guests: dict[Guest, None] = {}
+
+    @property
+    def opened(self) -> int:
+        """Connections past their handshake."""
+        return sum(guest.opened for guest in self.guests)
+
+    def enter(self, guest: Guest) -> None:
+        """A connection came; if too many say nothing, the oldest of those goes."""
+        self.guests[guest] = None
+        silent = [other for other in self.guests if not other.opened]
+        if len(silent) > self._listening.silent:
+            self._close(silent[0], "silent")
+
+    def leave(self, guest: Guest) -> None:
+        """A connection is gone."""
+        self.guests.pop(guest, None)
+
+    def received(self, guest: Guest, count: int) -> None:
+        """Bytes came that do not complete a message."""
+        if not guest.unfinished:
+            guest.since = self._core.clock()
+        guest.unfinished += count
+        held = sum(other.unfinished for other in self.guests)
+        if held > self._listening.unfinished_bytes:
+            self._close(guest, "unfinished_bytes")
+
+    def sweep(self) -> None:
+        """Close the connections whose message takes too long."""
+        limit = self._core.clock() - self._listening.message_s
+        for guest in list(self.guests):
+            if guest.opened and guest.unfinished and guest.since < limit:
+                self._close(guest, "slow_message")
+
+    def _close(self, guest: Guest, reason: str) -> None:
+        self.leave(guest)
+        self._core.metrics.count("connections_total", "event", reason)
+        guest.abort()
+
+
+class GuardedConnection(ServerConnection):
+    """A connection that reports what arrives to the door."""
+
+    def __init__(self, door: Door, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.door = door
+        self.guest = Guest(self._abort)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.door.enter(self.guest)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.door.leave(self.guest)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self.door.received(self.guest, len(data))
+        super().data_received(data)
+
+    def process_event(self, event: Any) -> None:
+        self.guest.unfinished = 0
+        super().process_event(event)
+
+    def _abort(self) -> None:
+        self.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def guarded(
+    door: Door, listening: Listening, core: Core, talk: Talk, admit: Admit
+) -> AsyncGenerator[int, None]:
+    """A server for the length of a block; yields its port.
+
+    Args:
+        door: the bounds its connections share.
+        listening: where it listens.
+        core: whose log takes what the websocket library has to say.
+        talk: serves one websocket.
+        admit: answers a plain HTTP request, or lets it become a websocket with None.
+
+    Raises:
+        OSError: the address cannot be used.
+    """
+
+    def connect(*arguments: Any, **options: Any) -> ServerConnection:
+        return GuardedConnection(door, *arguments, **options)
+
+    server = await serve(
+        talk,
+        listening.host,
+        listening.port,
+        ssl=listening.tls,
+        origins=[None],
+        compression=None,
+        max_size=listening.bounds.message_bytes,
+        max_queue=listening.pipeline,
+        open_timeout=listening.handshake_s,
+        close_timeout=1.0,
+        process_request=admit,
+        server_header=None,
+        logger=_quiet(core),
+        create_connection=cast(Any, connect),
+    )
+    sweeper = asyncio.create_task(_sweep(door))
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        sweeper.cancel()
+        server.close()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(server.wait_closed(), 1.0)
+
+
+async def _sweep(door: Door) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        door.sweep()
+
+
+class _Events(logging.Handler):
+    """What the websocket library has to say, as events without tracebacks."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__(logging.WARNING)
+        self._core = core
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = record.exc_info[0] if record.exc_info else None
+        fields = {} if kind is None else {"error": kind.__name__}
+        self._core.log("websocket", message=record.getMessage(), **fields)
+
+
+def _quiet(core: Core) -> logging.Logger:
+    logger = logging.Logger("omega_qvla.serving", logging.WARNING)
+    logger.addHandler(_Events(core))
+    return logger
