@@ -433,6 +433,43 @@ def test_a_message_that_does_not_arrive_is_not_waited_for(
     assert core.metrics.counted("connections_total", "slow_message") == 1
 
 
+HALF_A_MESSAGE = b"\x82\xfe\x7f\xff\x00\x00\x00\x00" + bytes(1000)
+WHOLE_AND_HALF = b"\x82\x81\x00\x00\x00\x00\xc0" + HALF_A_MESSAGE
+ENDLESS_FRAGMENTS = b"\x02\x81\x00\x00\x00\x00\x00" + b"\x00\x81\x00\x00\x00\x00\x00" * 20
+
+
+@pytest.mark.parametrize("sent", [HALF_A_MESSAGE, WHOLE_AND_HALF, ENDLESS_FRAGMENTS])
+def test_half_a_message_is_not_waited_for_wherever_the_segments_are_cut(
+    serve: Callable[..., Service], core: Core, sent: bytes
+) -> None:
+    """In one segment with the handshake, behind a whole message, and as fragments without end."""
+    service = serve(message_s=0.5)
+    handshake = (
+        b"GET / HTTP/1.1\r\nHost: robot\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as slow:
+        slow.sendall(handshake + sent)
+        with contextlib.suppress(ConnectionError):
+            while slow.recv(4096):
+                pass
+    assert core.metrics.counted("connections_total", "slow_message") == 1
+
+
+def test_fragments_are_part_of_the_common_bound(serve: Callable[..., Service], core: Core) -> None:
+    service = serve(unfinished_bytes=200_000)
+    fragment = b"\x00\xfe\x7f\xff\x00\x00\x00\x00" + bytes(0x7FFF)
+    with plain_client(service.port) as greedy, plain_client(service.port) as good:
+        with contextlib.suppress(OSError):
+            greedy.socket.sendall(b"\x02" + fragment[1:])
+            for _ in range(20):
+                greedy.socket.sendall(fragment)
+        with pytest.raises(ConnectionClosed):
+            greedy.recv(5)
+        assert "actions" in exchange(good, encode(observation()))
+    assert core.metrics.counted("connections_total", "unfinished_bytes") == 1
+
+
 def test_unfinished_messages_have_a_common_bound(serve: Callable[..., Service], core: Core) -> None:
     service = serve(unfinished_bytes=200_000)
     head = b"\x82\xff\x00\x00\x00\x00\x00\xff\x00\x00\x00\x00\x00\x00"

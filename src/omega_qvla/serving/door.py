@@ -23,6 +23,7 @@ from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds
 try:
     from websockets.asyncio.server import ServerConnection, serve
     from websockets.exceptions import ConnectionClosed as ConnectionClosed  # for the fronts
+    from websockets.frames import DATA_OPCODES, Frame
     from websockets.http11 import Request as HttpRequest
     from websockets.http11 import Response
 except ImportError as error:
@@ -67,12 +68,19 @@ class Listening:
 
 @dataclass(eq=False)
 class Guest:
-    """One connection's part in the common bounds."""
+    """One connection's part in the common bounds.
+
+    Attributes:
+        abort: ends it.
+        opened: whether its handshake is over.
+        unfinished: bytes held of a message that is not complete, finished fragments included.
+        since: when that message began, or None.
+    """
 
     abort: Callable[[], None]
     opened: bool = False
     unfinished: int = 0
-    since: float = 0.0
+    since: float | None = None
 
 
 class Door:
@@ -98,20 +106,22 @@ class Door:
         """A connection is gone."""
         self.guests.pop(guest, None)
 
-    def received(self, guest: Guest, count: int) -> None:
-        """Bytes came that do not complete a message."""
-        if not guest.unfinished:
+    def holds(self, guest: Guest, count: int) -> None:
+        """So many bytes of a connection's present message have come, and more are to come."""
+        guest.unfinished = count
+        if not count:
+            guest.since = None
+        elif guest.since is None:
             guest.since = self._core.clock()
-        guest.unfinished += count
         held = sum(other.unfinished for other in self.guests)
-        if held > self._listening.unfinished_bytes:
+        if count and held > self._listening.unfinished_bytes:
             self._close(guest, "unfinished_bytes")
 
     def sweep(self) -> None:
         """Close the connections whose message takes too long."""
         limit = self._core.clock() - self._listening.message_s
         for guest in list(self.guests):
-            if guest.opened and guest.unfinished and guest.since < limit:
+            if guest.opened and guest.since is not None and guest.since < limit:
                 self._close(guest, "slow_message")
 
     def _close(self, guest: Guest, reason: str) -> None:
@@ -126,6 +136,7 @@ class GuardedConnection(ServerConnection):
     def __init__(self, door: Door, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.door = door
+        self._fragments = 0
         self.guest = Guest(self._abort)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -137,11 +148,16 @@ class GuardedConnection(ServerConnection):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self.door.received(self.guest, len(data))
         super().data_received(data)
+        # What the parser could not use yet is part of a message, wherever the segments were cut.
+        self.door.holds(self.guest, self._fragments + len(self.protocol.reader.buffer))
 
     def process_event(self, event: Any) -> None:
-        self.guest.unfinished = 0
+        if not isinstance(event, Frame):
+            self.guest.since = None  # the handshake's request is complete
+        elif event.opcode in DATA_OPCODES:
+            self._fragments = 0 if event.fin else self._fragments + len(event.data)
+            self.guest.since = None if event.fin else self.guest.since
         super().process_event(event)
 
     def _abort(self) -> None:
