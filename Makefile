@@ -97,6 +97,7 @@ bench: $(STAMP)
 # A server under load: overload, slow clients, and REQUESTS requests; hours, on an idle machine.
 REQUESTS ?= 1000000
 soak: $(STAMP)
+	@mkdir -p $(OUT)
 	$(BIN)/python benchmarks/soak_serving.py --requests $(REQUESTS) --out $(OUT)/serving-soak.json
 
 # Damaged artifacts and malformed requests; hours.  COUNT and MESSAGES say how many.

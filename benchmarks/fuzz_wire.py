@@ -1,47 +1,60 @@
-"""Malformed requests: against the parser in bulk, against a running server one by one.
+"""Malformed requests: against the parser in bulk, against running servers one by one.
 
-    python benchmarks/fuzz_wire.py --count 5000000 --live 20000 --seed 0 --out results.json
+    python benchmarks/fuzz_wire.py --count 5000000 --live 500000 --seed 0 --out results.json
 
-Two experiments.  *Parser*: valid requests of both dialects are damaged by one to three mutations
+Three parts.  ``parser``: valid requests of both dialects are damaged by up to three mutations
 (bytes flipped, cut, inserted; dtypes among them objects, structures and texts; shapes that do not
 match; depth; sizes announced and absent; NaN) and go through decoder and specification.  Each must
-end in a request or in ``ServingError``, within a second.  *Live*: such messages are sent to a real
-server over a websocket; each must be answered, never with a traceback, and after every hundred a
-good request must still get its actions.
+end in a request or in ``ServingError``, within a second.  ``websocket``, ``gr00t``: such messages
+are sent to a real server; each must be answered, never with a traceback, after every hundred a good
+request must still get its actions, and after every ten thousand comes one beyond the limit of
+16 MB, which may end its own connection and nothing else.
 
-Also imported by the tests, which run a few thousand rounds.
+A mutation can leave a message valid.  Those are accepted, checked and *not* counted: ``--count``
+and ``--live`` (for each server) are messages that were refused.
+
+The counts are reached in blocks, each with a generator of its own, and the document is written
+after every block: a run that was cut short, or ended by ``--minutes``, continues with the same
+command.  Also imported by the tests, which run a few thousand messages.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import copy
+import hashlib
 import json
 import random
 import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zmq
+from serving_kit import at_least, at_most, finish, resumed, say, write
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from omega_qvla.errors import ServingError
 from omega_qvla.serving.core import Core, Rules
 from omega_qvla.serving.door import Listening
-from omega_qvla.serving.gr00t import parse_observation
+from omega_qvla.serving.gr00t import Gr00tFront, parse_observation
 from omega_qvla.serving.safety import ActionLimits
 from omega_qvla.serving.specification import Specification, parse_request
 from omega_qvla.serving.websocket import WebsocketFront
-from omega_qvla.serving.wire import decode_map, encode, gr00t_array
+from omega_qvla.serving.wire import DEFAULT_BOUNDS, decode_map, encode, gr00t_array
 
 TIME_LIMIT_S = 1.0
+MEMORY_LIMIT_BYTES = 256 << 20
+"""Growth of the peak, three parts together: messages of 16 MB pass through several hands."""
+BLOCKS = {"parser": 50_000, "websocket": 10_000, "gr00t": 10_000}
 SPECIFICATION = Specification(
     cameras=("base", "wrist"),
     state_dim=4,
@@ -80,6 +93,7 @@ class Result:
         codes: errors by code.
         problems: what must not happen.
         slowest_s: the longest time one message took.
+        oversize: messages beyond the limit that a server got.
     """
 
     rounds: int = 0
@@ -87,17 +101,38 @@ class Result:
     codes: Counter[str] = field(default_factory=Counter[str])
     problems: list[str] = field(default_factory=list[str])
     slowest_s: float = 0.0
+    oversize: int = 0
+
+    @property
+    def refused(self) -> int:
+        """Messages that really were malformed."""
+        return self.codes.total()
 
     def dump(self) -> dict[str, Any]:
         """For the JSON."""
         return {
             "rounds": self.rounds,
             "accepted": self.accepted,
+            "refused": self.refused,
             "codes": dict(self.codes),
+            "oversize": self.oversize,
             "slowest_s": self.slowest_s,
             "problems": self.problems[:100],
             "problem_count": len(self.problems),
         }
+
+
+def added(total: dict[str, Any] | None, block: dict[str, Any]) -> dict[str, Any]:
+    """Two results as one."""
+    if total is None:
+        return block
+    counts = ("rounds", "accepted", "refused", "oversize", "problem_count")
+    return {
+        **{name: total[name] + block[name] for name in counts},
+        "codes": dict(Counter(total["codes"]) + Counter(block["codes"])),
+        "slowest_s": max(total["slowest_s"], block["slowest_s"]),
+        "problems": (total["problems"] + block["problems"])[:100],
+    }
 
 
 def openpi_request() -> dict[str, Any]:
@@ -240,7 +275,7 @@ def malformed(rng: random.Random) -> tuple[bytes, bool]:
     return bytes(data), gr00t
 
 
-# --- the two experiments ---------------------------------------------------------------------
+# --- the three parts ---------------------------------------------------------------------------
 
 
 def run_parser(count: int, seed: int) -> Result:
@@ -277,8 +312,9 @@ def _require_sound(request: Any, result: Result, number: int) -> None:
         result.problems.append(f"{number}: accepted what is no observation")
 
 
-def run_live(count: int, seed: int) -> Result:
-    """``count`` damaged messages to a server; every hundredth time a good one."""
+@contextlib.contextmanager
+def serving(front_of: Callable[[Core], Any]) -> Iterator[int]:
+    """The port of a front that answers zeros, in a thread of its own."""
     core = Core(
         ConstantEngine(),
         SPECIFICATION,
@@ -288,7 +324,6 @@ def run_live(count: int, seed: int) -> Result:
         rules=Rules(batch=1, waiting=4, deadline_s=10.0),
     )
     core.start()
-    result = Result()
     stop, ready, port = asyncio.Event(), threading.Event(), [0]
     loop = asyncio.new_event_loop()
 
@@ -296,68 +331,168 @@ def run_live(count: int, seed: int) -> Result:
         port[0] = number
         ready.set()
 
-    front = WebsocketFront(core, Listening(port=0))
+    front = front_of(core)
     server = threading.Thread(target=lambda: loop.run_until_complete(front.serve(stop, listen)))
     server.start()
-    ready.wait()
-    _send_all(port[0], count, random.Random(seed), result)
-    loop.call_soon_threadsafe(stop.set)
-    server.join()
-    loop.close()
+    try:
+        if not ready.wait(30):
+            raise SystemExit("the server did not become ready")
+        yield port[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        server.join()
+        loop.close()
+
+
+def run_websocket(count: int, seed: int) -> Result:
+    """``count`` damaged messages to a websocket server; every hundredth time a good one."""
+    result, rng = Result(), random.Random(seed)
+    with serving(lambda core: WebsocketFront(core, Listening(port=0))) as port:
+        while result.rounds < count:
+            with connect(f"ws://127.0.0.1:{port}", compression=None) as client:
+                client.recv()
+                try:
+                    while result.rounds < count:
+                        client.send(malformed(rng)[0])
+                        answer = _timed(client.recv, result)
+                        _judge(json.loads(answer) if isinstance(answer, str) else None, result)
+                        if result.rounds % 100 == 0:
+                            client.send(encode(openpi_request()))
+                            if isinstance(client.recv(10), str):
+                                result.problems.append("a good request was refused")
+                except ConnectionClosed as closed:
+                    result.problems.append(f"{result.rounds}: the connection was closed: {closed}")
+        with connect(f"ws://127.0.0.1:{port}", compression=None) as client:
+            result.oversize += 1
+            client.recv()
+            with contextlib.suppress(ConnectionClosed):
+                client.send(bytes(DEFAULT_BOUNDS.message_bytes + 1))
+                client.recv(10)
+                result.problems.append("a message beyond the limit was answered")
+        with connect(f"ws://127.0.0.1:{port}", compression=None) as client:
+            client.recv()
+            client.send(encode(openpi_request()))
+            if isinstance(client.recv(10), str):
+                result.problems.append("after a message beyond the limit nothing is served")
     return result
 
 
-def _send_all(port: int, count: int, rng: random.Random, result: Result) -> None:
-    sent = 0
-    while sent < count:
-        with connect(f"ws://127.0.0.1:{port}", compression=None) as client:
-            client.recv()
-            try:
-                while sent < count:
-                    sent += 1
-                    _send(client, malformed(rng)[0], result)
-                    if sent % 100 == 0:
-                        client.send(encode(openpi_request()))
-                        if isinstance(client.recv(10), str):
-                            result.problems.append(f"{sent}: a good request was refused")
-            except ConnectionClosed as closed:
-                result.problems.append(f"{sent}: the connection was closed: {closed}")
+def run_gr00t(count: int, seed: int) -> Result:
+    """``count`` damaged messages to a ZMQ server; every hundredth time a good one."""
+    result, rng = Result(), random.Random(seed)
+    good = encode({"endpoint": "get_action", "data": gr00t_request()}, gr00t_array)
+    with serving(lambda core: Gr00tFront(core, port=0)) as port, zmq.Context() as context:
+        with _asking(context, port) as client:
+            while result.rounds < count:
+                client.send(malformed_call(rng))
+                answer = decode_map(_timed(lambda seconds: client.recv(), result))
+                failed = "error" in answer
+                told = {"error": answer.get("code"), "message": answer.get("error")}
+                _judge(told if failed else None, result)
+                if result.rounds % 100 == 0:
+                    client.send(good)
+                    if "error" in decode_map(client.recv()):
+                        result.problems.append("a good request was refused")
+        with _asking(context, port) as client:
+            result.oversize += 1
+            client.setsockopt(zmq.RCVTIMEO, 500)
+            client.send(bytes(DEFAULT_BOUNDS.message_bytes + 1))
+            with contextlib.suppress(zmq.Again):
+                client.recv()
+                result.problems.append("a message beyond the limit was answered")
+        with _asking(context, port) as client:
+            client.send(good)
+            if "error" in decode_map(client.recv()):
+                result.problems.append("after a message beyond the limit nothing is served")
+    return result
 
 
-def _send(client: Any, data: bytes, result: Result) -> None:
+def malformed_call(rng: random.Random) -> bytes:
+    """A damaged observation in a whole call, or a call that is damaged itself."""
+    data, _ = malformed(rng)
+    if rng.random() < 0.5:
+        return data
+    call = spelled_out({"endpoint": "get_action", "data": gr00t_request()}, gr00t=True)
+    for _ in range(rng.choice((1, 1, 2))):
+        rng.choice(VALUE_MUTATIONS)(call["data"] or call, rng)
+    return encode(call)
+
+
+@contextlib.contextmanager
+def _asking(context: zmq.Context[Any], port: int) -> Iterator[Any]:
+    with context.socket(zmq.REQ) as client:
+        client.setsockopt(zmq.LINGER, 0)
+        client.setsockopt(zmq.RCVTIMEO, 10_000)
+        client.connect(f"tcp://127.0.0.1:{port}")
+        yield client
+
+
+def _timed(receive: Callable[[float], Any], result: Result) -> Any:
     started = time.perf_counter()
-    client.send(data)
-    answer = client.recv(10)
-    result.slowest_s = max(result.slowest_s, time.perf_counter() - started)
+    answer = receive(10)
+    took = time.perf_counter() - started
+    result.slowest_s = max(result.slowest_s, took)
+    return answer
+
+
+def _judge(error: dict[str, Any] | None, result: Result) -> None:
+    """Book one answer; None stands for actions."""
     result.rounds += 1
-    if isinstance(answer, str):
-        content = json.loads(answer)
-        result.codes[content["error"]] += 1
-        if "Traceback" in answer or content["error"] == "internal":
-            result.problems.append(f"{result.rounds}: {answer[:200]}")
-    else:
+    if error is None:
         result.accepted += 1
+        return
+    result.codes[str(error["error"])] += 1
+    if "Traceback" in str(error["message"]) or error["error"] == "internal":
+        result.problems.append(f"{result.rounds}: {str(error)[:200]}")
+
+
+PARTS: dict[str, Callable[[int, int], Result]] = {
+    "parser": run_parser,
+    "websocket": run_websocket,
+    "gr00t": run_gr00t,
+}
 
 
 def main() -> None:
-    """Run both experiments and write their JSON."""
+    """Run the blocks that are missing and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=5_000_000)
-    parser.add_argument("--live", type=int, default=20_000)
+    parser.add_argument("--count", type=int, default=5_000_000, help="refused by the parser")
+    parser.add_argument("--live", type=int, default=500_000, help="refused by each server")
+    parser.add_argument("--minutes", type=float, default=1e6, help="of this run, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    wanted = {"parser": options.count, "websocket": options.live, "gr00t": options.live}
+    document = resumed(options.out, {**wanted, "seed": options.seed})
+    parts, end = document["parts"], time.monotonic() + 60 * options.minutes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results: dict[str, Any] = {"schema": 1, "seed": options.seed}
-    results["parser"] = run_parser(options.count, options.seed).dump()
-    results["live"] = run_live(options.live, options.seed).dump()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results["peak_rss_growth_bytes"] = (after - before) * 1024
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
-    if results["parser"]["problem_count"] or results["live"]["problem_count"]:
-        raise SystemExit(1)
+    for name, run in PARTS.items():
+        size = min(BLOCKS[name], max(1, wanted[name]))
+        while parts.get(name, {"refused": 0})["refused"] < wanted[name] and time.monotonic() < end:
+            number = parts.get(name, {"blocks": 0})["blocks"]
+            block = run(size, _seed(options.seed, name, number)).dump()
+            previous = {k: v for k, v in parts[name].items() if k != "blocks"} if number else None
+            parts[name] = {**added(previous, block), "blocks": number + 1}
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            growth = max((peak - before) * 1024, document.get("peak_rss_growth_bytes", 0))
+            document["peak_rss_growth_bytes"] = growth
+            write(options.out, document)
+            say(f"{name}: {parts[name]['refused']} of {wanted[name]} refused")
+    document["bars"] = []
+    for name, limit in wanted.items():
+        found = parts.get(name, Result().dump())
+        document["bars"] += [
+            at_least(f"{name}: malformed messages", found["refused"], limit),
+            at_most(f"{name}: problems", found["problem_count"], 0),
+        ]
+    growth = document.get("peak_rss_growth_bytes", 0)
+    document["bars"].append(at_most("growth of the peak memory, bytes", growth, MEMORY_LIMIT_BYTES))
+    finish(options.out, document)
+
+
+def _seed(seed: int, name: str, block: int) -> int:
+    """Of a block: none is that of another part or run."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name} {block}".encode()).digest()[:8], "big")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
 """What the socket costs: the engine alone and through the server, in turns.
 
-    python benchmarks/serving_overhead.py --artifact DIR --rounds 400 --out results.json
+    python benchmarks/serving_overhead.py --rounds 1000 --requests 2000 --out results.json
 
 Two 224 px cameras, one policy, one machine, loopback.  Each round times one chunk in process and
 one through ``omega-qvla serve``; each of the two processes sleeps while the other computes.  The
-overhead of a round is what a client waits beyond the server's own inference time (``infer_ms``),
-so it holds queueing, both codecs, both copies through the kernel, and the checks; the difference
-of the medians of both columns says the same in another way.
+overhead is given twice and both must hold: what a client waits beyond the server's own inference
+time (``infer_ms``), which holds queueing, both codecs, both copies through the kernel and the
+checks; and the median difference between the two columns of a round, which also holds what the
+engine itself loses by running inside a server.
 
-Then 1, 2, 4 and 8 clients ask at the same time.  With k robots a batch of k takes ``share(k)``
-times a batch of one, and an answer may wait for one such batch and then take another: the p99 is
-to stay below 2 × p99(1) × share(k).
+Then 1, 2, 4 and 8 clients ask at the same time, as many requests in all for each number.  With k
+robots a batch of k takes ``share(k)`` times a batch of one, encoding included, and an answer may
+wait for one such batch and then take another: the p99 is to stay below 2 × p99(1) × share(k), and
+nobody may be refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
 import threading
 from pathlib import Path
@@ -26,7 +26,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from soak_serving import build_artifact, quantiles, robot_observation, served
+from serving_kit import (
+    Bar,
+    at_least,
+    at_most,
+    build_artifact,
+    finish,
+    quantiles,
+    resumed,
+    robot_observations,
+    say,
+    served,
+    write,
+)
 
 import omega_qvla as oq
 from omega_qvla.errors import ServingError
@@ -35,12 +47,14 @@ from omega_qvla.serving.engine import PolicyEngine
 
 SIDE = 224
 CLIENTS = (1, 2, 4, 8)
+WARM = 5
+OVERHEAD_MS = 2.0
 
 
 def large_observation() -> dict[str, Any]:
     """The robot's words and state with two 224 px images of noise."""
     source = np.random.default_rng(0)
-    observation = robot_observation()
+    observation = robot_observations()[0]
     images = {
         name: source.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
         for name in observation["images"]
@@ -53,28 +67,35 @@ def interleaved(artifact: Path, port: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     engine = PolicyEngine(oq.load(artifact, threads=1))
     observation = large_observation()
-    times: dict[str, list[float]] = {"engine": [], "socket": [], "overhead": []}
+    times: dict[str, list[float]] = {
+        "engine": [],
+        "socket": [],
+        "beyond_inference": [],
+        "difference": [],
+    }
     with RemotePolicy(f"ws://127.0.0.1:{port}") as policy:
         noise = np.zeros(policy.noise_shape, np.float32)
-        for number in range(rounds + 5):
+        for number in range(rounds + WARM):
             started = perf_counter()
             engine.sample([engine.encode(observation)], [noise])
             alone = perf_counter() - started
             started = perf_counter()
             reply = policy.infer(observation, noise=noise)
             through = perf_counter() - started
-            if number < 5:
+            if number < WARM:
                 continue
-            overhead = through - reply["server_timing"]["infer_ms"] / 1e3
-            for name, value in zip(times, (alone, through, overhead), strict=True):
+            beyond = through - reply["server_timing"]["infer_ms"] / 1e3
+            found = (alone, through, beyond, through - alone)
+            for name, value in zip(times, found, strict=True):
                 times[name].append(value)
-    figures: dict[str, Any] = {name: quantiles(values) for name, values in times.items()}
-    figures["difference_of_medians_ms"] = figures["socket"]["p50_ms"] - figures["engine"]["p50_ms"]
-    return figures
+            if (number - WARM + 1) % 200 == 0:
+                say(f"overhead: {number - WARM + 1} of {rounds} rounds")
+    return {name: quantiles(values) for name, values in times.items()}
 
 
-def together(port: int, clients: int, rounds: int) -> dict[str, Any]:
-    """Latencies of clients that ask at the same time."""
+def together(port: int, clients: int, requests: int) -> dict[str, Any]:
+    """Latencies of clients that ask at the same time; each one's first answers do not count."""
+    each = -(-requests // clients)
     observation = large_observation()
     took: list[float] = []
     batches: list[int] = []
@@ -82,12 +103,14 @@ def together(port: int, clients: int, rounds: int) -> dict[str, Any]:
 
     def robot() -> None:
         with RemotePolicy(f"ws://127.0.0.1:{port}") as policy:
-            for _ in range(rounds):
+            for number in range(each + WARM):
                 started = perf_counter()
                 try:
                     reply = policy.infer(observation)
                 except ServingError as error:
                     refused.append(error.code)
+                    continue
+                if number < WARM:
                     continue
                 took.append(perf_counter() - started)
                 batches.append(reply["batch"])
@@ -97,46 +120,68 @@ def together(port: int, clients: int, rounds: int) -> dict[str, Any]:
         one.start()
     for one in robots:
         one.join()
+    say(f"{clients} clients: {len(took)} answers")
     mean = float(np.mean(batches)) if batches else None
     return {"clients": clients, **quantiles(took), "mean_batch": mean, "refused": len(refused)}
 
 
 def batch_share(artifact: Path, rounds: int) -> dict[int, float]:
-    """Median time of a batch of k over that of a batch of one, in turns."""
+    """Median time of a batch of k over that of a batch of one, in turns, encoding included."""
+    torch.set_num_threads(1)
     engine = PolicyEngine(oq.load(artifact, threads=1))
-    encoded = engine.encode(large_observation())
-    horizon_width = engine.specification().noise_shape
+    observation, shape = large_observation(), engine.specification().noise_shape
     times: dict[int, list[float]] = {size: [] for size in CLIENTS}
-    for _ in range(max(5, rounds // 20)):
+    for _ in range(rounds):
         for size, values in times.items():
-            noises = [np.zeros(horizon_width, np.float32)] * size
             started = perf_counter()
-            engine.sample([encoded] * size, noises)
+            encoded = [engine.encode(observation) for _ in range(size)]
+            engine.sample(encoded, [np.zeros(shape, np.float32)] * size)
             values.append(perf_counter() - started)
     return {size: float(np.median(v) / np.median(times[1])) for size, v in times.items()}
 
 
+def bars_of(parts: dict[str, Any]) -> list[Bar]:
+    """The figures against what they must be."""
+    overhead, rows = parts["overhead"], parts["clients"]
+    bars = [
+        at_most(f"overhead p50 ms, {name}", overhead[name]["p50_ms"], OVERHEAD_MS)
+        for name in ("beyond_inference", "difference")
+    ]
+    for row in rows[1:]:
+        share = parts["batch_share"][str(row["clients"])]
+        limit = 2 * rows[0]["p99_ms"] * share
+        bars.append(at_most(f"p99 ms of {row['clients']} clients", row["p99_ms"], limit))
+    bars += [at_most(f"refused of {r['clients']} clients", r["refused"], 0) for r in rows]
+    return [*bars, at_least("requests per number of clients", min(r["count"] for r in rows), 1000)]
+
+
 def main() -> None:
-    """Measure and write the JSON."""
+    """Measure what is missing and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--artifact", type=Path)
-    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=1000, help="of the overhead")
+    parser.add_argument("--requests", type=int, default=2000, help="for each number of clients")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    settings = {"rounds": options.rounds, "requests": options.requests}
+    document = resumed(options.out, {**settings, "artifact": str(options.artifact or "embedded")})
+    parts, arguments = document["parts"], ("--limits", "none", "--deadline-ms", "60000")
     with tempfile.TemporaryDirectory() as folder:
         artifact = options.artifact or build_artifact(Path(folder))
-        document: dict[str, Any] = {"schema": 1, "load_average": os.getloadavg()[0]}
-        with served(artifact, "--limits", "none", "--deadline-ms", "60000") as (port, _):
-            document["overhead"] = interleaved(artifact, port, options.rounds)
-            rows = [together(port, clients, options.rounds // 4) for clients in CLIENTS]
-        share = batch_share(artifact, options.rounds)
-    for row in rows:
-        row["batch_share"] = share[row["clients"]]
-        row["p99_bound_ms"] = 2 * rows[0]["p99_ms"] * row["batch_share"]
-    document["clients"] = rows
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(document, indent=2))
+        if "overhead" not in parts:
+            with served(artifact, *arguments) as server:
+                parts["overhead"] = interleaved(artifact, server.port, options.rounds)
+            write(options.out, document)
+        if "clients" not in parts:
+            with served(artifact, *arguments) as server:
+                rows = [together(server.port, n, options.requests) for n in CLIENTS]
+            parts["clients"] = rows
+            write(options.out, document)
+        if "batch_share" not in parts:
+            share = batch_share(artifact, max(5, options.rounds // 20))
+            parts["batch_share"] = {str(size): value for size, value in share.items()}
+    document["bars"] = bars_of(parts)
+    finish(options.out, document)
 
 
 if __name__ == "__main__":
