@@ -783,6 +783,12 @@ class Serve(_Common):
     host: Annotated[str, tyro.conf.arg(help="others than loopback need --token-file")] = "127.0.0.1"
     port: Annotated[int | None, tyro.conf.arg(help="8000, or 5555 for gr00t")] = None
     token_file: Annotated[Path | None, tyro.conf.arg(help="what clients must show")] = None
+    metrics_port: Annotated[
+        int | None, tyro.conf.arg(help="of gr00t: /healthz and /metrics over HTTP; off by default")
+    ] = None
+    metrics_host: Annotated[str, tyro.conf.arg(help="others than loopback need --token-file")] = (
+        "127.0.0.1"
+    )
     tls_certificate: Annotated[Path | None, tyro.conf.arg(help="PEM; with --tls-key")] = None
     tls_key: Annotated[Path | None, tyro.conf.arg(help="PEM")] = None
     layout: Annotated[
@@ -816,6 +822,8 @@ class Serve(_Common):
                 protocol=self.protocol,
                 host=self.host,
                 port=self.port,
+                metrics_port=self.metrics_port,
+                metrics_host=self.metrics_host,
                 token_file=self.token_file,
                 tls_certificate=self.tls_certificate,
                 tls_key=self.tls_key,
