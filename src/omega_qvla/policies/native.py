@@ -4,7 +4,8 @@ A native policy is a network of this project, a processor between it and the rob
 Sampling has three parts, which benchmarks time one by one: ``see`` (images to tokens), ``read``
 (tokens through the backbone, to all that denoising needs of an observation) and ``denoise``.  All
 of them take several observations at once (``sample_batch``): every weight is then read once for
-all.
+all.  Together they are a pass (``compute``), which whoever runs the policy may replace by something
+that gives the same chunks faster (``use_pass``: a captured graph).
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 Modulation = Callable[[Tensor], Tensor]
 """Flow times [T] → adaptive-norm modulation [T, norms, parts, D]."""
+
+Pass = Callable[[Sequence[Tensor], Tensor, int], Tensor]
+"""What ``NativePolicy.compute`` is: encoded inputs of B observations, noise [B, H, A] and number of
+steps → normalized chunks [B, H, A].  The chunks are the caller's to keep."""
 
 
 @runtime_checkable
@@ -83,6 +88,7 @@ class NativePolicy(ABC):
         self._modulation: Modulation = modulation or self.module.step_modulation
         self.step_table: StepTable | None = None
         self._schedules: dict[int, Any] = {}
+        self._pass: Pass | None = None
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +159,27 @@ class NativePolicy(ABC):
     @abstractmethod
     def denoise(self, observed: Any, noise: Tensor, steps: int) -> Tensor:
         """What ``read`` returned and noise [B, H, A] → normalized chunk [B, H, A]."""
+
+    def compute(self, inputs: Sequence[Tensor], noise: Tensor, steps: int) -> Tensor:
+        """All that the network computes of B chunks, between the processor's encode and decode.
+
+        Args:
+            inputs: what the processor encodes of B observations, concatenated.
+            noise: [B, H, A] standard normal, on the network's device.
+            steps: number of denoising steps.
+
+        Returns:
+            [B, H, A], normalized.
+        """
+        return self.denoise(self.read(self.embed(inputs)), noise, steps)
+
+    def use_pass(self, replacement: Pass) -> None:
+        """Sample through something that gives what ``compute`` gives; a copy starts without it."""
+        self._pass = replacement
+
+    def _chunks(self, inputs: Sequence[Tensor], noise: Tensor, steps: int | None) -> Tensor:
+        run = self.compute if self._pass is None else self._pass
+        return run(inputs, noise, self.steps if steps is None else steps)
 
     @abstractmethod
     def outlier_pairs(self, scope: Scope) -> Sequence[OutlierPath]:
@@ -241,9 +268,8 @@ class NativePolicy(ABC):
 
         What the network puts into the padding beyond the robot's own dimensions is no action.
         """
-        seen = self.see(observation)
-        start = self._noise(noise, generator)
-        chunk = self.denoise(self.read(seen), start, self.steps if steps is None else steps)[0]
+        inputs = self.processor.encode(observation)
+        chunk = self._chunks(inputs, self._noise(noise, generator), steps)[0]
         return chunk[:, : self.config.robot_action_dim]
 
     def sample_actions(
@@ -290,8 +316,7 @@ class NativePolicy(ABC):
         start = torch.cat([self._noise(noise, None) for noise in noises])
         inputs = self.processor.encode(observation)
         together = [part.repeat_interleave(len(start), dim=0) for part in inputs]
-        observed = self.read(self.embed(together))
-        chunks = self.denoise(observed, start, self.steps if steps is None else steps)
+        chunks = self._chunks(together, start, steps)
         return chunks[..., : self.config.robot_action_dim].cpu()
 
     @torch.inference_mode()
@@ -324,8 +349,7 @@ class NativePolicy(ABC):
         for rows in _alike(inputs):
             together = [torch.cat(parts) for parts in zip(*(inputs[i] for i in rows), strict=True)]
             start = torch.cat([starts[i] for i in rows])
-            observed = self.read(self.embed(together))
-            batch = self.denoise(observed, start, self.steps if steps is None else steps)
+            batch = self._chunks(together, start, steps)
             chunks |= {i: self.processor.decode(c) for i, c in zip(rows, batch, strict=True)}
         return [chunks[i] for i in range(len(inputs))]
 

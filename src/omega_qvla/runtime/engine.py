@@ -24,6 +24,7 @@ from omega_qvla.artifact.packing import packed_width
 from omega_qvla.errors import ArtifactError, NotRealizableError, PolicyError, ResourceError
 from omega_qvla.policies.base import Observation, Policy, QuantizationSite, linears_of
 from omega_qvla.policies.loading import policy_skeleton
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.policies.weight_store import materialize
 from omega_qvla.quantization.attention import scale_attention
@@ -33,6 +34,7 @@ from omega_qvla.quantization.simulation import SimulatedLinear, install
 from omega_qvla.recipe import Recipe, Scheme
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
+from omega_qvla.runtime.graph import use_graphs
 from omega_qvla.runtime.kernels import triton
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear
 from omega_qvla.runtime.memory import (
@@ -271,6 +273,7 @@ def load(
     kernel: str | None = None,
     threads: int | None = None,
     tuning: str | Path | None = None,
+    graph: bool = True,
 ) -> QuantizedPolicy:
     """Load an artifact; the full-precision checkpoint is never needed.
 
@@ -287,6 +290,8 @@ def load(
         tuning: on a GPU, a folder of yours where measured tilings are kept; a shape that is not
             there is measured when it is first multiplied.  None measures nothing and uses tilings
             from arithmetic.
+        graph: on a GPU, capture a chunk once per shape and replay it (``runtime/graph.py``); a
+            ``GraphWarning`` says when.
 
     Raises:
         NotAnArtifactError: the directory is not an artifact.
@@ -303,12 +308,15 @@ def load(
         _require_native(artifact.config, device)
         triton.check_memory(gpu.gpu, _gpu_bytes(artifact), f"{directory} with its workspace")
     try:
-        return _rebuild(artifact, policy, _Run(kernel, threads, gpu))
+        loaded = _rebuild(artifact, policy, _Run(kernel, threads, gpu))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"{directory}: omega_config.json does not fit the tensors: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if graph and gpu is not None and isinstance(loaded.policy, NativePolicy):
+        use_graphs(loaded.policy)
+    return loaded
 
 
 @dataclass(frozen=True)

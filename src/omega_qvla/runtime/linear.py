@@ -232,6 +232,10 @@ class QuantizedLinear(nn.Module):
         """What the kernels hold in their own layout, beside the module's buffers."""
         return [] if self._packed is None else [self._packed.weight]
 
+    def scales_at_hand(self) -> list[Tensor]:
+        """Static scales as they were given to the kernels; a captured graph reads them again."""
+        return self._schedule.known()
+
     def stored(self) -> dict[str, Tensor]:
         """The module's tensors as an artifact holds them, by kind."""
         tensors = dict(self.named_buffers())
@@ -379,6 +383,10 @@ class _Schedule:
             found = torch.tensor(self._interpolate(time), device=self._device)
             self._known[time] = found
         return found
+
+    def known(self) -> list[Tensor]:
+        """The scales given out so far that are remembered."""
+        return list(self._known.values())
 
     def _interpolate(self, time: float | None) -> float:
         points = self._points
