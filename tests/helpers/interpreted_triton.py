@@ -34,6 +34,8 @@ class Call:
     static_scale: float | None = None
     dtype: str = "float32"
     tilings: tuple[Tiling, ...] = ()
+    stream: np.ndarray | None = None
+    gain: np.ndarray | None = None
 
 
 @dataclass
@@ -78,11 +80,15 @@ def answer(call: Call | Chunk) -> Answer | np.ndarray:
     layer = gpu.PackedLinear(operands.pop("words"), operands.pop("weight_scale"), **operands)
     x = torch.from_numpy(call.x).to(getattr(torch, call.dtype))
     scale = None if call.static_scale is None else torch.tensor(call.static_scale)
+    residual = None
+    if call.stream is not None:
+        gain = None if call.gain is None else torch.from_numpy(call.gain)
+        residual = gpu.Residual(torch.from_numpy(call.stream).to(x.dtype), gain)
     integers, scales = layer.quantize(x, scale)
-    found = Answer(integers.numpy(), layer(x, scale).float().numpy())
+    found = Answer(integers.numpy(), layer(x, scale, residual).float().numpy())
     for tiling in call.tilings:
         out = torch.empty((len(x), layer.out_features))
-        layer.multiply(integers, scales, out, tiling)
+        layer.multiply(integers, scales, out, tiling, residual)
         found.tiled.append(out.numpy())
     return found
 

@@ -27,6 +27,7 @@ TYPES = {
     "weights": "*i8",
     "partial": "*i32",
     **dict.fromkeys(("scale", "scales", "maxima", "weight_scale", "bias", "out"), "*fp32"),
+    **dict.fromkeys(("gain", "residual"), "*fp32"),
 }
 ALIGNED = {*TYPES, "width", "size", "stride", "share"}
 """Arguments that are multiples of 16 in every layer of the policies."""
@@ -38,8 +39,8 @@ LARGE: dict[str, float | None] = {
     "BYTES": 64,
     "LIMIT": 128,
 }
-ABSENT = SMALL | {"transform": None, "bias": None}
-"""A layer with neither transform nor bias."""
+ABSENT = SMALL | {"transform": None, "bias": None, "gain": None, "residual": None}
+"""A layer with neither transform nor bias, added to nothing."""
 ONES = ABSENT | dict.fromkeys(("count", "blocks", "parts", "share", "size", "per_row", "groups"), 1)
 """One row, one block, one part, one output."""
 PRODUCTS = ("multiply", "multiply_part", "multiply_grouped")
@@ -136,13 +137,23 @@ def test_every_program_compiles_and_rounds_as_the_reference_does(
         check_product(compiled, 80, tmp_path)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_adding_a_residual_is_not_contracted_with_anything(
+    device: ModuleType, capability: int, tmp_path: Path
+) -> None:
+    """gain · y and its sum with the residual are rounded one after the other, on every GPU."""
+    compiled = compile_program(device.add_parts, capability, SMALL, tmp_path)
+    check_rounding(compiled.asm["ptx"])
+    assert not re.search(r"\bFFMA\b", machine_code(compiled, tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_rows_of_16_bits_compile_too(
     device: ModuleType, name: str, dtype: str, tmp_path: Path
 ) -> None:
-    types = TYPES | {"x": f"*{dtype}", "out": f"*{dtype}"}
+    types = TYPES | {name: f"*{dtype}" for name in ("x", "out", "residual")}
     compiled = compile_program(getattr(device, name), 90, SMALL, tmp_path, types)
     check_rounding(compiled.asm["ptx"])
 

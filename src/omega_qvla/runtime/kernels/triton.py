@@ -62,6 +62,19 @@ class Gpu:
     free_bytes: int
 
 
+@dataclass(frozen=True)
+class Residual:
+    """What a product is added to: stream + gain · y.
+
+    Attributes:
+        stream: [M, N], contiguous, of the input's dtype.
+        gain: float32 [N], or None for 1 (adaptive norms have a gate per channel and step).
+    """
+
+    stream: Tensor
+    gain: Tensor | None = None
+
+
 def find(device: str) -> Gpu:
     """The GPU behind ``cuda`` or ``cuda:N``.
 
@@ -281,23 +294,30 @@ class PackedLinear:
         """The weight as row-major words again, int32 [N, ⌈K'/8⌉]."""
         return unpack(self.weight, self.width)
 
-    def __call__(self, x: Tensor, static_scale: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, static_scale: Tensor | None = None, residual: Residual | None = None
+    ) -> Tensor:
         """x [M, K] → [M, N] of the same dtype.
 
         Args:
             x: float32, bfloat16 or float16, rows contiguous (any distance apart).
             static_scale: float32, one number, on the device; None for one dynamic scale per row.
+            residual: what the output is added to while it is written.  In float32 that gives
+                exactly ``stream + gain * layer(x)``; in 16 bits the sum is rounded once, not
+                thrice.
 
         Raises:
-            ObservationError: x has another dtype, device, shape or stride.
+            ObservationError: x has another dtype, device, shape or stride, or the residual has.
         """
         self._check_input(x)
+        if residual is not None:
+            self._check_residual(x, residual)
         out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype, device=x.device)
         if not x.shape[0]:
             return out
         with torch.cuda.device_of(x):  # Triton starts programs on the current device
             integers, scales = self.quantize(x, static_scale)
-            self._multiply(integers, scales, out)
+            self._multiply(integers, scales, out, residual)
         return out
 
     def quantize(self, x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -328,22 +348,32 @@ class PackedLinear:
         )  # fmt: skip
         return integers, scales
 
-    def _multiply(self, integers: Tensor, scales: Tensor, out: Tensor) -> None:
+    def _multiply(
+        self, integers: Tensor, scales: Tensor, out: Tensor, residual: Residual | None
+    ) -> None:
         """Integers int8 [M, width] and their scales → out [M, N]."""
         if self.group is not None:
-            self._multiply_grouped(integers, scales, out)
+            self._multiply_grouped(integers, scales, out, residual)
             return
         shape = (len(integers), self.out_features, integers.shape[1])
         if self._tuner is None:
             tiling = first_guess(shape, self._processors)
         else:
             tiling = self._tuner.choose(
-                shape, lambda tiling: self.multiply(integers, scales, out, tiling)
+                shape, lambda tiling: self.multiply(integers, scales, out, tiling, residual)
             )
-        self.multiply(integers, scales, out, tiling)
+        self.multiply(integers, scales, out, tiling, residual)
 
-    def multiply(self, integers: Tensor, scales: Tensor, out: Tensor, tiling: Tiling) -> None:
+    def multiply(
+        self,
+        integers: Tensor,
+        scales: Tensor,
+        out: Tensor,
+        tiling: Tiling,
+        residual: Residual | None = None,
+    ) -> None:
         """Multiply and scale with a given tiling; weights have one scale per output."""
+        gain, stream = _parts(residual)
         count, width = integers.shape
         size, per_row = self.out_features, _per_row(scales)
         grid = (-(-count // tiling.rows), -(-size // tiling.outputs))
@@ -355,7 +385,7 @@ class PackedLinear:
         }
         if tiling.parts == 1:
             self._programs.multiply[grid](
-                integers, self.weight, self.weight_scale, self.bias, scales, out,
+                integers, self.weight, self.weight_scale, self.bias, gain, stream, scales, out,
                 count, size, width, per_row, **sides, BYTES=tiling.bytes, **options,
             )  # fmt: skip
             return
@@ -367,16 +397,19 @@ class PackedLinear:
             **sides, BYTES=tiling.bytes, **options,
         )  # fmt: skip
         self._programs.add_parts[grid](
-            partial, self.weight_scale, self.bias, scales, out,
+            partial, self.weight_scale, self.bias, gain, stream, scales, out,
             count, size, parts, per_row, **sides, enable_fp_fusion=False,
         )  # fmt: skip
 
-    def _multiply_grouped(self, integers: Tensor, scales: Tensor, out: Tensor) -> None:
+    def _multiply_grouped(
+        self, integers: Tensor, scales: Tensor, out: Tensor, residual: Residual | None
+    ) -> None:
+        gain, stream = _parts(residual)
         count, width = integers.shape
         rows = min(64, max(16, 1 << (count - 1).bit_length()))
         grid = (-(-count // rows), -(-self.out_features // 64))
         self._programs.multiply_grouped[grid](
-            integers, self.weight, self.weight_scale, self.bias, scales, out,
+            integers, self.weight, self.weight_scale, self.bias, gain, stream, scales, out,
             count, self.out_features, width, self.weight_scale.shape[0], _per_row(scales),
             ROWS=rows, OUTPUTS=64, enable_fp_fusion=False,
         )  # fmt: skip
@@ -389,6 +422,21 @@ class PackedLinear:
                 f"{what} is {layout} {found[0]} {list(found[2])} on {found[1]}; the kernel needs "
                 f"contiguous {dtype} {list(shape)} on {self.device}"
             )
+
+    def _check_residual(self, x: Tensor, residual: Residual) -> None:
+        wanted: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = [
+            ("residual", residual.stream, x.dtype, (x.shape[0], self.out_features))
+        ]
+        if residual.gain is not None:
+            wanted.append(("gain", residual.gain, torch.float32, (self.out_features,)))
+        for what, tensor, dtype, shape in wanted:
+            found = (tensor.dtype, tuple(tensor.shape), tensor.device, tensor.is_contiguous())
+            if found != (dtype, shape, x.device, True):
+                raise ObservationError(
+                    f"{what} is {tensor.dtype} {list(tensor.shape)} with strides "
+                    f"{tensor.stride()} on {tensor.device}; the kernel needs contiguous {dtype} "
+                    f"{list(shape)} on {x.device}"
+                )
 
     def _check_input(self, x: Tensor) -> None:
         fits = x.dtype in _FLOATS and x.ndim == 2 and x.shape[1] == self.columns
@@ -408,6 +456,11 @@ class PackedLinear:
                 f"input {list(x.shape)} has strides {x.stride()}: its rows must be contiguous; "
                 "call .contiguous()"
             )
+
+
+def _parts(residual: Residual | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and stream as the programs take them."""
+    return (None, None) if residual is None else (residual.gain, residual.stream)
 
 
 def _per_row(scales: Tensor) -> int:

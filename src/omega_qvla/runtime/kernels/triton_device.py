@@ -13,6 +13,8 @@ is not installed.  Arithmetic is that of ``reference.py``, operation for operati
 * scale: (product · weight scale) · activation scale + bias, each rounded by itself.  Kernels are
   compiled without contraction (``enable_fp_fusion=False``), so the float output is the reference's
   bit for bit too.
+* add, where there is a residual: residual + gain · y, the product rounded by itself if there is a
+  gain, and the sum rounded by itself; all in float32, then once to the output's type.
 
 Weights stand on the left of the product and activations on the right, outputs × rows.  That way the
 side with few entries (a chunk has 10 to 50 rows) is the one whose tile can be 16 wide, and the
@@ -218,15 +220,22 @@ def _product(
 
 
 @triton.jit
-def _store_scaled(product, bias, scales, out, rows, count, outputs, size, per_row):
-    """(product · weight scale, done by the caller) · activation scale + bias → out [rows, N]."""
+def _store_scaled(product, bias, gain, residual, scales, out, rows, count, outputs, size, per_row):
+    """(product · weight scale, done by the caller) · activation scale + bias → out [rows, N].
+
+    With a residual [rows, N], residual + gain · that; the gain [N] is one where there is none.
+    """
     scale = tl.load(scales + rows * per_row, mask=rows < count, other=0.0)
     y = product * scale[None, :]
     if bias is not None:
         y = y + tl.load(bias + outputs, mask=outputs < size, other=0.0)[:, None]
     inside = (outputs < size)[:, None] & (rows < count)[None, :]
-    place = out + rows[None, :] * size + outputs[:, None]
-    tl.store(place, y.to(out.dtype.element_ty), mask=inside)
+    place = rows[None, :] * size + outputs[:, None]
+    if gain is not None:
+        y = y * tl.load(gain + outputs, mask=outputs < size, other=0.0)[:, None]
+    if residual is not None:
+        y = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + y
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -235,6 +244,8 @@ def multiply(
     weights,
     weight_scale,
     bias,
+    gain,
+    residual,
     scales,
     out,
     count,
@@ -264,7 +275,7 @@ def multiply(
     )
     channel = tl.load(weight_scale + outputs, mask=outputs < size, other=0.0)
     product = (total >> 4).to(tl.float32) * channel[:, None]
-    _store_scaled(product, bias, scales, out, rows, count, outputs, size, per_row)
+    _store_scaled(product, bias, gain, residual, scales, out, rows, count, outputs, size, per_row)
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -311,6 +322,8 @@ def add_parts(
     partial,
     weight_scale,
     bias,
+    gain,
+    residual,
     scales,
     out,
     count,
@@ -330,7 +343,7 @@ def add_parts(
         total += tl.load(place, mask=inside, other=0)
     channel = tl.load(weight_scale + outputs, mask=outputs < size, other=0.0)
     product = (total >> 4).to(tl.float32) * channel[:, None]
-    _store_scaled(product, bias, scales, out, rows, count, outputs, size, per_row)
+    _store_scaled(product, bias, gain, residual, scales, out, rows, count, outputs, size, per_row)
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -339,6 +352,8 @@ def multiply_grouped(
     weights,
     weight_scale,
     bias,
+    gain,
+    residual,
     scales,
     out,
     count,
@@ -375,4 +390,4 @@ def multiply_grouped(
         known = (outputs < size) & (group < groups)
         channel = tl.load(weight_scale + group * size + outputs, mask=known, other=0.0)
         y += total.to(tl.float32) * channel[:, None]
-    _store_scaled(y, bias, scales, out, rows, count, outputs, size, per_row)
+    _store_scaled(y, bias, gain, residual, scales, out, rows, count, outputs, size, per_row)
