@@ -2,7 +2,8 @@
 
 Parts run one after the other in processes of their own, each with a limit, so that one that fails
 or hangs takes nothing with it: kernels against the reference, actions against the CPU, kernels
-against cuBLAS in bfloat16, full-size policies.  What a part had found by then is kept, and the file
+against cuBLAS in bfloat16, full-size policies in W4A4 and bfloat16, each with and without a graph,
+and bfloat16 as PyTorch compiles it.  What a part had found by then is kept, and the file
 says which parts did not finish, and why.  No network is used.
 
 Written: ``gpu-NAME.json`` and ``gpu-NAME.png`` in the folder given (benchmarks/results by default).
@@ -29,7 +30,11 @@ from omega_qvla.errors import OmegaError, ResourceError
 from omega_qvla.evaluation import gpu_speed
 from omega_qvla.evaluation.kernel_speed import SHAPES
 from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.policies.loading import stream_policy
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.report.roofline import roofline_figure
+from omega_qvla.runtime.bfloat16 import bfloat16_pass, in_bfloat16
+from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.kernels import triton as gpu
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,6 +81,15 @@ def _measure(name: str, send: Send, folder: Path) -> None:
     source = random_artifact(name).save_pretrained(folder / name.replace(":", "-"))
     found = gpu_speed.measure_policy(source, DEVICE, tuning=folder / "tilings", rounds=15)
     send("policies", [{"policy": name, **found}])
+    integers = load(source, device=DEVICE, tuning=folder / "tilings").policy
+    assert isinstance(integers, NativePolicy)
+    full = in_bfloat16(stream_policy(name), DEVICE)
+    subjects = {
+        **gpu_speed.with_and_without_graph("w4a4", integers, integers.compute),
+        **gpu_speed.with_and_without_graph("bf16", full, bfloat16_pass(full)),
+    }
+    seen = gpu_speed.random_observation(full)
+    send("chunks", gpu_speed.measure_chunks(name, subjects, seen, rounds=15))
 
 
 def pi05(send: Send, folder: Path) -> None:
@@ -88,12 +102,27 @@ def gr00t(send: Send, folder: Path) -> None:
     _measure("random:gr00t-n1.5-libero", send, folder)
 
 
+def compiler(send: Send, _: Path) -> None:
+    """Full-size pi0.5 in bfloat16: PyTorch's compiler against the graph."""
+    name = "random:pi05-libero"
+    full = in_bfloat16(stream_policy(name), DEVICE)
+    run = bfloat16_pass(full)
+    pair = gpu_speed.with_and_without_graph("bf16", full, run)
+    subjects = {
+        "bf16 torch.compile max-autotune": gpu_speed.compiled(full, run),
+        "bf16 graph beside torch.compile": pair["bf16 graph"],
+    }
+    seen = gpu_speed.random_observation(full)
+    send("chunks", gpu_speed.measure_chunks(name, subjects, seen, rounds=15))
+
+
 PARTS = (
-    Part("layers", layers, 60),
-    Part("actions", actions, 60),
-    Part("kernels", kernels, 220),
+    Part("layers", layers, 50),
+    Part("actions", actions, 50),
+    Part("kernels", kernels, 140),
     Part("pi0.5", pi05, 140),
-    Part("gr00t", gr00t, 110),
+    Part("gr00t", gr00t, 100),
+    Part("torch.compile", compiler, 115),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,11 +12,20 @@ from typing import Any
 import bench_parts
 import pytest
 import torch
+from graph_recorder import Recorder
 
 from omega_qvla.errors import ResourceError
-from omega_qvla.evaluation.gpu_speed import MismatchError, compare_actions, time_chunk
+from omega_qvla.evaluation.gpu_speed import (
+    MismatchError,
+    compare_actions,
+    measure_chunks,
+    time_chunk,
+    with_and_without_graph,
+)
 from omega_qvla.evaluation.policy_speed import PARTS
-from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.native import NativePolicy, Pass
+from omega_qvla.runtime.bfloat16 import bfloat16_pass, in_bfloat16
+from omega_qvla.runtime.graph import GraphWarning
 from omega_qvla.runtime.kernels import triton as gpu
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -84,3 +94,28 @@ def test_the_parts_of_a_chunk_add_up(small_policy: NativePolicy, few: Any) -> No
     parts = sum(times[part] for part in PARTS if part != "total_ms")
     assert times["total_ms"] == pytest.approx(parts)
     assert not torch.cuda.is_initialized()
+
+
+def test_chunks_with_and_without_a_graph_take_turns(small_policy: NativePolicy, few: Any) -> None:
+    """Every subject runs twice untimed, then once per round; graphs are captured untimed."""
+    order: list[str] = []
+
+    def called(name: str, run: Pass) -> Pass:
+        def note(*arguments: Any) -> torch.Tensor:
+            order.append(name)
+            return run(*arguments)
+
+        return note
+
+    recorder = Recorder()
+    full = in_bfloat16(small_policy, "cpu")
+    with pytest.warns(GraphWarning):
+        pair = with_and_without_graph("bf16", full, bfloat16_pass(full), recorder)
+        subjects = {k: replace(v, run=called(k, v.run)) for k, v in pair.items()}
+        rows = measure_chunks("small", subjects, few[0], rounds=3)
+    eager, graph = "bf16 eager", "bf16 graph"
+    assert order == [eager, eager, graph, graph, *[eager, graph] * 3]
+    assert recorder.captured == 1 and recorder.replayed == 5
+    assert [row["subject"] for row in rows] == [eager, graph]
+    parameters = sum(p.numel() for p in full.module.parameters())
+    assert all(row["weight_bytes"] == 2 * parameters and row["chunk_ms"] > 0 for row in rows)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graph_recorder import Recorder
 from torch import Tensor
 
 import omega_qvla as oq
@@ -26,33 +27,9 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, ResourceError
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import graph as module
-from omega_qvla.runtime.graph import ChunkGraphs, GraphWarning, Recording, use_graphs
+from omega_qvla.runtime.graph import ChunkGraphs, GraphWarning, use_graphs
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.linear import QuantizedLinear
-
-
-class Recorder:
-    """Records work by keeping it, and replays it into the buffer of the first time."""
-
-    def __init__(self, failure: RuntimeError | None = None) -> None:
-        self.failure = failure
-        self.warmed = self.captured = self.replayed = 0
-
-    def warm_up(self, work: Callable[[], Tensor]) -> None:
-        self.warmed += 1
-        work()
-
-    def capture(self, work: Callable[[], Tensor]) -> Recording:
-        self.captured += 1
-        if self.failure is not None:
-            raise self.failure
-        output = work().clone()
-
-        def replay() -> None:
-            self.replayed += 1
-            output.copy_(work())
-
-        return Recording(replay, output)
 
 
 def double(inputs: Any, noise: Tensor, steps: int) -> Tensor:

@@ -9,6 +9,7 @@ stay in it (*warm*).  Peers take turns, CUDA events time each replay, medians ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -23,11 +24,13 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError, PolicyError
 from omega_qvla.evaluation.kernel_speed import Shape
 from omega_qvla.evaluation.policy_speed import PARTS
-from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.native import NativePolicy, Pass
 from omega_qvla.runtime.engine import load
+from omega_qvla.runtime.graph import Capturing, use_graphs
 from omega_qvla.runtime.kernels import reference
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
+from omega_qvla.runtime.linear import QuantizedLinear
 
 BF16 = "cuBLAS bf16"
 _L2_TIMES = 4
@@ -211,7 +214,7 @@ def measure_policy(
     """One artifact on the GPU: load time, memory, and a chunk and its parts without any graph."""
     torch.cuda.reset_peak_memory_stats(device)
     begin = perf_counter()
-    loaded = load(source, device=device, tuning=tuning)
+    loaded = load(source, device=device, tuning=tuning, graph=False)
     torch.cuda.synchronize()
     load_seconds, resident = perf_counter() - begin, torch.cuda.memory_allocated(device)
     policy = _native(loaded.policy, source)
@@ -227,6 +230,112 @@ def measure_policy(
         "gpu_bytes_resident": resident,
         "gpu_bytes_peak": torch.cuda.max_memory_allocated(device),
     }
+
+
+def measure_chunks(
+    name: str, subjects: Mapping[str, Subject], observation: Mapping[str, Any], *, rounds: int
+) -> list[dict[str, Any]]:
+    """Rows of whole chunks, all subjects taking turns (docs/json.md).
+
+    A subject is first run twice, so that what it compiles or captures is not timed; the most memory
+    held meanwhile is its own peak.
+
+    Args:
+        name: of the policy, for the rows.
+        subjects: by name; they are in memory together.
+        observation: what all of them are given.
+        rounds: timed chunks of each.
+    """
+    peaks: dict[str, int | None] = {}
+    for key, subject in subjects.items():
+        _forget_peak(subject.policy)
+        for _ in range(2):
+            time_whole_chunk(subject, observation)
+        peaks[key] = _peak(subject.policy)
+    times: dict[str, list[float]] = {key: [] for key in subjects}
+    for _ in range(rounds):
+        for key, subject in subjects.items():
+            times[key].append(time_whole_chunk(subject, observation))
+    return [
+        {
+            "policy": name,
+            "subject": key,
+            "chunk_ms": median(times[key]),
+            "rounds": rounds,
+            "weight_bytes": subject.weight_bytes,
+            "gpu_bytes_peak_all_held": peaks[key],
+        }
+        for key, subject in subjects.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A policy and one way to compute its chunks.
+
+    Attributes:
+        policy: what it is.
+        run: its pass, or a graph or a compilation of it.
+        weight_bytes: of the policy's tensors.
+    """
+
+    policy: NativePolicy
+    run: Pass
+    weight_bytes: int
+
+
+def with_and_without_graph(
+    name: str, policy: NativePolicy, run: Pass, backend: Capturing | None = None
+) -> dict[str, Subject]:
+    """The two subjects a pass makes."""
+    size = tensor_bytes(policy)
+    graphs = use_graphs(policy, compute=run, backend=backend)
+    return {
+        f"{name} eager": Subject(policy, run, size),
+        f"{name} graph": Subject(policy, graphs, size),
+    }
+
+
+def compiled(policy: NativePolicy, run: Pass) -> Subject:
+    """The pass as PyTorch's compiler makes it, tuned as far as it goes, with graphs of its own."""
+    fast = torch.compile(run, mode="max-autotune")
+
+    def alone(inputs: Sequence[Tensor], noise: Tensor, steps: int) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return fast(inputs, noise, steps).clone()
+
+    return Subject(policy, alone, tensor_bytes(policy))
+
+
+def tensor_bytes(policy: NativePolicy) -> int:
+    """Parameters, buffers and what kernels hold in layouts of their own."""
+    held = [*policy.module.parameters(), *policy.module.buffers()]
+    for child in policy.module.modules():
+        if isinstance(child, QuantizedLinear):
+            held += child.packed_tensors()
+    return sum(tensor.nbytes for tensor in held)
+
+
+@torch.inference_mode()
+def time_whole_chunk(subject: Subject, observation: Mapping[str, Any]) -> float:
+    """Milliseconds from encoded inputs to a chunk in the robot's units, the GPU waited for."""
+    policy = subject.policy
+    inputs = policy.processor.encode(observation)
+    noise = torch.zeros((1, *policy.noise_shape), device=policy.device)
+    begin = _now(policy)
+    policy.processor.decode(subject.run(inputs, noise, policy.steps)[0])
+    return 1e3 * (_now(policy) - begin)
+
+
+def _forget_peak(policy: NativePolicy) -> None:
+    if policy.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(policy.device)
+
+
+def _peak(policy: NativePolicy) -> int | None:
+    if policy.device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(policy.device)
 
 
 def _native(policy: Any, source: Path) -> NativePolicy:
