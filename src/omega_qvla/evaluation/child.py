@@ -91,7 +91,7 @@ class Child:
         self._process.wait()
 
     def wait(self, seconds: float) -> str:
-        """Let a process that has lost its channel end, or kill it; returns how it ended."""
+        """Let a process that should end do so, or kill it; returns how it ended."""
         try:
             status = self._process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -99,8 +99,9 @@ class LocalCrew:
 
     def _bury(self, worker: _Worker) -> Death:
         job = self._busy.pop(worker)
+        ending = worker.wait(_DEATH_S)  # its channel still open, see SimulatorPool.discard
         worker.channel.close()
-        return Death(job, worker.wait(_DEATH_S))
+        return Death(job, ending)
 
 
 class _Worker(Child):

@@ -369,6 +369,7 @@ class _Run:
         for other in group.attempts:
             del self._active[other]
             if other is not simulator:  # it owes an answer that nobody wants any more
+                other.kill()
                 self._pool.discard(other)
         self._pending[group.task].appendleft(group.seeds)
         self._deaths[group.task, group.seeds] += 1

@@ -109,10 +109,15 @@ class SimulatorPool:
         )
 
     def discard(self, simulator: Simulator) -> str:
-        """Kill a simulator and forget it; returns how it had ended."""
+        """Kill a simulator and forget it; returns how it had ended.
+
+        Its channel stays open meanwhile: one that only then notices the end of it would seem to
+        have ended by itself.
+        """
         self._simulators.remove(simulator)
+        ending = simulator.wait(_DEATH_S)
         simulator.channel.close()
-        return simulator.wait(_DEATH_S)
+        return ending
 
     def close(self) -> None:
         """Let every simulator finish and clean up."""
