@@ -49,7 +49,7 @@ import omega_qvla as oq
 from omega_qvla.errors import ServingError
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.episodes import EpisodeRecord
-from omega_qvla.evaluation.rollout import ACTION_LIMITS, rollout, seed_groups
+from omega_qvla.evaluation.rollout import ACTION_LIMITS, chunk_noise, rollout, seed_groups
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.serving.client import RemotePolicy
 from omega_qvla.serving.wire import decode_map, encode, gr00t_array
@@ -91,8 +91,7 @@ class Alone:
         """The actions of an episode that has ended, [steps, action_dim]; they are forgotten."""
         chunks: list[np.ndarray] = []
         for number in range(record.chunks):
-            source = np.random.default_rng((record.seed, number))  # as rollout.py draws it
-            noise = source.standard_normal(self.noise_shape, dtype=np.float32)
+            noise = chunk_noise(record.seed, number, self.noise_shape)
             chunks.append(self._chunks.pop(noise.tobytes())[:EXECUTE])
         return np.clip(np.concatenate(chunks), *ACTION_LIMITS)[: record.steps]
 

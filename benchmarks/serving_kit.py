@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,18 @@ def resumed(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "or remove it"
         )
     return found
+
+
+def measure_missing(
+    path: Path, document: dict[str, Any], experiments: Mapping[str, Callable[[], Any]]
+) -> dict[str, Any]:
+    """The parts of a document, after those that it lacks were measured, each written when done."""
+    parts = document["parts"]
+    for name, experiment in experiments.items():
+        if name not in parts:
+            parts[name] = experiment()
+            write(path, document)
+    return parts
 
 
 def write(path: Path, document: dict[str, Any]) -> None:

@@ -32,12 +32,12 @@ from serving_kit import (
     at_most,
     build_artifact,
     finish,
+    measure_missing,
     quantiles,
     resumed,
     robot_observations,
     say,
     served,
-    write,
 )
 
 import omega_qvla as oq
@@ -49,6 +49,7 @@ SIDE = 224
 CLIENTS = (1, 2, 4, 8)
 WARM = 5
 OVERHEAD_MS = 2.0
+RELAXED = ("--limits", "none", "--deadline-ms", "60000")
 
 
 def large_observation() -> dict[str, Any]:
@@ -62,7 +63,7 @@ def large_observation() -> dict[str, Any]:
     return {**observation, "images": images}
 
 
-def interleaved(artifact: Path, port: int, rounds: int) -> dict[str, Any]:
+def interleaved(artifact: Path, rounds: int) -> dict[str, Any]:
     """Engine alone and through the socket, one after the other."""
     torch.set_num_threads(1)
     engine = PolicyEngine(oq.load(artifact, threads=1))
@@ -73,7 +74,10 @@ def interleaved(artifact: Path, port: int, rounds: int) -> dict[str, Any]:
         "beyond_inference": [],
         "difference": [],
     }
-    with RemotePolicy(f"ws://127.0.0.1:{port}") as policy:
+    with (
+        served(artifact, *RELAXED) as server,
+        RemotePolicy(f"ws://127.0.0.1:{server.port}") as policy,
+    ):
         noise = np.zeros(policy.noise_shape, np.float32)
         for number in range(rounds + WARM):
             started = perf_counter()
@@ -125,7 +129,13 @@ def together(port: int, clients: int, requests: int) -> dict[str, Any]:
     return {"clients": clients, **quantiles(took), "mean_batch": mean, "refused": len(refused)}
 
 
-def batch_share(artifact: Path, rounds: int) -> dict[int, float]:
+def crowded(artifact: Path, requests: int) -> list[dict[str, Any]]:
+    """A row for each number of clients."""
+    with served(artifact, *RELAXED) as server:
+        return [together(server.port, clients, requests) for clients in CLIENTS]
+
+
+def batch_share(artifact: Path, rounds: int) -> dict[str, float]:
     """Median time of a batch of k over that of a batch of one, in turns, encoding included."""
     torch.set_num_threads(1)
     engine = PolicyEngine(oq.load(artifact, threads=1))
@@ -137,7 +147,7 @@ def batch_share(artifact: Path, rounds: int) -> dict[int, float]:
             encoded = [engine.encode(observation) for _ in range(size)]
             engine.sample(encoded, [np.zeros(shape, np.float32)] * size)
             values.append(perf_counter() - started)
-    return {size: float(np.median(v) / np.median(times[1])) for size, v in times.items()}
+    return {str(size): float(np.median(v) / np.median(times[1])) for size, v in times.items()}
 
 
 def bars_of(parts: dict[str, Any]) -> list[Bar]:
@@ -165,21 +175,14 @@ def main() -> None:
     options = parser.parse_args()
     settings = {"rounds": options.rounds, "requests": options.requests}
     document = resumed(options.out, {**settings, "artifact": str(options.artifact or "embedded")})
-    parts, arguments = document["parts"], ("--limits", "none", "--deadline-ms", "60000")
     with tempfile.TemporaryDirectory() as folder:
         artifact = options.artifact or build_artifact(Path(folder))
-        if "overhead" not in parts:
-            with served(artifact, *arguments) as server:
-                parts["overhead"] = interleaved(artifact, server.port, options.rounds)
-            write(options.out, document)
-        if "clients" not in parts:
-            with served(artifact, *arguments) as server:
-                rows = [together(server.port, n, options.requests) for n in CLIENTS]
-            parts["clients"] = rows
-            write(options.out, document)
-        if "batch_share" not in parts:
-            share = batch_share(artifact, max(5, options.rounds // 20))
-            parts["batch_share"] = {str(size): value for size, value in share.items()}
+        experiments = {
+            "overhead": lambda: interleaved(artifact, options.rounds),
+            "clients": lambda: crowded(artifact, options.requests),
+            "batch_share": lambda: batch_share(artifact, max(5, options.rounds // 20)),
+        }
+        parts = measure_missing(options.out, document, experiments)
     document["bars"] = bars_of(parts)
     finish(options.out, document)
 

@@ -45,12 +45,12 @@ from serving_kit import (
     at_most,
     build_artifact,
     finish,
+    measure_missing,
     quantiles,
     resumed,
     robot_observations,
     say,
     served,
-    write,
 )
 
 from omega_qvla.errors import ServingError
@@ -386,10 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 artifact, requests=requests, steps=options.steps, minutes=options.minutes
             ),
         }
-        for name, experiment in experiments.items():
-            if name not in parts:
-                parts[name] = experiment()
-                write(options.out, document)
+        measure_missing(options.out, document, experiments)
     document["bars"] = counted_bars(parts)
     if not short:
         document["bars"] += timed_bars(parts, options.requests)

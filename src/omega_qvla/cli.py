@@ -902,11 +902,9 @@ def _run(command: Any) -> int:
 def _console() -> Console:
     """A terminal as wide as it is; files and pipes get lines long enough for a table."""
     console = Console(highlight=False, emoji=False)
-    return (
-        console
-        if console.is_terminal
-        else Console(highlight=False, emoji=False, width=_PLAIN_WIDTH)
-    )
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    return console
 
 
 @dataclass

@@ -23,14 +23,13 @@ from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError, PolicyError
 from omega_qvla.evaluation.kernel_speed import Shape
-from omega_qvla.evaluation.policy_speed import PARTS
+from omega_qvla.evaluation.policy_speed import PARTS, held_tensors
 from omega_qvla.policies.native import NativePolicy, Pass
 from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.graph import Capturing, use_graphs
 from omega_qvla.runtime.kernels import reference
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
-from omega_qvla.runtime.linear import QuantizedLinear
 
 BF16 = "cuBLAS bf16"
 _L2_TIMES = 4
@@ -262,7 +261,7 @@ def measure_chunks(
             "subject": key,
             "chunk_ms": median(times[key]),
             "rounds": rounds,
-            "weight_bytes": subject.weight_bytes,
+            "weight_bytes": tensor_bytes(subject.policy),
             "gpu_bytes_peak_all_held": peaks[key],
         }
         for key, subject in subjects.items()
@@ -276,23 +275,20 @@ class Subject:
     Attributes:
         policy: what it is.
         run: its pass, or a graph or a compilation of it.
-        weight_bytes: of the policy's tensors.
     """
 
     policy: NativePolicy
     run: Pass
-    weight_bytes: int
 
 
 def with_and_without_graph(
     name: str, policy: NativePolicy, run: Pass, backend: Capturing | None = None
 ) -> dict[str, Subject]:
     """The two subjects a pass makes."""
-    size = tensor_bytes(policy)
     graphs = use_graphs(policy, compute=run, backend=backend)
     return {
-        f"{name} eager": Subject(policy, run, size),
-        f"{name} graph": Subject(policy, graphs, size),
+        f"{name} eager": Subject(policy, run),
+        f"{name} graph": Subject(policy, graphs),
     }
 
 
@@ -304,16 +300,13 @@ def compiled(policy: NativePolicy, run: Pass) -> Subject:
         torch.compiler.cudagraph_mark_step_begin()
         return fast(inputs, noise, steps).clone()
 
-    return Subject(policy, alone, tensor_bytes(policy))
+    return Subject(policy, alone)
 
 
 def tensor_bytes(policy: NativePolicy) -> int:
     """Parameters, buffers and what kernels hold in layouts of their own."""
-    held = [*policy.module.parameters(), *policy.module.buffers()]
-    for child in policy.module.modules():
-        if isinstance(child, QuantizedLinear):
-            held += child.packed_tensors()
-    return sum(tensor.nbytes for tensor in held)
+    held = {id(t): t for child in policy.module.modules() for t in held_tensors(child)}
+    return sum(tensor.nbytes for tensor in held.values())
 
 
 @torch.inference_mode()

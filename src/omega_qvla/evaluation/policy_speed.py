@@ -199,7 +199,7 @@ def _sizes(policy: NativePolicy, subject: Subject) -> dict[str, Any]:
     read = sum(
         policy.reads_per_chunk(path) * tensor.nbytes
         for path, child in module.named_modules()
-        for tensor in _weights(child)
+        for tensor in held_tensors(child)
     )
     kernel = "torch" if subject.precision == "fp32" else kernels_of(module)
     return {
@@ -212,7 +212,7 @@ def _sizes(policy: NativePolicy, subject: Subject) -> dict[str, Any]:
     }
 
 
-def _weights(child: nn.Module) -> list[torch.Tensor]:
+def held_tensors(child: nn.Module) -> list[torch.Tensor]:
     """Tensors a module itself holds and reads; integer linears keep theirs outside of buffers."""
     held = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
     packed = getattr(child, "packed_tensors", None)

@@ -80,11 +80,6 @@ class _Attempt:
     def name(self) -> str:
         return f"{self.task}, seed {self.seed}"
 
-    def noise(self, shape: tuple[int, int]) -> Actions:
-        """Of the next chunk; it depends on (seed, chunk) alone."""
-        generator = np.random.default_rng((self.seed, self.chunks))
-        return generator.standard_normal(shape, dtype=np.float32)
-
 
 @dataclass
 class _Group:
@@ -158,6 +153,12 @@ def rollout(
         with EpisodeJournal(journal, settings) as book:
             finished = run.finish(groups, dict(book.records), book.append, progress)
     return [finished[task, seed] for task, group in groups for seed in group]
+
+
+def chunk_noise(seed: int, number: int, shape: tuple[int, int]) -> Actions:
+    """What chunk ``number`` of the episodes with this seed starts from, whatever the policy."""
+    generator = np.random.default_rng((seed, number))
+    return generator.standard_normal(shape, dtype=np.float32)
 
 
 def seed_groups(seeds: Sequence[int], together: int) -> list[tuple[int, ...]]:
@@ -324,7 +325,9 @@ class _Run:
     def _plan(self, attempts: Sequence[_Attempt], observations: Sequence[Observation]) -> None:
         """Ask the policy for the next chunk of each episode."""
         seen = [self._transform(observation) for observation in observations]
-        noises = [attempt.noise(self._noise_shape) for attempt in attempts]
+        noises = [
+            chunk_noise(attempt.seed, attempt.chunks, self._noise_shape) for attempt in attempts
+        ]
         started = time.perf_counter()
         chunks = sample_together(self._policy, seen, noises)
         share_ms = (time.perf_counter() - started) * 1e3 / len(attempts)

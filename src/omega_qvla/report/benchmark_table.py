@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omega_qvla.report.results import Result, load_results
-from omega_qvla.report.table import MISSING, Table, error_text, human_bytes
+from omega_qvla.report.table import MISSING, Table, error_text, human_bytes, simulated_mark
 
 FOUR_BITS = 5.0
 """Bits per weight, scales included, up to which a method counts as four bits."""
@@ -44,7 +44,7 @@ def error_table(results: Sequence[Result]) -> Table:
     notes = ("both intervals: bootstrap over observations, the second one paired",)
     rows = [
         (
-            result.recipe + ("" if result.realizable else " *"),
+            result.recipe + simulated_mark(result),
             result.condition,
             error_text(result.action_error),
             _interval(result.error_ci95),
@@ -64,7 +64,7 @@ def drift_table(results: Sequence[Result]) -> Table:
     notes = ("median (90 %) in centimetres, over the episodes that both were still running then",)
     rows = [
         (
-            result.recipe + ("" if result.realizable else " *"),
+            result.recipe + simulated_mark(result),
             result.condition,
             *(_drift(result.drift.get(step)) for step in steps),
         )
@@ -95,7 +95,7 @@ def _table(results: Sequence[Result]) -> Table:
         found = [cells.get((recipe, condition)) for condition in conditions]
         rows.append(
             (
-                recipe + ("" if first.realizable else " *"),
+                recipe + simulated_mark(first),
                 MISSING if first.bits_per_weight is None else f"{first.bits_per_weight:.2f}",
                 human_bytes(first.checkpoint_bytes),
                 *(_cell(result, lowest) for result in found),

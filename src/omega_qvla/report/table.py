@@ -94,10 +94,15 @@ def _names(results: Sequence[Result]) -> list[str]:
         (f"{result.policy}: " if several else "")
         + result.recipe
         + ("" if result.scope in (None, "all") else f" ({result.scope})")
-        + ("" if result.realizable else " *")
+        + simulated_mark(result)
         + (", unfinished" if result.unfinished else "")
         for result in results
     ]
+
+
+def simulated_mark(result: Result) -> str:
+    """What follows the name of a recipe whose integers cannot be multiplied as stored."""
+    return "" if result.realizable else " *"
 
 
 def _measured(result: Result) -> tuple[str, ...]:

@@ -84,10 +84,15 @@ class Guest:
 
 
 class Door:
-    """The bounds that all connections share."""
+    """The bounds that all connections share.
+
+    Args:
+        core: its clock and metrics are used, and its log takes what the websocket library says.
+        listening: where and how.
+    """
 
     def __init__(self, core: Core, listening: Listening) -> None:
-        self._core, self._listening = core, listening
+        self.core, self.listening = core, listening
         self.guests: dict[Guest, None] = {}
 
     @property
@@ -99,7 +104,7 @@ class Door:
         """A connection came; if too many say nothing, the oldest of those goes."""
         self.guests[guest] = None
         silent = [other for other in self.guests if not other.opened]
-        if len(silent) > self._listening.silent:
+        if len(silent) > self.listening.silent:
             self._close(silent[0], "silent")
 
     def leave(self, guest: Guest) -> None:
@@ -111,22 +116,23 @@ class Door:
         guest.unfinished = count
         if not count:
             guest.since = None
-        elif guest.since is None:
-            guest.since = self._core.clock()
+            return
+        if guest.since is None:
+            guest.since = self.core.clock()
         held = sum(other.unfinished for other in self.guests)
-        if count and held > self._listening.unfinished_bytes:
+        if held > self.listening.unfinished_bytes:
             self._close(guest, "unfinished_bytes")
 
     def sweep(self) -> None:
         """Close the connections whose message takes too long."""
-        limit = self._core.clock() - self._listening.message_s
+        limit = self.core.clock() - self.listening.message_s
         for guest in list(self.guests):
             if guest.opened and guest.since is not None and guest.since < limit:
                 self._close(guest, "slow_message")
 
     def _close(self, guest: Guest, reason: str) -> None:
         self.leave(guest)
-        self._core.metrics.count("connections_total", "event", reason)
+        self.core.metrics.count("connections_total", "event", reason)
         guest.abort()
 
 
@@ -165,15 +171,11 @@ class GuardedConnection(ServerConnection):
 
 
 @contextlib.asynccontextmanager
-async def guarded(
-    door: Door, listening: Listening, core: Core, talk: Talk, admit: Admit
-) -> AsyncGenerator[int, None]:
+async def guarded(door: Door, talk: Talk, admit: Admit) -> AsyncGenerator[int, None]:
     """A server for the length of a block; yields its port.
 
     Args:
-        door: the bounds its connections share.
-        listening: where it listens.
-        core: whose log takes what the websocket library has to say.
+        door: where it listens, and the bounds its connections share.
         talk: serves one websocket.
         admit: answers a plain HTTP request, or lets it become a websocket with None.
 
@@ -184,6 +186,7 @@ async def guarded(
     def connect(*arguments: Any, **options: Any) -> ServerConnection:
         return GuardedConnection(door, *arguments, **options)
 
+    listening = door.listening
     server = await serve(
         talk,
         listening.host,
@@ -197,7 +200,7 @@ async def guarded(
         close_timeout=1.0,
         process_request=admit,
         server_header=None,
-        logger=_quiet(core),
+        logger=_quiet(door.core),
         create_connection=cast(Any, connect),
     )
     sweeper = asyncio.create_task(_sweep(door))

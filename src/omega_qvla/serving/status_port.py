@@ -43,8 +43,7 @@ class WithStatusPort:
             OSError: one of the addresses cannot be used.
         """
         core, listening = self._core, self._listening
-        door = Door(core, listening)
-        async with guarded(door, listening, core, _nothing, self._answer) as port:
+        async with guarded(Door(core, listening), _nothing, self._answer) as port:
             core.log("status", host=listening.host, port=port)
             return await self._front.serve(stop, ready)
 

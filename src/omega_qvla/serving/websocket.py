@@ -66,7 +66,7 @@ class WebsocketFront:
         """
         core, listening = self._core, self._listening
         self._metadata = encode(metadata(core))  # complete only after the warm-up
-        async with guarded(self._door, listening, core, self._talk, self._admit) as port:
+        async with guarded(self._door, self._talk, self._admit) as port:
             ready(port)
             await stop.wait()
             return await drain(core, listening.drain_s, lambda: self._underway)
