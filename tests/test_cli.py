@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omega_qvla.cli import _Pace, main
+from omega_qvla.cli import main
+from omega_qvla.cli.screen import Pace
 
 POLICY = "builtin:tiny-pi05"
 no_ray = find_spec("ray") is None
@@ -211,7 +212,7 @@ def test_random_observations_need_a_number(
 
 def test_the_time_left_follows_the_work_and_forgets_what_was_found_done() -> None:
     now = [0.0]
-    pace = _Pace(clock=lambda: now[0], reports=3)
+    pace = Pace(clock=lambda: now[0], reports=3)
     for share in (0.0, 0.1, 0.2, 0.5):  # a resumed run passes these at once
         assert pace.text(share) == ""
     for _ in range(3):

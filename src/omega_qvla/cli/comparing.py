@@ -1,0 +1,165 @@
+"""``demo`` and ``compare``: recipes side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from omega_qvla.cli.options import (
+    Calibrated,
+    Checkpoint,
+    Common,
+    Positional,
+    Simulation,
+    magnitudes,
+    names_of,
+    save,
+)
+from omega_qvla.cli.screen import Screen
+from omega_qvla.cli.sources import (
+    checkpoint_bytes,
+    default_calibration,
+    observations_of,
+    resident_bytes,
+)
+from omega_qvla.cli.sweeps import Journals, sweep
+from omega_qvla.evaluation.comparison import Comparison, comparison_rows, discard_simulations
+from omega_qvla.evaluation.openloop import NOISES
+from omega_qvla.evaluation.sweep import OpenLoop, write_json
+from omega_qvla.policies.loading import load_policy
+from omega_qvla.quantization.pipeline import weights_fingerprint
+from omega_qvla.recipe import Scope
+from omega_qvla.report.figure import comparison_figure
+from omega_qvla.report.table import comparison_table, task_table
+
+_WIDE_COLUMNS = ("vs full precision", "noise floor", "resident")
+"""Columns that are left to the JSON and the picture, so that the table fits a terminal."""
+
+DEMO_NOISES = 2
+
+
+@dataclass(frozen=True)
+class Compare(Simulation, Calibrated, Checkpoint, Common):
+    """Compare recipes on one policy, open loop and in the simulator, on the same seeds."""
+
+    policy: Positional[str] = tyro.MISSING
+    recipes: Annotated[
+        str, tyro.conf.arg(help="comma-separated names or YAML files; or: methods, ablations")
+    ] = "rtn,omega-paper,omega-w4a4"
+    episodes: Annotated[int, tyro.conf.arg(help="per task; 0: open loop only")] = 20
+    stress: Annotated[
+        str, tyro.conf.arg(help="add stress conditions: magnitudes, comma-separated; 0: none")
+    ] = "0"
+    scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
+    tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
+    held_out: Annotated[
+        int | None, tyro.conf.arg(help="held-out observations of the action error; all by default")
+    ] = None
+    noises: Annotated[int, tyro.conf.arg(help="of each held-out observation")] = NOISES
+    reference: Annotated[
+        Literal["each", "once"],
+        tyro.conf.arg(help="full precision in each condition, or once: its twins compute the same"),
+    ] = "each"
+    out: Annotated[Path, tyro.conf.arg(help="artifacts, picture and JSON go here")] = Path(
+        "out/compare"
+    )
+    resume: Annotated[bool, tyro.conf.arg(help="keep the episodes already finished")] = False
+
+    def run(self, screen: Screen) -> int:
+        document, target = self.measure(screen), self.out / "results.json"
+        screen.table(comparison_table(target), without=_WIDE_COLUMNS)
+        if document["rows"][0]["success"]:
+            screen.table(task_table(target))
+        picture = comparison_figure(target, self.out / "comparison.png")
+        screen.say(f"\nresults {target}\npicture {picture}")
+        return 0
+
+    def measure(self, screen: Screen) -> dict[str, Any]:
+        """The comparison's document, which is in ``results.json`` then."""
+        torch.set_num_threads(self.threads)
+        policy = load_policy(self.policy, self.choices)
+        source = self.calibration or default_calibration(self.policy)
+        comparison = Comparison(
+            label=self.policy,
+            policy=policy,
+            choices=self.choices,
+            weights=weights_fingerprint(policy),
+            checkpoint_bytes=checkpoint_bytes(self.policy),
+            calibration=observations_of(source, policy, self),
+            recipes=names_of(self.recipes) or (),
+            magnitudes=magnitudes(self.stress),
+            scope=self.scope,
+            artifacts=self.out / "artifacts",
+            reference=self.reference,
+        )
+        held_out = observations_of(source, policy, self, split="heldout")
+        if self.held_out is not None:
+            held_out = held_out.spread(self.held_out)
+        for observations in (comparison.calibration, held_out):
+            screen.report(observations)
+        journals = Journals(
+            self.out / "journals",
+            {
+                "weights": comparison.weights,
+                "calibration": comparison.calibration.fingerprint,
+            },
+        )
+        if not self.resume:
+            journals.discard()
+        with screen.bars() as bars:
+            rows = comparison_rows(comparison, bars)
+            document = sweep(
+                screen,
+                rows,
+                self,
+                OpenLoop(held_out, noises=self.noises),
+                names_of(self.tasks),
+                self.policy,
+                resident_bytes(policy),
+                bars,
+                journals,
+            )
+        discard_simulations(comparison)
+        write_json(document, self.out / "results.json")
+        save(self.json, document)
+        return document
+
+
+@dataclass(frozen=True)
+class Demo(Simulation, Common):
+    """The main job on the embedded policy: quantize, save, reload, run the robot, compare."""
+
+    policy: Annotated[Literal["tiny-pi05", "tiny-gr00t"], tyro.conf.arg(help="embedded policy")] = (
+        "tiny-pi05"
+    )
+    episodes: Annotated[int, tyro.conf.arg(help="episodes per task, method and condition")] = 4
+    out: Annotated[Path, tyro.conf.arg(help="artifacts, table, picture and JSON go here")] = Path(
+        "out/demo"
+    )
+
+    def run(self, screen: Screen) -> int:
+        command = Compare(
+            policy=f"builtin:{self.policy}",
+            recipes="rtn,omega-paper,omega-w4a4",
+            episodes=self.episodes,
+            stress="30",
+            noises=DEMO_NOISES,
+            out=self.out,
+            json=self.json,
+            debug=self.debug,
+            workers=self.workers,
+            threads=self.threads,
+            seed=self.seed,
+            processes=self.processes,
+            ray=self.ray,
+        )
+        status = command.run(screen)
+        screen.say(f"\nthe W4A4 policy is in {self.out / 'artifacts' / 'omega-w4a4-plain'}")
+        screen.say(
+            f"look into it: omega-qvla inspect {self.out / 'artifacts' / 'omega-w4a4-plain'}"
+        )
+        return status

@@ -1,0 +1,161 @@
+"""``eval``: one policy in the simulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from omega_qvla.artifact import read_artifact
+from omega_qvla.cli.options import Checkpoint, Common, Positional, Simulation, names_of, save
+from omega_qvla.cli.screen import Screen
+from omega_qvla.cli.sweeps import Journals, policy_row, sweep
+from omega_qvla.errors import RecipeError
+from omega_qvla.evaluation.libero import (
+    FACTORY,
+    PROTOCOLS,
+    chosen_tasks,
+    convention_of,
+    environment_options,
+    per_suite,
+    suite_tasks,
+)
+from omega_qvla.evaluation.placing import place
+from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.statistics import wilson_interval
+from omega_qvla.evaluation.sweep import ClosedLoop, SweepRow, run_sweep
+
+LIBERO_PATIENCE_S = 1800.0
+"""Building a LIBERO scene on a busy machine takes minutes."""
+
+
+LIBERO_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Eval(Simulation, Checkpoint, Common):
+    """Run a policy or an artifact in the simulator."""
+
+    policy: Positional[str] = tyro.MISSING
+    env: Annotated[Literal["metaworld", "libero"], tyro.conf.arg(help="the simulator")] = (
+        "metaworld"
+    )
+    tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
+    episodes: Annotated[
+        int | None, tyro.conf.arg(help="of Meta-World: episodes per task, 20 by default")
+    ] = None
+    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none")] = 0.0
+    suite: Annotated[
+        str, tyro.conf.arg(help="of LIBERO: spatial, object, goal, long, several or all")
+    ] = "all"
+    protocol: Annotated[
+        Literal["paper", "full"],
+        tyro.conf.arg(help="of LIBERO: 10 trials per task, as in the paper, or all 50"),
+    ] = "paper"
+    simulator_python: Annotated[
+        Path | None,
+        tyro.conf.arg(help="of LIBERO: interpreter of the environment it is installed in"),
+    ] = None
+    out: Annotated[Path | None, tyro.conf.arg(help="of LIBERO: keep finished episodes here")] = None
+    resume: Annotated[bool, tyro.conf.arg(help="keep the episodes already finished")] = False
+
+    def run(self, screen: Screen) -> int:
+        torch.set_num_threads(self.threads)
+        if self.env == "libero":
+            return self._libero(screen)
+        row, resident = policy_row(self.policy, self.stress, self.choices)
+        options = replace(self, episodes=20 if self.episodes is None else self.episodes)
+        document = sweep(screen, [row], options, None, names_of(self.tasks), self.policy, resident)
+        result = {**document["rows"][0], **artifact_labels(Path(self.policy))}
+        save(self.json, {"schema": 1, "row": result})
+        for task, (solved, episodes) in result["success"].items():
+            screen.say(f"{task:24s} {solved}/{episodes}")
+        low, high = result["success_ci95"]
+        screen.say(f"{'all':24s} {result['success_mean']:.1%}  [{low:.1%}, {high:.1%}]")
+        if result["smoke"]:
+            screen.say("fewer than 100 episodes a task: a smoke test, not a measurement")
+        return 0
+
+    def _libero(self, screen: Screen) -> int:
+        """The paper's table: success per suite."""
+        if self.episodes is not None:
+            raise RecipeError(
+                "LIBERO's protocols fix the episodes: give --protocol paper or full instead of "
+                "--episodes"
+            )
+        tasks = chosen_tasks(names_of(self.tasks)) or suite_tasks(self.suite)
+        row, resident = policy_row(self.policy, self.stress, self.choices)
+        policy: Any = row.build()
+        config = policy.config
+        options = environment_options(
+            policy.family, config.cameras, config.state_dim, config.robot_action_dim
+        )
+        convention = convention_of(policy.family)
+        pool = SimulatorPool(
+            LIBERO_WORKERS if self.workers is None else self.workers,
+            FACTORY,
+            options,
+            timeout_s=LIBERO_PATIENCE_S,
+            python=None if self.simulator_python is None else str(self.simulator_python),
+        )
+        trials = range(PROTOCOLS[self.protocol])
+        journals = None
+        if self.out is not None:
+            journals = Journals(self.out / "journals", {"weights": identity_of(row)})
+            if not self.resume:
+                journals.discard()
+        placement = place(
+            ray=self.ray,
+            processes=self.processes,
+            threads=self.threads,
+            episodes=len(tasks) * len(trials),
+            policy_bytes=resident,
+        )
+        screen.say(
+            f"LIBERO, {self.protocol} protocol: {len(trials)} recorded initial states of each of "
+            f"{len(tasks)} tasks, {convention.execute} action(s) of each chunk"
+        )
+        screen.say(
+            "this project has measured no published checkpoint on LIBERO: see first that full "
+            "precision reaches its published figure"
+        )
+        closed = ClosedLoop(pool, tasks, trials, execute=convention.execute)
+        if journals is not None:
+            closed = replace(closed, journals=journals.folder, identity=journals.identity)
+        with pool, screen.bars() as bars:
+            document = run_sweep(
+                [row],
+                closed_loop=closed,
+                open_loop=None,
+                progress=bars,
+                evaluate=placement.evaluate,
+            )
+        result = {**document["rows"][0], **artifact_labels(Path(self.policy))}
+        result |= {"benchmark": "libero", "protocol": self.protocol}
+        result["suites"] = per_suite(result["success"])
+        save(self.json, {"schema": 1, "row": result})
+        for suite, (solved, episodes) in result["suites"].items():
+            low, high = wilson_interval(solved, episodes)
+            rate = f"{solved / episodes:.1%}  [{low:.1%}, {high:.1%}]"
+            screen.say(f"{suite:10s} {solved}/{episodes}  {rate}")
+        low, high = result["success_ci95"]
+        screen.say(f"{'all':10s} {result['success_mean']:.1%}  [{low:.1%}, {high:.1%}]")
+        return 0
+
+
+def identity_of(row: SweepRow) -> str:
+    """What fixes the weights of a row of ``eval``: their fingerprint, or the artifact's hash."""
+    assert row.blueprint is not None
+    arguments = row.blueprint.arguments
+    return str(arguments.get("weights") or arguments.get("content_hash"))
+
+
+def artifact_labels(directory: Path) -> dict[str, Any]:
+    """What a row says of an artifact evaluated alone, with nothing to compare it to."""
+    if not (directory / "omega_config.json").exists():
+        return {}
+    recipe = read_artifact(directory, verify=False).config["recipe"]
+    return {"recipe": recipe["name"], "action_error": None, "smoothness": None}

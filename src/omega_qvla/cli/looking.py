@@ -1,0 +1,137 @@
+"""``diagnose`` and ``report``: what quantization does to a policy, and all of it on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from omega_qvla.api import quantize
+from omega_qvla.cli.options import (
+    Calibrated,
+    Checkpoint,
+    Common,
+    Positional,
+    Simulation,
+    names_of,
+    save,
+)
+from omega_qvla.cli.screen import Bars, Screen
+from omega_qvla.cli.sources import default_calibration, observations_of
+from omega_qvla.errors import ObservationError, SimulatorUnavailable
+from omega_qvla.evaluation.benchmark import benchmark_tasks
+from omega_qvla.evaluation.diagnostics import diagnose
+from omega_qvla.evaluation.simulators import METAWORLD
+from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.evaluation.trajectories import compare_tracks
+from omega_qvla.evaluation.twin import condition_name, stress_twin
+from omega_qvla.policies.loading import load_policy
+from omega_qvla.recipe import Recipe, Scope
+from omega_qvla.report.document import write_report
+from omega_qvla.report.table import site_table
+
+FILM_SIZE = 112
+"""Width and height in pixels of a film's pictures; the policy's own are smaller."""
+
+
+@dataclass(frozen=True)
+class Diagnose(Simulation, Calibrated, Checkpoint, Common):
+    """Look inside a quantized policy: every site's error and range, and the robot's path."""
+
+    policy: Positional[str] = tyro.MISSING
+    recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = "omega-w4a4"
+    scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
+    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none")] = 0.0
+    observations: Annotated[int, tyro.conf.arg(help="held-out observations to look at")] = 16
+    episodes: Annotated[int, tyro.conf.arg(help="per task and policy; 0: none")] = 1
+    tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
+    out: Annotated[Path, tyro.conf.arg(help="the JSON, an input of `report`")] = Path(
+        "out/diagnostics.json"
+    )
+
+    def run(self, screen: Screen) -> int:
+        if self.observations < 1 or self.episodes < 0:
+            raise ObservationError(
+                "give at least one of --observations, and no negative --episodes"
+            )
+        torch.set_num_threads(self.threads)
+        recipe = Recipe.load(self.recipe).scoped(self.scope)
+        policy = load_policy(self.policy, self.choices)
+        source = self.calibration or default_calibration(self.policy)
+        calibration = observations_of(source, policy, self)
+        held_out = observations_of(source, policy, self, split="heldout")
+        full = stress_twin(policy, self.stress, probe=calibration[0])
+        with screen.bars() as bars:
+            quantized = quantize(
+                full,
+                calibration,
+                recipe,
+                progress=lambda done, total, _: bars(f"quantizing with {recipe.name}", done, total),
+            )
+            document = {
+                "schema": 1,
+                "kind": "diagnostics",
+                "library": version("omega-qvla"),
+                "policy": self.policy,
+                "recipe": recipe.name,
+                "recipe_hash": recipe.content_hash,
+                "scope": self.scope,
+                "condition": condition_name(self.stress),
+                "realizable": recipe.realizable,
+                **diagnose(
+                    full,
+                    quantized,
+                    held_out.spread(self.observations),
+                    progress=partial(bars, "looking into every site"),
+                ),
+                "memory": quantized.memory_report() if recipe.realizable else None,
+                "rollouts": self._rollouts(screen, {"fp32": full, recipe.name: quantized}, bars),
+            }
+        write_json(document, self.out)
+        save(self.json, document)
+        screen.table(site_table(document))
+        screen.say(f"\ndiagnostics {self.out}; make them visible: omega-qvla report {self.out}")
+        return 0
+
+    def _rollouts(
+        self, screen: Screen, policies: Mapping[str, Any], bars: Bars
+    ) -> dict[str, Any] | None:
+        """The episodes; without a simulator, say what to install and go on without."""
+        if self.episodes == 0:
+            return None
+        try:
+            return compare_tracks(
+                policies,
+                names_of(self.tasks) or benchmark_tasks(self.policy),
+                range(self.seed, self.seed + self.episodes),
+                environment=METAWORLD,
+                replay_options={"image_size": FILM_SIZE},
+                progress=partial(bars, "episodes"),
+            )
+        except SimulatorUnavailable as error:
+            screen.say(f"no episodes: {error}")
+            return None
+
+
+@dataclass(frozen=True)
+class Report(Common):
+    """One HTML file, and the figures as PNG, from saved JSON alone."""
+
+    runs: Positional[tuple[Path, ...]] = ()
+    out: Annotated[Path, tyro.conf.arg(help="the HTML file; figures go beside it")] = Path(
+        "report.html"
+    )
+
+    def run(self, screen: Screen) -> int:
+        summary = write_report(self.runs, self.out)
+        for note in summary["notes"]:
+            screen.say(f"note: {note}")
+        save(self.json, summary)
+        screen.say(f"report {summary['report']} and {len(summary['figures'])} figures beside it")
+        return 0

@@ -1,0 +1,146 @@
+"""``bench``: speed and memory, W4A4 against what PyTorch offers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from omega_qvla.cli.options import Common, Positional, require_cpu, save
+from omega_qvla.cli.screen import Screen
+from omega_qvla.errors import RecipeError
+from omega_qvla.evaluation.device_roofline import roofline
+from omega_qvla.evaluation.kernel_speed import (
+    SHAPES,
+    machine_name,
+    measure_bandwidth,
+    measure_contention,
+    measure_peaks,
+    measure_shape,
+    summarise,
+)
+from omega_qvla.evaluation.llama_cpp import Ggml
+from omega_qvla.evaluation.policy_speed import Subject, measure_policies
+from omega_qvla.report.roofline import roofline_figure
+from omega_qvla.report.table import bound_table, kernel_table, policy_table
+from omega_qvla.runtime.kernels.cpu import available_cores
+
+
+@dataclass(frozen=True)
+class Bench(Common):
+    """Measure kernels or a whole policy, W4A4 against what PyTorch offers."""
+
+    what: Positional[Literal["kernels", "policy"]] = tyro.MISSING
+    policy: Annotated[str, tyro.conf.arg(help="for `policy`: in full precision")] = (
+        "builtin:tiny-pi05"
+    )
+    artifact: Annotated[
+        Path | None, tyro.conf.arg(help="for `policy`: the same policy as a W4A4 artifact")
+    ] = None
+    kernel: Annotated[str | None, tyro.conf.arg(help="our integer kernel; the best by default")] = (
+        None
+    )
+    llama_cpp: Annotated[
+        Path | None,
+        tyro.conf.arg(help="for `kernels`: folder of llama.cpp's libraries, to measure its Q4_0"),
+    ] = None
+    threads: Annotated[int, tyro.conf.arg(help="threads of every peer")] = 1
+    rounds: Annotated[int, tyro.conf.arg(help="turns that every peer takes")] = 9
+    sites: Annotated[str, tyro.conf.arg(help="for `kernels`: only sites containing this")] = ""
+    figure: Annotated[Path | None, tyro.conf.arg(help="for `kernels`: roofline as PNG")] = None
+    roofline: Annotated[
+        Literal["orin", "thor", "4090", "h200"] | None,
+        tyro.conf.arg(
+            help="for `policy`: measure nothing; calculate the least time on this device"
+        ),
+    ] = None
+    device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
+
+    def run(self, screen: Screen) -> int:
+        require_cpu(self.device)
+        if self.rounds < 1:
+            raise RecipeError(f"--rounds {self.rounds}: at least one is needed")
+        if self.roofline is not None:
+            return self._roofline(screen, self.roofline)
+        return self._kernels(screen) if self.what == "kernels" else self._policy(screen)
+
+    def _roofline(self, screen: Screen, device: str) -> int:
+        if self.what != "policy":
+            raise RecipeError("--roofline is for `bench policy`; `bench kernels` draws --figure")
+        found = roofline(device, policy=self.policy, artifact=self.artifact)
+        screen.table(bound_table(found))
+        save(self.json, {"schema": 1, "library": version("omega-qvla"), **found})
+        return 0
+
+    def _kernels(self, screen: Screen) -> int:
+        if self.figure is not None and self.json is None:
+            raise RecipeError("--figure is drawn from the saved JSON: give --json FILE as well")
+        shapes = [shape for shape in SHAPES if self.sites in shape.site]
+        if not shapes:
+            known = ", ".join(dict.fromkeys(shape.site for shape in SHAPES))
+            raise RecipeError(f"no site contains {self.sites!r}; sites: {known}")
+        peaks = measure_peaks(self.threads)
+        ggml = None if self.llama_cpp is None else Ggml(self.llama_cpp)
+        rows: list[dict[str, Any]] = []
+        with screen.bar("measuring") as step:
+            for done, shape in enumerate(shapes):
+                step(done, len(shapes), shape.site)
+                rows += measure_shape(
+                    shape,
+                    rounds=self.rounds,
+                    threads=self.threads,
+                    peaks=peaks,
+                    kernel=self.kernel,
+                    llama_cpp=ggml,
+                )
+        summary = summarise(rows)
+        document = {
+            **_measurement(self.threads),
+            "peak_gmacs": {name: rate / 1e9 for name, rate in peaks.items()},
+            "memory_gbytes": measure_bandwidth(self.threads) / 1e9,
+            "int8_engine": torch.backends.quantized.engine,
+            "llama_cpp": None if ggml is None else ggml.version,
+            "rows": rows,
+            "summary": summary,
+            "contention": [
+                measure_contention(calls=400, threads=threads, kernel=self.kernel)
+                for threads in range(1, available_cores() + 1)
+            ],
+        }
+        screen.table(kernel_table(summary))
+        for entry in document["contention"]:
+            screen.say(
+                f"{entry['threads']} thread(s), a call of {entry['idle_p50_us']:.0f} µs: p99 "
+                f"{entry['idle_p99_us']:.0f} µs idle, {entry['busy_p99_us']:.0f} µs with every "
+                "core busy"
+            )
+        save(self.json, document)
+        if self.figure is not None and self.json is not None:
+            roofline_figure(self.json, self.figure)
+        return 0
+
+    def _policy(self, screen: Screen) -> int:
+        subjects = [Subject(self.policy, "fp32", self.policy, self.threads)]
+        if self.artifact is not None:
+            source = str(self.artifact)
+            subjects.append(Subject(self.policy, "w4a4", source, self.threads, self.kernel))
+        with screen.bars() as bars:
+            rows = measure_policies(subjects, rounds=self.rounds, progress=bars)
+        screen.table(policy_table(rows))
+        save(self.json, {**_measurement(self.threads), "rows": rows})
+        return 0
+
+
+def _measurement(threads: int) -> dict[str, Any]:
+    """What every benchmark says of itself."""
+    return {
+        "schema": 1,
+        "machine": machine_name(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "library": version("omega-qvla"),
+    }

@@ -1,0 +1,151 @@
+"""Options that several commands share, and how their text is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from omega_qvla.errors import RecipeError, ResourceError
+from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.policies.checkpoints.choices import Choices
+
+EVALUATION_SEED = 0
+"""First seed of evaluation episodes; demonstrations use seeds far above."""
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Common:
+    """Of every command."""
+
+    json: Annotated[Path | None, tyro.conf.arg(help="write the result here, machine-readable")] = (
+        None
+    )
+    debug: Annotated[bool, tyro.conf.arg(help="show a traceback on errors")] = False
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where the episodes are computed."""
+
+    threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
+    processes: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="worker processes, each with the policy and a simulator; by default as many as "
+            "cores and memory allow, if there are enough episodes"
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        tyro.conf.arg(help="run on a Ray cluster: local, auto, or HOST:PORT of its head node"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Simulation(Execution):
+    """Of the commands that run the simulator."""
+
+    workers: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="simulators of a policy, whose episodes advance together and share its passes; 8, "
+            "or 2 of LIBERO"
+        ),
+    ] = None
+    seed: Annotated[int, tyro.conf.arg(help="first episode seed")] = EVALUATION_SEED
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Of the commands that take observations."""
+
+    calibration: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="LeRobot dataset, npz file or a folder of them, builtin:NAME or, to quantize, "
+            "random:COUNT; the policy's own by default"
+        ),
+    ] = None
+    cameras: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="of a LeRobot dataset, where its names are not the policy's: "
+            "POLICYNAME=FEATURE,..; POLICYNAME=none leaves a camera out"
+        ),
+    ] = None
+    state: Annotated[
+        str | None,
+        tyro.conf.arg(help="of a LeRobot dataset: features or parts of the state, comma-separated"),
+    ] = None
+    instruction: Annotated[
+        str | None,
+        tyro.conf.arg(help="for every frame of a LeRobot dataset whose tasks have no words"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Of the commands that take a policy in full precision."""
+
+    training_config: Annotated[
+        str | None,
+        tyro.conf.arg(help="of an openpi checkpoint: its name (pi05_libero) or a JSON file"),
+    ] = None
+    data_config: Annotated[
+        str | None,
+        tyro.conf.arg(help="of a GR00T checkpoint: its name (libero) or a JSON file"),
+    ] = None
+    embodiment: Annotated[
+        str | None,
+        tyro.conf.arg(help="GR00T: the robot's tag; of random:gr00t-n1.5 its number, else all"),
+    ] = None
+    tokenizer: Annotated[
+        Path | None,
+        tyro.conf.arg(help="PaliGemma's tokenizer.model, or the folder of Qwen's vocabulary"),
+    ] = None
+
+    @property
+    def choices(self) -> Choices:
+        """What the checkpoint leaves open, as it was answered."""
+        return Choices(self.training_config, self.tokenizer, self.embodiment, self.data_config)
+
+
+def names_of(text: str | None) -> list[str] | None:
+    """The parts of ``a, b,c``; None stays None."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def magnitudes(text: str) -> list[float]:
+    """Plain and the stress conditions of ``--stress 10,30``."""
+    try:
+        given = [float(part) for part in names_of(text) or ()]
+    except ValueError:
+        given = [-1.0]
+    if any(not 0 <= magnitude < float("inf") for magnitude in given):
+        raise RecipeError(f"--stress {text!r}: give magnitudes such as 30 or 10,30,100")
+    return list(dict.fromkeys([0.0, *given]))
+
+
+def require_cpu(device: str) -> None:
+    """Refuse other devices, where a command has none of them.
+
+    Raises:
+        ResourceError: says what does run on a GPU.
+    """
+    if device != "cpu":
+        raise ResourceError(
+            f"device {device!r} is not supported by this command; use cpu. On a GPU an artifact "
+            "is run from Python, load(DIR, device='cuda'), and measured by `make bench-gpu`"
+        )
+
+
+def save(path: Path | None, document: Mapping[str, Any]) -> None:
+    """Write what ``--json`` asked for, if it did."""
+    if path is not None:
+        write_json(document, path)

@@ -1,0 +1,99 @@
+"""``serve``: a quantized policy for robots."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from omega_qvla.cli.options import Common, Positional, save
+from omega_qvla.cli.screen import Screen
+
+
+@dataclass(frozen=True)
+class Serve(Common):
+    """Serve an artifact to robots, over openpi's websocket protocol or GR00T's."""
+
+    directory: Positional[Path] = tyro.MISSING
+    protocol: Annotated[Literal["openpi", "gr00t"], tyro.conf.arg(help="what robots speak")] = (
+        "openpi"
+    )
+    host: Annotated[str, tyro.conf.arg(help="others than loopback need --token-file")] = "127.0.0.1"
+    port: Annotated[int | None, tyro.conf.arg(help="8000, or 5555 for gr00t")] = None
+    token_file: Annotated[Path | None, tyro.conf.arg(help="what clients must show")] = None
+    metrics_port: Annotated[
+        int | None, tyro.conf.arg(help="of gr00t: /healthz and /metrics over HTTP; off by default")
+    ] = None
+    metrics_host: Annotated[str, tyro.conf.arg(help="others than loopback need --token-file")] = (
+        "127.0.0.1"
+    )
+    tls_certificate: Annotated[Path | None, tyro.conf.arg(help="PEM; with --tls-key")] = None
+    tls_key: Annotated[Path | None, tyro.conf.arg(help="PEM")] = None
+    layout: Annotated[
+        Literal["native", "libero", "droid"], tyro.conf.arg(help="how robots name observations")
+    ] = "native"
+    batch: Annotated[int, tyro.conf.arg(help="robots computed in one pass at most")] = 8
+    waiting: Annotated[int | None, tyro.conf.arg(help="robots that may wait; as --batch")] = None
+    deadline_ms: Annotated[
+        float | None,
+        tyro.conf.arg(help="oldest observation that is answered; by default four full batches"),
+    ] = None
+    limits: Annotated[
+        str | None,
+        tyro.conf.arg(help="action limits as JSON file, or none; by default the statistics'"),
+    ] = None
+    limit_margin: Annotated[
+        float, tyro.conf.arg(help="how far beyond the statistics, as a share of their range")
+    ] = 0.25
+    steps: Annotated[int | None, tyro.conf.arg(help="denoising steps; the policy's own")] = None
+    threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
+    kernel: Annotated[str | None, tyro.conf.arg(help="integer kernel; the best by default")] = None
+    seed: Annotated[int | None, tyro.conf.arg(help="of the noise; drawn by default")] = None
+    drain_s: Annotated[float, tyro.conf.arg(help="seconds to finish in at the end")] = 3.0
+
+    def run(self, screen: Screen) -> int:
+        from omega_qvla.serving.service import Service, Settings, run_until_signal
+
+        service = Service.build(
+            self.directory,
+            Settings(
+                protocol=self.protocol,
+                host=self.host,
+                port=self.port,
+                metrics_port=self.metrics_port,
+                metrics_host=self.metrics_host,
+                token_file=self.token_file,
+                tls_certificate=self.tls_certificate,
+                tls_key=self.tls_key,
+                layout=self.layout,
+                batch=self.batch,
+                waiting=self.waiting,
+                deadline_ms=self.deadline_ms,
+                limits=self.limits,
+                limit_margin=self.limit_margin,
+                steps=self.steps,
+                threads=self.threads,
+                kernel=self.kernel,
+                seed=self.seed,
+                drain_s=self.drain_s,
+            ),
+            _log_line,
+        )
+        finished = run_until_signal(service)
+        save(self.json, {"schema": 1, **service.totals(), "drained": finished})
+        if not finished:
+            # A forward pass is still running, and nothing can interrupt it: leave without it.
+            sys.stdout.flush()
+            os._exit(0)
+        return 0
+
+
+def _log_line(event: str, **fields: Any) -> None:
+    """One event, one line of JSON: what a log collector reads."""
+    print(json.dumps({"time": time(), "event": event, **fields}), flush=True)

@@ -1,0 +1,131 @@
+"""Where the commands that run the simulator meet the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omega_qvla.cli.options import Simulation
+from omega_qvla.cli.screen import Screen
+from omega_qvla.cli.sources import checkpoint_bytes, resident_bytes
+from omega_qvla.errors import PolicyError, SimulatorUnavailable
+from omega_qvla.evaluation.benchmark import benchmark_tasks
+from omega_qvla.evaluation.comparison import FULL_PRECISION
+from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
+from omega_qvla.evaluation.placing import place
+from omega_qvla.evaluation.prepare import artifact_blueprint, full_blueprint
+from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.sweep import ClosedLoop, Footprint, OpenLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.twin import condition_name, stress_twin
+from omega_qvla.policies.checkpoints.choices import Choices
+from omega_qvla.policies.loading import load_policy
+from omega_qvla.quantization.pipeline import weights_fingerprint
+from omega_qvla.runtime.engine import load
+
+TOGETHER = 8
+"""Episodes of Meta-World that advance together."""
+
+
+def sweep(
+    screen: Screen,
+    rows: Sequence[SweepRow],
+    options: Simulation,
+    open_loop: OpenLoop | None,
+    tasks: Sequence[str] | None,
+    source: str,
+    policy_bytes: int,
+    bars: Callable[[str, int, int], None] | None = None,
+    journals: Journals | None = None,
+) -> dict[str, Any]:
+    """Run a sweep; without a simulator, say what to install and run the open-loop part."""
+    episodes: int = options.episodes  # type: ignore[attr-defined]
+    if bars is None:
+        with screen.bars() as own:
+            return sweep(
+                screen, rows, options, open_loop, tasks, source, policy_bytes, own, journals
+            )
+    seeds = range(options.seed, options.seed + episodes)
+    chosen = (tasks or benchmark_tasks(source)) if episodes else []
+    together = TOGETHER if options.workers is None else options.workers
+    place_rows = partial(
+        place,
+        ray=options.ray,
+        processes=options.processes,
+        threads=options.threads,
+        episodes=len(rows) * len(chosen) * episodes,
+        policy_bytes=policy_bytes,
+        simulators=together,
+    )
+    placement = place_rows()
+    if placement.notice:
+        screen.say(placement.notice)
+    run = partial(run_sweep, rows, open_loop=open_loop, progress=bars)
+    if episodes == 0:
+        return run(closed_loop=None, evaluate=placement.evaluate)
+    try:
+        with SimulatorPool(together) as pool:
+            closed = ClosedLoop(pool, chosen, seeds, together=together)
+            if journals is not None:
+                closed = replace(closed, journals=journals.folder, identity=journals.identity)
+            return run(closed_loop=closed, evaluate=placement.evaluate)
+    except SimulatorUnavailable as error:
+        if open_loop is None:
+            raise
+        screen.say(f"no closed loop: {error}")
+        return run(closed_loop=None, evaluate=place_rows().evaluate)
+
+
+@dataclass(frozen=True)
+class Journals:
+    """Finished episodes of a comparison, and what they depend on."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+
+    def discard(self) -> None:
+        """Start over."""
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
+
+
+def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, int]:
+    """One row for ``eval``, a full-precision policy or an artifact, and its bytes in memory."""
+    directory = Path(source)
+    if (directory / "omega_config.json").exists():
+        if stress:
+            raise PolicyError(
+                "the stress twin is made from a full-precision policy, before quantization; "
+                f"{source} is an artifact"
+            )
+        artifact: Any = load(directory)
+        resident = artifact.resident_bytes()
+        row = SweepRow(
+            source,
+            FULL_PRECISION,
+            lambda: artifact,
+            footprint=lambda _: Footprint(directory_bytes(directory), resident),
+            blueprint=artifact_blueprint(directory, artifact.content_hash),
+        )
+        return row, resident
+    policy = load_policy(source, choices)
+    size = checkpoint_bytes(source)
+    row = SweepRow(
+        source,
+        FULL_PRECISION,
+        lambda: stress_twin(policy, stress),
+        condition_name(stress),
+        footprint=lambda built: full_footprint(built, size),
+        blueprint=full_blueprint(
+            source,
+            choices,
+            weights_fingerprint(policy),
+            stress,
+            seed=0,
+            probe=None,
+            checkpoint_bytes=size,
+        ),
+    )
+    return row, resident_bytes(policy)
