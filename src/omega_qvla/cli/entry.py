@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from omega_qvla.cli.benchmarking import Benchmark
 from omega_qvla.cli.comparing import Compare, Demo
 from omega_qvla.cli.evaluating import Eval
 from omega_qvla.cli.looking import Diagnose, Report
@@ -29,6 +30,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Benchmark, tyro.conf.subcommand("benchmark")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -13,8 +13,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.evaluation.twin import condition_name
 from omega_qvla.policies.loading import builtin_directory
 from omega_qvla.recipe import ablation_names
 
@@ -129,6 +131,61 @@ BENCHMARK = Definition(
     heldout=96,
     noises=8,
 )
+
+
+def benchmark_document(
+    definition: Definition,
+    documents: Sequence[Mapping[str, Any]],
+    *,
+    machine: str,
+    library: str,
+    command: str,
+) -> dict[str, Any]:
+    """Comparisons of one policy each as one document.
+
+    Args:
+        documents: of ``sweep.run_sweep``, made with the definition's settings.
+        machine, library, command: what made them.
+
+    Returns:
+        ``{"schema": 1, "policy": ..., "rows": [...], "benchmark": {...}}``; the last names version
+        and fingerprint of the definition, ``machine``, ``library``, ``command``, and lists under
+        ``missing`` what the definition has and the rows do not.
+    """
+    rows = [row for document in documents for row in document["rows"]]
+    return {
+        "schema": 1,
+        "policy": ", ".join(dict.fromkeys(row["policy"] for row in rows)),
+        "rows": rows,
+        "benchmark": {
+            "version": definition.version,
+            "definition": definition.fingerprint,
+            "machine": machine,
+            "library": library,
+            "command": command,
+            "missing": missing_cells(definition, rows),
+        },
+    }
+
+
+def missing_cells(definition: Definition, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not measured, or not over all episodes: whole conditions, else single methods."""
+    episodes = definition.episodes * len(definition.tasks)
+    whole = {
+        (row["policy"], row["condition"], row["recipe"])
+        for row in rows
+        if row["episodes"] == episodes and row["noises"] == definition.noises
+    }
+    missing: list[str] = []
+    for name in definition.policies:
+        for magnitude in (0.0, *definition.magnitudes):
+            cell = f"builtin:{name}", condition_name(magnitude)
+            absent = [method for method in METHODS if (*cell, method) not in whole]
+            if len(absent) == len(METHODS):
+                missing.append(", ".join(cell))
+            else:
+                missing += [", ".join((*cell, method)) for method in absent]
+    return missing
 
 
 def expand_recipes(names: Sequence[str]) -> list[str]:

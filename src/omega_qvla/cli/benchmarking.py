@@ -1,0 +1,126 @@
+"""``benchmark``: the frozen comparison of all methods on both embedded policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from omega_qvla.calibration.observations import Observations
+from omega_qvla.cli.comparing import Compare
+from omega_qvla.cli.options import Common, Execution, names_of, save
+from omega_qvla.cli.screen import Screen
+from omega_qvla.errors import PolicyError
+from omega_qvla.evaluation.benchmark import (
+    BENCHMARK,
+    Definition,
+    FrozenPolicy,
+    benchmark_document,
+)
+from omega_qvla.evaluation.kernel_speed import machine_name
+from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.policies.loading import load_policy
+from omega_qvla.quantization.pipeline import weights_fingerprint
+from omega_qvla.report.benchmark_table import benchmark_tables
+
+
+@dataclass(frozen=True)
+class Benchmark(Execution, Common):
+    """The frozen benchmark: all methods on both embedded policies, plain and under stress."""
+
+    quick: Annotated[
+        bool, tyro.conf.arg(help="a smoke test of the same shape in minutes; it ranks nothing")
+    ] = False
+    policies: Annotated[str, tyro.conf.arg(help="comma-separated, of the benchmark's")] = ",".join(
+        BENCHMARK.policies
+    )
+    recipes: Annotated[
+        str, tyro.conf.arg(help="comma-separated names or YAML files; methods: all of the tables")
+    ] = "methods"
+    out: Annotated[Path, tyro.conf.arg(help="a folder per policy and the whole JSON go here")] = (
+        Path("out/benchmark")
+    )
+    resume: Annotated[bool, tyro.conf.arg(help="keep the episodes already finished")] = False
+
+    def run(self, screen: Screen) -> int:
+        definition = BENCHMARK.quick() if self.quick else BENCHMARK
+        names = _chosen(self.policies, definition)
+        for name in names:
+            definition.require(name, _found(name))
+        documents: list[dict[str, Any]] = []
+        for name in names:
+            screen.say(f"benchmark {definition.version}, {name}")
+            documents.append(self._comparison(definition, name).measure(screen))
+        document = benchmark_document(
+            definition,
+            documents,
+            machine=machine_name(),
+            library=f"omega-qvla {version('omega-qvla')}",
+            command=self._command(),
+        )
+        target = self.out / f"benchmark-{definition.version}.json"
+        write_json(document, target)
+        save(self.json, document)
+        for name, table in benchmark_tables(target).items():
+            screen.say(f"\n{name}")
+            screen.table(table)
+        for cell in document["benchmark"]["missing"]:
+            screen.say(f"not measured: {cell}")
+        if self.quick:
+            screen.say("a few episodes and observations: this shows that it runs, not who wins")
+        screen.say(f"\nresults {target}; a page of it: omega-qvla report {target}")
+        return 0
+
+    def _comparison(self, definition: Definition, name: str) -> Compare:
+        """The benchmark's part of one policy, as ``compare`` would be asked for it."""
+        return Compare(
+            policy=f"builtin:{name}",
+            recipes=self.recipes,
+            episodes=definition.episodes,
+            stress=",".join(f"{magnitude:g}" for magnitude in definition.magnitudes),
+            tasks=",".join(definition.tasks),
+            held_out=definition.heldout,
+            noises=definition.noises,
+            reference="once",
+            workers=definition.together,
+            out=self.out / definition.version / name,
+            resume=self.resume,
+            threads=self.threads,
+            processes=self.processes,
+            ray=self.ray,
+        )
+
+    def _command(self) -> str:
+        """What to type for the same rows."""
+        words = ["omega-qvla benchmark"]
+        if self.quick:
+            words.append("--quick")
+        if self.policies != Benchmark.policies:
+            words.append(f"--policies {self.policies}")
+        if self.recipes != Benchmark.recipes:
+            words.append(f"--recipes {self.recipes}")
+        return " ".join(words)
+
+
+def _chosen(text: str, definition: Definition) -> list[str]:
+    names = names_of(text) or []
+    unknown = [name for name in names if name not in definition.policies]
+    if unknown or not names:
+        raise PolicyError(
+            f"--policies {text!r}: benchmark {definition.version} has "
+            f"{', '.join(definition.policies)}; others are compared with `omega-qvla compare`"
+        )
+    return list(dict.fromkeys(names))
+
+
+def _found(name: str) -> FrozenPolicy:
+    """What is installed under a name of the benchmark's."""
+    source = f"builtin:{name}"
+    return FrozenPolicy(
+        weights_fingerprint(load_policy(source)),
+        Observations.load(source).fingerprint,
+        Observations.load(source, split="heldout").fingerprint,
+    )
