@@ -14,8 +14,6 @@ from pathlib import Path
 from omega_qvla.report.results import Result, load_results
 from omega_qvla.report.table import MISSING, Table, error_text, human_bytes, simulated_mark
 
-FOUR_BITS = 5.0
-"""Bits per weight, scales included, up to which a method counts as four bits."""
 LOWEST, LEVEL = " ◂", " ="
 _NOTES = (
     "cells: success over all tasks and seeds · action error; ◂ lowest error of the methods that "
@@ -111,13 +109,11 @@ def _lowest(results: Sequence[Result], condition: str) -> Result | None:
 
 def in_contest(result: Result) -> bool:
     """Whether a row counts when the lowest error of about four bits is looked for."""
-    bits = result.bits_per_weight
     return (
         result.realizable
         and not result.is_full_precision
         and result.action_error is not None
-        and bits is not None
-        and bits <= FOUR_BITS
+        and result.is_four_bits
     )
 
 

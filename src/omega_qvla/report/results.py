@@ -16,6 +16,8 @@ from typing import Any, cast
 from omega_qvla.errors import OmegaError
 
 SCHEMA = 1
+FOUR_BITS = 5.0
+"""Bits per weight, scales included, up to which a method counts as four bits."""
 
 
 class ReportError(OmegaError):
@@ -65,6 +67,11 @@ class Result:
     def episodes(self) -> int:
         """Episodes over all tasks."""
         return sum(episodes for _, episodes in self.success.values())
+
+    @property
+    def is_four_bits(self) -> bool:
+        """Whether about four bits are stored for every weight."""
+        return self.bits_per_weight is not None and self.bits_per_weight <= FOUR_BITS
 
     @property
     def is_full_precision(self) -> bool:

@@ -1,8 +1,9 @@
 """What a report says in words: a headline and a paragraph, composed from the numbers alone.
 
 Every sentence is there because a value is, and changes with it.  Which recipe the words are about
-is a rule, not a choice: of the realizable recipes the one with the smallest action error as it is
-(``plain``), where none was measured the first.
+is a rule, not a choice: of the first policy's recipes that exist as integers of about four bits,
+the one whose largest action error over the conditions is smallest; where no error was measured the
+first.
 """
 
 from __future__ import annotations
@@ -79,22 +80,33 @@ def _facts(row: Result, sources: Sources) -> list[tuple[str, str]]:
 def _chosen(results: Sequence[Result]) -> Result | None:
     """The row the words are about."""
     rows = [row for row in results if row.realizable and not row.is_full_precision]
-    finished = [row for row in rows if not row.unfinished] or rows
+    rows = [row for row in rows if row.policy == rows[0].policy]
+    four = [row for row in rows if row.bits_per_weight is None or row.is_four_bits] or rows
+    finished = [row for row in four if not row.unfinished] or four
     plain = [row for row in finished if row.condition == "plain"] or finished
     if not plain:
         return None
     # Closed loop says more than open loop: where both are there, of those that were simulated.
     pool = [row for row in plain if row.success_mean is not None] or plain
     measured = [row for row in pool if row.action_error is not None]
-    return min(measured, key=lambda row: row.action_error or 0.0) if measured else pool[0]
+    return min(measured, key=lambda row: _worst(row, finished)) if measured else pool[0]
+
+
+def _worst(row: Result, results: Sequence[Result]) -> float:
+    """The largest action error of a row's recipe over the conditions."""
+    about = row.recipe, row.scope
+    return max(r.action_error or 0.0 for r in results if (r.recipe, r.scope) == about)
 
 
 def _reference(row: Result, results: Sequence[Result]) -> Result | None:
-    def same(other: Result) -> bool:
-        about = (other.policy, other.condition, other.scope or "all")
-        return other.is_full_precision and about == (row.policy, row.condition, row.scope or "all")
-
-    return next((other for other in results if same(other)), None)
+    """Full precision in the same condition, or plain: its twins compute the same function."""
+    same = (row.policy, row.scope or "all")
+    found = {
+        other.condition: other
+        for other in reversed(results)
+        if other.is_full_precision and (other.policy, other.scope or "all") == same
+    }
+    return found.get(row.condition) or found.get("plain")
 
 
 def _headline(row: Result, results: Sequence[Result]) -> str:
