@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ArtifactError, PolicyError
 from omega_qvla.evaluation.comparison import Comparison, comparison_rows, discard_simulations
 from omega_qvla.evaluation.distributed import evaluate_with
-from omega_qvla.evaluation.prepare import artifact_blueprint, saved
+from omega_qvla.evaluation.prepare import artifact_blueprint, origin_of, saved
 from omega_qvla.evaluation.sweep import OpenLoop, run_sweep
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy
@@ -78,7 +79,8 @@ def test_integers_simulations_and_twins_are_the_same_elsewhere(
     saved_as = [path.name for path in away.artifacts.iterdir() if not path.name.startswith(".")]
     assert saved_as == ["rtn-stress-30"]
     discard_simulations(away)
-    assert [path.name for path in away.artifacts.iterdir()] == ["rtn-stress-30"]
+    left = {".rtn-stress-30.origin.json", "rtn-stress-30"}
+    assert {path.name for path in away.artifacts.iterdir()} == left
 
 
 def test_a_simulation_is_put_together_again_without_quantizing(
@@ -119,3 +121,33 @@ def test_an_artifact_that_somebody_else_wrote_is_refused(
         saved(silent, directory=str(directory), content_hash="0" * 64)
     with pytest.raises(ArtifactError):
         saved(silent, directory=str(tmp_path / "nowhere"), content_hash=None)
+
+
+def test_a_resumed_comparison_takes_whole_artifacts_of_the_same_origin(
+    comparison: Comparison,
+) -> None:
+    def quantizes(given: Comparison) -> bool:
+        """Whether a row is quantized when it is built here; elsewhere it must come out the same."""
+        reports: list[str] = []
+        rows = comparison_rows(given, lambda label, *_: reports.append(label))
+        row = next(row for row in rows if row.recipe == "rtn")
+        here: Any = row.build()
+        assert row.blueprint is not None
+        there: Any = row.blueprint.build(silent).policy
+        assert here.content_hash == there.content_hash
+        return bool(reports)
+
+    again = replace(comparison, resume=True)
+    assert quantizes(again), "there is nothing yet"
+    assert not quantizes(again)
+    assert quantizes(comparison), "without --resume everything is made anew"
+    assert quantizes(replace(again, calibration=Observations.load(SOURCE)[1:2]))
+    assert quantizes(again), "an artifact of other observations stood there"
+    weights = next((comparison.artifacts / "rtn-stress-30").glob("*.safetensors"))
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    assert quantizes(again), "one bit was wrong"
+    origin_of(comparison.artifacts / "rtn-stress-30").write_text("{")
+    assert quantizes(again)
+    assert not quantizes(again)

@@ -43,7 +43,9 @@ class Benchmark(Execution, Common):
     out: Annotated[Path, tyro.conf.arg(help="a folder per policy and the whole JSON go here")] = (
         Path("out/benchmark")
     )
-    resume: Annotated[bool, tyro.conf.arg(help="keep the episodes already finished")] = False
+    resume: Annotated[
+        bool, tyro.conf.arg(help="keep finished episodes, and artifacts made from the same")
+    ] = False
 
     def run(self, screen: Screen) -> int:
         definition = BENCHMARK.quick() if self.quick else BENCHMARK

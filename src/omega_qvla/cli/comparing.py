@@ -67,7 +67,9 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
     out: Annotated[Path, tyro.conf.arg(help="artifacts, picture and JSON go here")] = Path(
         "out/compare"
     )
-    resume: Annotated[bool, tyro.conf.arg(help="keep the episodes already finished")] = False
+    resume: Annotated[
+        bool, tyro.conf.arg(help="keep finished episodes, and artifacts made from the same")
+    ] = False
 
     def run(self, screen: Screen) -> int:
         document, target = self.measure(screen), self.out / "results.json"
@@ -95,6 +97,7 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
             scope=self.scope,
             artifacts=self.out / "artifacts",
             reference=self.reference,
+            resume=self.resume,
         )
         held_out = observations_of(source, policy, self, split="heldout")
         if self.held_out is not None:

@@ -49,6 +49,7 @@ class Comparison:
         seed: draws the twin's channels and factors.
         reference: full precision in ``each`` condition, or ``once``, as it is: its twins compute
             the same function, which is checked when they are made.
+        resume: take the artifacts that are there, if they were made from the same.
     """
 
     label: str
@@ -63,6 +64,7 @@ class Comparison:
     artifacts: Path
     seed: int = 0
     reference: Literal["each", "once"] = "each"
+    resume: bool = False
 
 
 def comparison_rows(comparison: Comparison, progress: QuantizeProgress) -> list[SweepRow]:
@@ -126,10 +128,21 @@ def _recipe_row(
     progress: QuantizeProgress,
 ) -> SweepRow:
     label = f"quantizing {recipe.name}, {condition}"
+    blueprint = reference.blueprint
+    assert blueprint is not None
     folder = comparison.artifacts / f"{recipe.name}-{condition}".replace(":", "-")
 
     def save() -> Any:
-        return save_and_load(full(), comparison.calibration, recipe, folder, label, progress)
+        return save_and_load(
+            full,
+            comparison.calibration,
+            recipe,
+            folder,
+            label,
+            progress,
+            full=blueprint.arguments,
+            resume=comparison.resume,
+        )
 
     def simulate() -> Any:
         return quantize(
@@ -139,7 +152,6 @@ def _recipe_row(
             progress=lambda done, total, _site: progress(label, done, total),
         )
 
-    assert reference.blueprint is not None
     on_disk = folder if recipe.realizable else None
     return SweepRow(
         comparison.label,
@@ -151,7 +163,7 @@ def _recipe_row(
         extra={**reference.extra, "recipe_hash": recipe.content_hash},
         derived=_storage(comparison.policy, recipe),
         blueprint=quantized_blueprint(
-            reference.blueprint, recipe, comparison.calibration, folder, label
+            blueprint, recipe, comparison.calibration, folder, label, resume=comparison.resume
         ),
     )
 

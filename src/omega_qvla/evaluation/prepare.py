@@ -6,22 +6,29 @@ by anyone from the artifact, whose content hash must be the one that was saved. 
 be saved as a policy; what is kept of it is the journal of its sites, from which any process puts it
 together again without quantizing.
 
+Beside an artifact lies what it was made from, its origin.  A comparison that is resumed takes an
+artifact again if the origin is its own and the content is what was written then; anything else is
+quantized anew.
+
 Arguments are JSON values and arrays (``blueprint.py``), so observations travel with the request and
 need to lie nowhere; a policy, the artifacts and the journals are read from their paths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.errors import ArtifactError, PolicyError
+from omega_qvla.errors import ArtifactError, OmegaError, PolicyError
 from omega_qvla.evaluation.blueprint import Blueprint, Built, Report
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
+from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.twin import stress_twin
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.checkpoints.choices import Choices
@@ -69,13 +76,20 @@ def full_blueprint(
 
 
 def quantized_blueprint(
-    full: Blueprint, recipe: Recipe, calibration: Observations, folder: Path, label: str
+    full: Blueprint,
+    recipe: Recipe,
+    calibration: Observations,
+    folder: Path,
+    label: str,
+    *,
+    resume: bool = False,
 ) -> Blueprint:
     """A recipe on a policy of :func:`full_blueprint`.
 
     Args:
         folder: the artifact's directory; of a simulation the journal lies beside it.
         label: of the progress reports.
+        resume: take an artifact that is there already, if it was made from the same.
     """
     arguments = {
         "full": dict(full.arguments),
@@ -84,8 +98,8 @@ def quantized_blueprint(
         "label": label,
     }
     if recipe.realizable:
-        artifact = str(folder.absolute())
-        return Blueprint(f"{_HERE}:quantized", {**arguments, "artifact": artifact})
+        arguments |= {"artifact": str(folder.absolute()), "resume": resume}
+        return Blueprint(f"{_HERE}:quantized", arguments)
     journal = str(journal_of_simulation(folder).absolute())
     return Blueprint(f"{_HERE}:simulated", {**arguments, "journal": journal, "resume": False})
 
@@ -121,15 +135,18 @@ def quantized(
     calibration: Sequence[Any],
     label: str,
     artifact: str,
+    resume: bool,
 ) -> Built:
     """Factory of :func:`quantized_blueprint` for a recipe with integers."""
     made: Any = save_and_load(
-        _load_full(**full),
+        lambda: _load_full(**full),
         Observations(calibration),
         Recipe.model_validate(recipe),
         Path(artifact),
         label,
         report,
+        full=full,
+        resume=resume,
     )
     again = artifact_blueprint(Path(artifact), made.content_hash)
     return Built(made, artifact_footprint(made, Path(artifact)), again)
@@ -188,22 +205,60 @@ def simulated(
 
 
 def save_and_load(
-    policy: Policy,
+    build: Callable[[], Policy],
     calibration: Observations,
     recipe: Recipe,
     artifact: Path,
     label: str,
     report: Report,
+    *,
+    full: Mapping[str, Any],
+    resume: bool,
 ) -> QuantizedPolicy:
-    """Quantize, save, and give back what was loaded from the artifact alone."""
+    """Quantize, save, and give back what was loaded from the artifact alone.
+
+    Args:
+        build: the policy in full precision, or its twin; not called for an artifact taken again.
+        full: arguments of its blueprint.
+        resume: take an artifact that is there already, if it was made from the same.
+    """
+    origin = {
+        "weights": full["weights"],
+        "magnitude": full["magnitude"],
+        "seed": full["seed"],
+        "recipe_hash": recipe.content_hash,
+        "calibration": calibration.fingerprint,
+        "library": version("omega-qvla"),
+    }
+    beside = origin_of(artifact)
+    if resume and (found := _made_before(artifact, beside, origin)) is not None:
+        return found
+    beside.unlink(missing_ok=True)
     made = quantize(
-        policy,
+        build(),
         calibration,
         recipe,
         progress=lambda done, total, _site: report(label, done, total),
     )
     assert not isinstance(made, SimulatedPolicy)
-    return load(made.save_pretrained(artifact))
+    loaded = load(made.save_pretrained(artifact))
+    write_json({**origin, "content_hash": loaded.content_hash}, beside)
+    return loaded
+
+
+def origin_of(artifact: Path) -> Path:
+    """The file that says what an artifact of a comparison was made from."""
+    return artifact.with_name(f".{artifact.name}.origin.json")
+
+
+def _made_before(artifact: Path, beside: Path, origin: Mapping[str, Any]) -> QuantizedPolicy | None:
+    """The artifact, if it is whole and was made from the same."""
+    try:
+        known = json.loads(beside.read_text("utf-8"))
+        found = load(artifact)
+    except (OSError, ValueError, OmegaError):
+        return None
+    return found if known == {**origin, "content_hash": found.content_hash} else None
 
 
 def _absolute(name: str) -> str:
