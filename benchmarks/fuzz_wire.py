@@ -45,7 +45,8 @@ from websockets.sync.client import connect
 from omega_qvla.errors import ServingError
 from omega_qvla.serving.core import Core, Rules
 from omega_qvla.serving.door import Listening
-from omega_qvla.serving.gr00t import Gr00tFront, parse_observation
+from omega_qvla.serving.gr00t import Gr00tFront
+from omega_qvla.serving.gr00t_messages import parse_observation
 from omega_qvla.serving.safety import ActionLimits
 from omega_qvla.serving.specification import Specification, parse_request
 from omega_qvla.serving.websocket import WebsocketFront

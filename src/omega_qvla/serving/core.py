@@ -288,8 +288,8 @@ class Core:
 
     def explain(self, error: Exception) -> ServingError:
         """What a client is told; of what was not foreseen, nothing but that it happened."""
-        if isinstance(error, ServingError):
-            return error
+        if isinstance(error, ServingError):  # its traceback would keep the whole message alive
+            return ServingError(error.code, str(error))
         if isinstance(error, NonFiniteError):
             return ServingError("not_finite", str(error))
         if _is_memory(error):

@@ -2,8 +2,13 @@
 
 A connection that has not finished its handshake is *silent*: there are so many at most, and the
 oldest makes room for the next.  Bytes that do not complete a message are counted over all
-connections together, and a message that takes too long ends its connection.  What a connection may
-say once it is through the door is its front's business.
+connections together, and a message that takes too long ends its connection.  Complete messages are
+counted together too, until they are answered (``backlog.py``).  What a connection may say once it
+is through the door is its front's business.
+
+The websocket library queues what arrived for each connection on its own.  Here it queues *tokens*,
+empty messages that say that one more can be taken from the inbox: so it still stops reading from a
+client that is far ahead, and the bytes are where they can be counted, and given up.
 """
 
 from __future__ import annotations
@@ -13,17 +18,18 @@ import contextlib
 import logging
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from omega_qvla.errors import ResourceError
+from omega_qvla.serving.backlog import DEFAULT_LIMIT_BYTES, Backlog, Inbox
 from omega_qvla.serving.core import Core
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds
 
 try:
     from websockets.asyncio.server import ServerConnection, serve
     from websockets.exceptions import ConnectionClosed as ConnectionClosed  # for the fronts
-    from websockets.frames import DATA_OPCODES, Frame
+    from websockets.frames import DATA_OPCODES, Frame, Opcode
     from websockets.http11 import Request as HttpRequest
     from websockets.http11 import Response
 except ImportError as error:
@@ -33,6 +39,10 @@ except ImportError as error:
 
 Talk = Callable[[ServerConnection], Awaitable[None]]
 Admit = Callable[[ServerConnection, HttpRequest], Response | None]
+
+_UNREAD_MESSAGES = 256
+"""Of one connection at most.  The library stops reading far below; one piece of the network's can
+hold tens of thousands of messages of a few bytes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Listening:
         silent: connections that have not finished their handshake at most.
         handshake_s, message_s: how long a handshake and one message may take to arrive.
         unfinished_bytes: of incomplete messages, all connections together.
+        waiting_bytes: of complete messages that are not answered, all connections together.
         pipeline: requests on their way per connection.
         drain_s: how long what is on its way may take at the end.
     """
@@ -62,6 +73,7 @@ class Listening:
     handshake_s: float = 5.0
     message_s: float = 10.0
     unfinished_bytes: int = 256 << 20
+    waiting_bytes: int = DEFAULT_LIMIT_BYTES
     pipeline: int = 4
     drain_s: float = 3.0
 
@@ -75,12 +87,14 @@ class Guest:
         opened: whether its handshake is over.
         unfinished: bytes held of a message that is not complete, finished fragments included.
         since: when that message began, or None.
+        inbox: its complete messages.
     """
 
     abort: Callable[[], None]
     opened: bool = False
     unfinished: int = 0
     since: float | None = None
+    inbox: Inbox = field(default_factory=Inbox)
 
 
 class Door:
@@ -89,11 +103,16 @@ class Door:
     Args:
         core: its clock and metrics are used, and its log takes what the websocket library says.
         listening: where and how.
+
+    Attributes:
+        guests: the connections, the oldest first.
+        backlog: their complete messages.
     """
 
     def __init__(self, core: Core, listening: Listening) -> None:
         self.core, self.listening = core, listening
         self.guests: dict[Guest, None] = {}
+        self.backlog = Backlog(listening.waiting_bytes)
 
     @property
     def opened(self) -> int:
@@ -110,6 +129,7 @@ class Door:
     def leave(self, guest: Guest) -> None:
         """A connection is gone."""
         self.guests.pop(guest, None)
+        self.backlog.leave(guest.inbox)
 
     def holds(self, guest: Guest, count: int) -> None:
         """So many bytes of a connection's present message have come, and more are to come."""
@@ -122,6 +142,14 @@ class Door:
         held = sum(other.unfinished for other in self.guests)
         if held > self.listening.unfinished_bytes:
             self._close(guest, "unfinished_bytes")
+
+    def completes(self, guest: Guest, data: bytes) -> None:
+        """A whole message has come."""
+        if guest not in self.guests:  # closed, with more to read in the same piece
+            return
+        self.backlog.put(guest.inbox, data)
+        if len(guest.inbox.unread) > _UNREAD_MESSAGES:
+            self._close(guest, "unread_messages")
 
     def sweep(self) -> None:
         """Close the connections whose message takes too long."""
@@ -142,7 +170,8 @@ class GuardedConnection(ServerConnection):
     def __init__(self, door: Door, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.door = door
-        self._fragments = 0
+        self._fragments = bytearray()
+        self._opcode = Opcode.BINARY
         self.guest = Guest(self._abort)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -156,15 +185,27 @@ class GuardedConnection(ServerConnection):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         # What the parser could not use yet is part of a message, wherever the segments were cut.
-        self.door.holds(self.guest, self._fragments + len(self.protocol.reader.buffer))
+        self.door.holds(self.guest, len(self._fragments) + len(self.protocol.reader.buffer))
 
     def process_event(self, event: Any) -> None:
         if not isinstance(event, Frame):
             self.guest.since = None  # the handshake's request is complete
-        elif event.opcode in DATA_OPCODES:
-            self._fragments = 0 if event.fin else self._fragments + len(event.data)
-            self.guest.since = None if event.fin else self.guest.since
-        super().process_event(event)
+            super().process_event(event)
+        elif event.opcode not in DATA_OPCODES:
+            super().process_event(event)
+        elif self._gather(event):
+            super().process_event(Frame(self._opcode, b""))
+
+    def _gather(self, frame: Frame) -> bool:
+        """One more frame of a message; whether that was the last one."""
+        if frame.opcode is not Opcode.CONT:
+            self._opcode = frame.opcode
+        self._fragments += frame.data
+        if frame.fin:
+            self.guest.since = None
+            self.door.completes(self.guest, bytes(self._fragments))
+            self._fragments = bytearray()
+        return frame.fin
 
     def _abort(self) -> None:
         self.transport.abort()

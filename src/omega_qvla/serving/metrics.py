@@ -24,6 +24,7 @@ _HELP = {
     "inference_seconds": "time of one batch",
     "reply_seconds": "time between arrival and reply",
     "waiting": "requests in the line",
+    "waiting_bytes": "bytes of the messages that wait for their answers",
     "connections": "open connections",
 }
 

@@ -9,9 +9,9 @@ it does differently:
 * an error is a *text* message, which openpi's client raises, with JSON inside: ``{"error": code,
   "message", "request_id"}``.  The connection stays open and the next request is served; nothing of
   the server's insides is in it;
-* everything has a bound: bytes of a message, bytes of unfinished messages of all clients together,
-  seconds for a message to arrive, connections, connections that have not said anything yet (all of
-  these in ``door.py``), requests on their way per connection;
+* everything has a bound: bytes of a message, bytes of unfinished messages and of unanswered ones,
+  each of all clients together, seconds for a message to arrive, connections, connections that have
+  not said anything yet (all of these in ``door.py``), requests on their way per connection;
 * every reply says which artifact computed it and how old the observation was.
 
 Replies leave in the order of the requests.
@@ -27,7 +27,8 @@ from http import HTTPStatus
 from typing import Any, cast
 
 from omega_qvla.errors import ServingError
-from omega_qvla.serving.core import Core, Reply
+from omega_qvla.serving.backlog import Inbox
+from omega_qvla.serving.core import Core, Outcome, Reply
 from omega_qvla.serving.door import (
     ConnectionClosed,
     Door,
@@ -57,6 +58,7 @@ class WebsocketFront:
         self._underway = 0
         self._metadata = b""
         core.metrics.gauge("connections", lambda: float(self._door.opened))
+        core.metrics.gauge("waiting_bytes", lambda: float(self._door.backlog.held))
 
     async def serve(self, stop: asyncio.Event, ready: Callable[[int], None]) -> bool:
         """Serve until ``stop`` is set, then drain; see ``Front``.
@@ -96,11 +98,11 @@ class WebsocketFront:
         writer = asyncio.create_task(self._write(connection, answers))
         try:
             await connection.send(self._metadata)
-            async for message in connection:
+            async for token in connection:
                 answer = _Answer(core.clock())
                 self._underway += 1
                 await answers.put(answer)
-                self._accept(connection, message, answer)
+                self._accept(connection, guest.inbox, answer, text=isinstance(token, str))
         except ConnectionClosed:
             pass
         finally:
@@ -112,11 +114,20 @@ class WebsocketFront:
                 answers.get_nowait()
                 self._underway -= 1
 
-    def _accept(self, client: ServerConnection, message: str | bytes, answer: _Answer) -> None:
+    def _accept(
+        self, client: ServerConnection, inbox: Inbox, answer: _Answer, *, text: bool
+    ) -> None:
+        """Read the oldest message; ``text`` says that it was sent as a text."""
+        message = self._door.backlog.take(inbox)
+        if message is None:
+            return
+        answer.release = lambda: self._door.backlog.done(inbox, message)
         try:
-            if isinstance(message, str):
+            if message.refusal is not None:
+                raise message.refusal
+            if text:
                 raise ServingError("malformed", "requests are binary messages, this one is text")
-            decoded = decode_map(message, self._listening.bounds)
+            decoded = decode_map(message.data, self._listening.bounds)
             answer.request_id = decoded.get("request_id")
             request = parse_request(decoded, self._core.specification)
         except Exception as error:  # a failed allocation, say: this request's affair, no other's
@@ -124,6 +135,8 @@ class WebsocketFront:
             self._core.count(explained)
             answer.settle(explained)
             return
+        finally:
+            message.data = b""  # a request has copies of its own; they count until it is answered
         self._core.submit(client, request, answer.deliver)
 
     async def _write(self, connection: ServerConnection, answers: asyncio.Queue[_Answer]) -> None:
@@ -149,6 +162,16 @@ class _Answer(Pending):
         super().__init__()
         self.arrived = arrived
         self.request_id: Any = None
+        self.release: Callable[[], None] = _nothing_held
+
+    def settle(self, outcome: Outcome) -> None:
+        """Known: what the message held is free."""
+        self.release()
+        super().settle(outcome)
+
+
+def _nothing_held() -> None:
+    pass
 
 
 def _reply(reply: Reply, previous_s: float | None) -> dict[str, Any]:
