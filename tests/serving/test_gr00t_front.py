@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_serving import ARTIFACT, FakeEngine, make_core, running
+from pydantic import BaseModel, ConfigDict
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.serving.core import Core
@@ -34,8 +36,19 @@ def pack(value: Any) -> bytes:
     return msgpack.packb(value, default=array)
 
 
+class ModalityConfig(BaseModel):
+    """The fields of N1.5's class of that name, and no others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    delta_indices: list[int]
+    modality_keys: list[str]
+
+
 def unpack(data: bytes) -> Any:
     def restore(one: Any) -> Any:
+        if "__ModalityConfig_class__" in one:
+            return ModalityConfig(**json.loads(one["as_json"]))
         if "__ndarray_class__" in one:
             return np.load(io.BytesIO(one["as_npy"]), allow_pickle=False)
         return one
@@ -108,6 +121,19 @@ def test_who_asks_is_told_artifact_request_and_age(client: Any) -> None:
     assert set(silent) == {"action.arm", "action.gripper"}
 
 
+def test_a_robot_that_asks_for_the_modalities_can_send_what_they_say(client: Any) -> None:
+    told = call(client, {"endpoint": "get_modality_config"})
+    assert set(told) == {"video", "state", "action", "language"}
+    assert all(told[name].delta_indices == [0] for name in ("video", "state", "language"))
+    assert told["state"].modality_keys == ["state.arm", "state.gripper"]
+    known = observation()
+    keys = [key for name in ("video", "state", "language") for key in told[name].modality_keys]
+    data = {key: known[key] for key in keys}
+    actions = call(client, {"endpoint": "get_action", "data": data})
+    assert list(actions) == told["action"].modality_keys
+    assert told["action"].delta_indices == list(range(len(actions["action.arm"])))
+
+
 def test_the_same_noise_gives_the_same_actions(client: Any) -> None:
     noise = np.linspace(-1.0, 1.0, 15, dtype=np.float32).reshape(5, 3)
     changes = {"annotation__human.action.task_description": ["noise"], "noise": noise}
@@ -146,8 +172,10 @@ def test_draining_finishes_refuses_and_says_so() -> None:
 
 
 def test_nobody_can_end_the_server(client: Any) -> None:
-    for endpoint in ("kill", "load", None, 3):
-        assert call(client, {"endpoint": endpoint})["code"] == "bad_request"
+    for endpoint in ("kill", "load", "reset", None, 3, "x" * 9000):
+        answer = call(client, {"endpoint": endpoint})
+        assert answer["code"] == "bad_request" and len(answer["error"]) < 300
+        assert "N1.5, and here are ping, get_action, get_modality_config" in answer["error"]
     assert call(client, {"endpoint": "ping"})["status"] == "ok"
 
 

@@ -2,8 +2,8 @@
 
 A robot that uses N1.5's ``RobotInferenceClient`` (``gr00t/eval/robot.py``, ``eval/service.py``)
 sends ``{"endpoint": "get_action", "data": observation}`` over a REQ socket and gets a map of named
-action parts, or ``{"error": text}``; ``gr00t_messages.py`` has the details.  Two endpoints exist
-here: ``ping`` and ``get_action``.  There is no ``kill``.
+action parts, or ``{"error": text}``; ``gr00t_messages.py`` has the details.  Three endpoints exist
+here: ``ping``, ``get_action`` and ``get_modality_config``.  There is no ``kill``.
 
 Two answers have room for what is ours: ``ping``, of which the client reads nothing, tells the
 server's metadata, and an error, of which it reads ``error``, has code and request id beside it.
@@ -27,6 +27,7 @@ from omega_qvla.serving.core import Core, Reply
 from omega_qvla.serving.front import Pending, drain, error_fields, facts, metadata
 from omega_qvla.serving.gr00t_messages import (
     action_parts,
+    modality_configs,
     observation_of,
     parse_observation,
 )
@@ -44,7 +45,7 @@ except ImportError as error:
 _HANDSHAKE_MS = 5000
 _MESSAGES_PER_CLIENT = 1
 """That ZMQ keeps before this front takes them; its clients send one and wait."""
-_ENDPOINTS = ("ping", "get_action")
+_ENDPOINTS = ("ping", "get_action", "get_modality_config")
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ class Gr00tFront:
             endpoint = call.get("endpoint", "get_action")
             if endpoint == "ping":
                 return self._pong()
+            if endpoint == "get_modality_config":
+                return modality_configs(self._core.specification)
             if endpoint != "get_action":
                 raise _unknown(endpoint)
             data = observation_of(call)

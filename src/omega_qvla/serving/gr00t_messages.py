@@ -1,4 +1,4 @@
-"""What Isaac-GR00T N1.5's robots send and expect: observations and actions.
+"""What Isaac-GR00T N1.5's robots send and expect: observations, actions, modalities.
 
 | key of the observation | value |
 |---|---|
@@ -14,10 +14,15 @@ lets a robot fill: it builds the rest of the request itself.
 The answer holds ``action.PART`` [horizon, width] float32, and beside them nothing, because robots
 take every key for an action (``eval/wrappers/multistep_wrapper.py`` slices each value).  Request
 id, artifact, age and timing are therefore under ``meta``, and only where the request asks for it.
+
+A robot may also ask what the policy takes (``get_modality_config``).  N1.5 answers a map of its
+``ModalityConfig`` (``data/dataset.py``: time steps relative to now, and keys), each as
+``{"__ModalityConfig_class__": true, "as_json": text}`` (``eval/service.py``), which is plain data.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -28,6 +33,9 @@ from omega_qvla.errors import ServingError
 from omega_qvla.serving.specification import CONTROL, Request, Specification, parse_request
 
 Array = npt.NDArray[Any]
+
+INSTRUCTION = "annotation.human.action.task_description"
+"""What most of N1.5's data configurations call the instruction; any other annotation is taken."""
 
 
 def observation_of(call: Mapping[str, Any]) -> dict[Any, Any]:
@@ -122,6 +130,26 @@ def action_parts(actions: Array, specification: Specification) -> dict[str, Any]
     ends = np.cumsum([width for _, width in parts])[:-1]
     pieces = np.split(actions, ends, axis=1)
     return {f"action.{name}": piece for (name, _), piece in zip(parts, pieces, strict=True)}
+
+
+def modality_configs(specification: Specification) -> dict[str, Any]:
+    """What the policy takes and gives, as N1.5 describes it.
+
+    Observations are of the present (index 0); action i of a chunk is for i steps from now.
+    """
+    states = [f"state.{name}" for name, _ in _state_parts(specification)]
+    actions = [f"action.{name}" for name, _ in _action_parts(specification)]
+    return {
+        "video": _modality([f"video.{camera}" for camera in specification.cameras], [0]),
+        "state": _modality(states, [0]),
+        "action": _modality(actions, range(specification.horizon)),
+        "language": _modality([INSTRUCTION], [0]),
+    }
+
+
+def _modality(keys: Sequence[str], indices: Sequence[int]) -> dict[str, Any]:
+    fields = {"delta_indices": list(indices), "modality_keys": list(keys)}
+    return {"__ModalityConfig_class__": True, "as_json": json.dumps(fields)}
 
 
 def _state_parts(specification: Specification) -> Sequence[tuple[str, int]]:
