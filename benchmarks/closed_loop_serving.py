@@ -15,19 +15,18 @@ may be ordered by the size of the batch, and which observations share a batch is
 microseconds: there it is counted how many episodes executed bit-equal actions and how many ended
 the same, and ``in-process-batched`` says what the size of the batch does without any socket.
 
-Each episode is a line of ``OUT.episodes.jsonl`` as soon as it ends; a run that was cut short
-continues from there with the same command.
+Each arm has a journal of its own in ``OUT.episodes/``, in which an episode is as soon as it ends; a
+run that was cut short continues from there with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
+import functools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,8 @@ from serving_kit import (
     at_least,
     build_artifact,
     finish,
-    new_document,
+    measure_missing,
+    resumed,
     say,
     served,
 )
@@ -48,71 +48,16 @@ from serving_kit import (
 import omega_qvla as oq
 from omega_qvla.errors import ServingError
 from omega_qvla.evaluation.benchmark import benchmark_tasks
-from omega_qvla.evaluation.episodes import EpisodeRecord
-from omega_qvla.evaluation.rollout import ACTION_LIMITS, chunk_noise, rollout, seed_groups
+from omega_qvla.evaluation.rollout import rollout
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.serving.client import RemotePolicy
 from omega_qvla.serving.wire import decode_map, encode, gr00t_array
 
 EXECUTE = 5
-Answers = Callable[[Sequence[Any], Sequence[np.ndarray]], list[np.ndarray]]
-Episode = tuple[str, str, int]
-"""Arm, task, seed."""
+REFERENCE = "in-process"
 
 
 # --- what answers ----------------------------------------------------------------------------
-
-
-class Alone:
-    """Answers one observation at a time and keeps the chunks, by the noise they started from.
-
-    Args:
-        answer: chunks for observations and noises.
-        noise_shape: of one noise.
-    """
-
-    def __init__(self, answer: Answers, noise_shape: tuple[int, int]) -> None:
-        self.noise_shape = noise_shape
-        self._answer = answer
-        self._chunks: dict[bytes, np.ndarray] = {}
-
-    def sample_actions(self, observation: Any, noise: np.ndarray) -> np.ndarray:
-        """One chunk."""
-        return self.sample([observation], [noise])[0]
-
-    def sample(self, observations: Sequence[Any], noises: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Several chunks."""
-        chunks = self._answer(observations, noises)
-        for noise, chunk in zip(noises, chunks, strict=True):
-            self._chunks[noise.tobytes()] = np.asarray(chunk, np.float32)
-        return chunks
-
-    def executed(self, record: EpisodeRecord) -> np.ndarray:
-        """The actions of an episode that has ended, [steps, action_dim]; they are forgotten."""
-        chunks: list[np.ndarray] = []
-        for number in range(record.chunks):
-            noise = chunk_noise(record.seed, number, self.noise_shape)
-            chunks.append(self._chunks.pop(noise.tobytes())[:EXECUTE])
-        return np.clip(np.concatenate(chunks), *ACTION_LIMITS)[: record.steps]
-
-
-class Together(Alone):
-    """Answers several observations at once where the evaluation offers them."""
-
-    @property
-    def processor(self) -> Together:
-        """Encodes."""
-        return self
-
-    def encode(self, observation: Any) -> Any:
-        """As it is; whoever answers encodes."""
-        return observation
-
-    def sample_batch(
-        self, observations: Sequence[Any], noises: Sequence[np.ndarray]
-    ) -> list[np.ndarray]:
-        """Several chunks."""
-        return self.sample(observations, noises)
 
 
 class WebsocketRobot:
@@ -120,7 +65,7 @@ class WebsocketRobot:
 
     def __init__(self, port: int) -> None:
         self._policy = RemotePolicy(f"ws://127.0.0.1:{port}")
-        self.artifact = self._policy.metadata["artifact"]
+        self.noise_shape = self._policy.noise_shape
 
     def ask(self, observation: Mapping[str, Any], noise: np.ndarray) -> tuple[np.ndarray, int]:
         """A chunk, and how many observations shared its pass."""
@@ -142,9 +87,8 @@ class Gr00tRobot:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVTIMEO, 120_000)
         self._socket.connect(f"tcp://127.0.0.1:{port}")
-        told = self._call({"endpoint": "ping"})["metadata"]
-        self.artifact = told["artifact"]
-        specification = told["specification"]
+        specification = self._call({"endpoint": "ping"})["metadata"]["specification"]
+        self.noise_shape = tuple(specification["noise_shape"])
         self._state = specification["state_parts"] or [["state", specification["state_dim"]]]
         self._actions = specification["action_parts"] or [["action", specification["action_dim"]]]
 
@@ -178,176 +122,117 @@ FRONTS: dict[str, tuple[type[WebsocketRobot] | type[Gr00tRobot], tuple[str, ...]
 }
 
 
+class Robots:
+    """Robots that ask a server at the same time, as one policy.
+
+    Args:
+        robots: each with a connection of its own.
+        threads: as many.
+
+    Attributes:
+        batches: answers by how many observations shared their pass.
+    """
+
+    def __init__(
+        self, robots: Sequence[WebsocketRobot | Gr00tRobot], threads: ThreadPoolExecutor
+    ) -> None:
+        self.noise_shape = robots[0].noise_shape
+        self.batches: Counter[int] = Counter()
+        self._robots, self._threads = robots, threads
+
+    @property
+    def processor(self) -> Robots:
+        """The server encodes."""
+        return self
+
+    def encode(self, observation: Any) -> Any:
+        """As it is."""
+        return observation
+
+    def sample_actions(self, observation: Any, noise: np.ndarray) -> np.ndarray:
+        """One chunk."""
+        return self.sample_batch([observation], [noise])[0]
+
+    def sample_batch(
+        self, observations: Sequence[Any], noises: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Several chunks, each asked by a robot of its own."""
+        asking = [
+            self._threads.submit(robot.ask, *pair)
+            for robot, *pair in zip(self._robots, observations, noises, strict=False)
+        ]
+        answers = [one.result() for one in asking]
+        self.batches.update(size for _, size in answers)
+        return [chunk for chunk, _ in answers]
+
+
 @contextlib.contextmanager
-def sampler_of(arm: str, artifact: Path, count: int, batches: Counter[int]) -> Iterator[Alone]:
-    """What answers in an arm in which so many episodes advance together."""
-    if arm.startswith("in-process"):
-        policy = oq.load(artifact, threads=1)
-
-        def compute(observations: Sequence[Any], noises: Sequence[np.ndarray]) -> list[np.ndarray]:
-            batches[len(observations)] += 1
-            encoded = [policy.processor.encode(one) for one in observations]
-            return policy.sample_batch(encoded, noises)
-
-        yield (Alone if count == 1 else Together)(compute, policy.noise_shape)
-        return
-    robot, arguments = FRONTS[arm.rsplit("-", 1)[0]]
-    shape = oq.load(artifact, threads=1).noise_shape
+def robots_of(front: str, artifact: Path, count: int) -> Iterator[Robots]:
+    """So many robots of a front's, and their server, for the length of a block."""
+    robot, arguments = FRONTS[front]
     relaxed = ("--limits", "none", "--deadline-ms", "60000", "--batch", str(max(8, count)))
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(served(artifact, *arguments, *relaxed))
         clients = [robot(server.port) for _ in range(count)]
         for client in clients:
             stack.callback(client.close)
-        threads = stack.enter_context(ThreadPoolExecutor(len(clients)))
-
-        def ask(observations: Sequence[Any], noises: Sequence[np.ndarray]) -> list[np.ndarray]:
-            asking = [
-                threads.submit(client.ask, *pair)
-                for client, *pair in zip(clients, observations, noises, strict=False)
-            ]
-            answers = [one.result() for one in asking]
-            batches.update(size for _, size in answers)
-            return [chunk for chunk, _ in answers]
-
-        yield Together(ask, shape)
+        yield Robots(clients, stack.enter_context(ThreadPoolExecutor(count)))
 
 
-# --- episodes that stay ----------------------------------------------------------------------
-
-
-class Notebook:
-    """Episodes that ended, one JSON line each; a torn last line is dropped.
-
-    Raises:
-        SystemExit: the file belongs to other settings.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self._path = path
-        self.episodes: dict[Episode, dict[str, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text() if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        if lines and json.loads(lines[0]) != json.loads(json.dumps(settings)):
-            raise SystemExit(f"{path} belongs to other settings; remove it or give another --out")
-        path.write_text("".join(f"{line}\n" for line in lines or [json.dumps(settings)]))
-        for line in lines[1:]:
-            self._book(json.loads(line))
-
-    def _book(self, episode: dict[str, Any]) -> None:
-        self.episodes.setdefault((episode["arm"], episode["task"], episode["seed"]), episode)
-
-    def append(self, episode: dict[str, Any]) -> None:
-        """One more."""
-        self._book(episode)
-        with self._path.open("a") as file:
-            file.write(json.dumps(episode) + "\n")
-
-
-def together_in(arm: str, robots: int) -> int:
-    """How many episodes advance together in an arm."""
-    named = {"in-process": 1, "in-process-batched": robots}
-    return named[arm] if arm in named else int(arm.rsplit("-", 1)[1])
+# --- arms ------------------------------------------------------------------------------------
 
 
 def run_arm(
     arm: str,
     artifact: Path,
     tasks: Sequence[str],
-    seeds: Sequence[int],
+    episodes: int,
     robots: int,
-    notebook: Notebook,
-) -> None:
-    """The episodes of an arm that are not in the notebook yet."""
-    count = together_in(arm, robots)
-    groups = {
-        task: [
-            group
-            for group in seed_groups(seeds, count)
-            if any((arm, task, seed) not in notebook.episodes for seed in group)
-        ]
-        for task in tasks
-    }
-    if not any(groups.values()):
-        return
-    batches: Counter[int] = Counter()
-    with (
-        sampler_of(arm, artifact, count, batches) as sampler,
-        SimulatorPool(max(count, min(2, robots))) as pool,
-    ):
-        for task in tasks:
-            missing = [seed for group in groups[task] for seed in group]
-
-            def keep(record: EpisodeRecord) -> None:
-                actions = sampler.executed(record)
-                notebook.append(
-                    {
-                        "arm": arm,
-                        "task": record.task,
-                        "seed": record.seed,
-                        "success": record.success,
-                        "steps": record.steps,
-                        "chunks": record.chunks,
-                        "actions_sha256": hashlib.sha256(actions.tobytes()).hexdigest(),
-                        "reruns": record.reruns,
-                    }
-                )
-                say(f"{arm} {record.task} {record.seed}: {record.success}, {record.steps} steps")
-
-            rollout(
-                sampler,
-                [task],
-                missing,
-                pool=pool,
-                execute=EXECUTE,
-                together=count,
-                keep=keep,
-            )
-    say(f"{arm}: observations by size of their batch {dict(sorted(batches.items()))}")
-    notebook.append(
-        {
-            "arm": f"{arm} batches",
-            "task": "",
-            "seed": len(notebook.episodes),
-            "sizes": dict(batches),
-        }
-    )
-
-
-def compared(
-    arm: str, tasks: Sequence[str], seeds: Sequence[int], notebook: Notebook
+    journal: Path,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """The episodes of an arm, and how many observations shared the server's passes.
+
+    What the journal holds already is not run again, and not in ``batch_sizes`` either.
+    """
+    named = {REFERENCE: 1, f"{REFERENCE}-batched": robots}
+    front, _, number = arm.rpartition("-")
+    count = named[arm] if arm in named else int(number)
+    with contextlib.ExitStack() as stack:
+        if arm in named:
+            policy, sizes = oq.load(artifact, threads=1), None
+        else:
+            policy = stack.enter_context(robots_of(front, artifact, count))
+            sizes = policy.batches
+        pool = stack.enter_context(SimulatorPool(max(count, min(2, robots))))
+        records = rollout(
+            policy,
+            tasks,
+            range(episodes),
+            pool=pool,
+            execute=EXECUTE,
+            together=count,
+            journal=journal,
+            identity={"arm": arm, **settings},
+            progress=lambda done, total: say(f"{arm}: {done} of {total} episodes"),
+        )
+    part: dict[str, Any] = {} if sizes is None else {"batch_sizes": dict(sorted(sizes.items()))}
+    kept = ("task", "seed", "success", "steps", "actions_sha256")
+    return {**part, "per_episode": [{key: getattr(one, key) for key in kept} for one in records]}
+
+
+def compared(part: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """An arm against ``in-process``, episode by episode."""
-    episodes: list[dict[str, Any]] = []
-    for task in tasks:
-        for seed in seeds:
-            ours = notebook.episodes[arm, task, seed]
-            reference = notebook.episodes["in-process", task, seed]
-            same = {
-                f"{name}_equal": ours[key] == reference[key]
-                for name, key in (
-                    ("success", "success"),
-                    ("steps", "steps"),
-                    ("actions_bit", "actions_sha256"),
-                )
-            }
-            episodes.append(
-                {"task": task, "seed": seed, "success": ours["success"], **same}
-                | {"in_process_success": reference["success"]}
-            )
-    sizes: Counter[str] = Counter()
-    for (name, _, _), line in notebook.episodes.items():
-        if name == f"{arm} batches":
-            sizes.update(line["sizes"])
-    names = ("success_equal", "steps_equal", "actions_bit_equal")
+    pairs = list(zip(part["per_episode"], reference["per_episode"], strict=True))
+    keys = {"success": "success", "steps": "steps", "actions_bit": "actions_sha256"}
     return {
-        "episodes": len(episodes),
-        "successes": sum(one["success"] for one in episodes),
-        "in_process_successes": sum(one["in_process_success"] for one in episodes),
-        **{name: sum(one[name] for one in episodes) for name in names},
-        "batch_sizes": dict(sorted(sizes.items())),
-        "per_episode": episodes,
+        "episodes": len(pairs),
+        "successes": sum(ours["success"] for ours, _ in pairs),
+        "in_process_successes": sum(theirs["success"] for _, theirs in pairs),
+        **{
+            f"{name}_equal": sum(ours[key] == theirs[key] for ours, theirs in pairs)
+            for name, key in keys.items()
+        },
     }
 
 
@@ -377,27 +262,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tasks = options.tasks or benchmark_tasks(options.policy)
-    seeds = range(options.episodes)
+    tasks = list(options.tasks or benchmark_tasks(options.policy))
     counts = dict.fromkeys((1, options.robots))
-    arms = ["in-process", "in-process-batched"]
+    arms = [REFERENCE, f"{REFERENCE}-batched"]
     arms += [f"{front}-{count}" for front in options.fronts for count in counts]
+    journals = options.out.with_suffix(".episodes")
     with tempfile.TemporaryDirectory() as folder:
         artifact = options.artifact or build_artifact(Path(folder), options.policy, options.recipe)
-        settings = {
-            "policy": options.policy,
-            "artifact": oq.load(artifact, threads=1).content_hash,
-            "execute": EXECUTE,
-            "robots": options.robots,
+        content = oq.load(artifact, threads=1).content_hash
+        settings = {"policy": options.policy, "artifact": content, "robots": options.robots}
+        fixed = {**settings, "execute": EXECUTE, "tasks": tasks, "episodes": options.episodes}
+        document = resumed(options.out, {**fixed, "arms": arms})
+        experiments = {
+            arm: functools.partial(
+                run_arm,
+                arm,
+                artifact,
+                tasks,
+                options.episodes,
+                options.robots,
+                journals / f"{arm}.jsonl",
+                settings,
+            )
+            for arm in arms
         }
-        notebook = Notebook(options.out.with_suffix(".episodes.jsonl"), settings)
-        for arm in arms:
-            run_arm(arm, artifact, tasks, seeds, options.robots, notebook)
-    document = new_document({**settings, "tasks": tasks, "episodes": options.episodes})
+        parts = measure_missing(options.out, document, experiments)
+    document["bars"] = []
     for arm in arms[1:]:
-        part = compared(arm, tasks, seeds, notebook)
-        document["parts"][arm] = part
-        document["bars"] += bars_of(arm, part)
+        parts[arm] |= compared(parts[arm], parts[REFERENCE])
+        document["bars"] += bars_of(arm, parts[arm])
     finish(options.out, document)
 
 

@@ -24,6 +24,7 @@ def test_episodes_through_both_fronts_end_as_in_process_and_a_second_run_adds_no
     first = run(artifact, tmp_path)
     parts = first["parts"]
     assert set(parts) == {
+        "in-process",
         "in-process-batched",
         *(f"{front}-{count}" for front in ("websocket", "gr00t") for count in (1, 2)),
     }
@@ -31,9 +32,13 @@ def test_episodes_through_both_fronts_end_as_in_process_and_a_second_run_adds_no
         assert parts[f"{front}-1"]["actions_bit_equal"] == parts[f"{front}-1"]["episodes"] == 2
         assert parts[f"{front}-1"]["batch_sizes"].keys() == {"1"}
     assert all(bar["passed"] for bar in first["bars"]) and len(first["bars"]) == 6
-    lines = (tmp_path / "result.episodes.jsonl").read_text()
+    journals = {path.name: path.read_text() for path in (tmp_path / "result.episodes").iterdir()}
+    assert set(journals) == {f"{arm}.jsonl" for arm in parts}
+    assert all(len(text.splitlines()) == 3 for text in journals.values())
     assert run(artifact, tmp_path)["parts"] == parts
-    assert (tmp_path / "result.episodes.jsonl").read_text() == lines
+    assert journals == {
+        path.name: path.read_text() for path in (tmp_path / "result.episodes").iterdir()
+    }
 
 
 def run(artifact: Path, folder: Path) -> dict[str, Any]:

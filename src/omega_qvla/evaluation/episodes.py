@@ -21,6 +21,8 @@ from typing import Any, cast
 from omega_qvla.errors import ResourceError, ResumeError
 
 _SCHEMA = 2
+_ADDED_LATER = {"actions_sha256"}
+"""What lines of this schema may lack."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class EpisodeRecord:
             shared it.
         states: the robot's state at each chunk, [chunks][state_dim], rounded to five decimals.
         reruns: how often the simulator died and the episode was started again.
+        actions_sha256: of the executed actions, float32 [steps, action_dim] as they lie in memory:
+            two episodes with the same one moved alike, bit for bit.  None in older journals.
     """
 
     task: str
@@ -48,6 +52,7 @@ class EpisodeRecord:
     ms_per_chunk: float
     states: list[list[float]] = field(default_factory=list[list[float]], repr=False)
     reruns: int = 0
+    actions_sha256: str | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -170,6 +175,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _record(entry: dict[str, Any]) -> EpisodeRecord | None:
-    if set(entry) != {field.name for field in fields(EpisodeRecord)}:
+    names = {field.name for field in fields(EpisodeRecord)}
+    if not names - _ADDED_LATER <= set(entry) <= names:
         return None
     return EpisodeRecord(**entry)

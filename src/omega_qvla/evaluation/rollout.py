@@ -22,6 +22,7 @@ the interrupted attempt did is forgotten, so no episode is lost or counted twice
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections import Counter, deque
@@ -363,6 +364,7 @@ class _Run:
             ms_per_chunk=statistics.median(attempt.latencies_ms),
             states=attempt.states,
             reruns=self._deaths[group.task, group.seeds],
+            actions_sha256=hashlib.sha256(actions.tobytes()).hexdigest(),
         )
 
     def _bury(self, simulator: Simulator) -> None:
