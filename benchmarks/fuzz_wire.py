@@ -38,11 +38,12 @@ from typing import Any
 
 import numpy as np
 import zmq
-from serving_kit import at_least, at_most, finish, resumed, say, write
+from serving_kit import at_least, at_most, finish, resumed, say
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from omega_qvla.errors import ServingError
+from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.serving.core import Core, Rules
 from omega_qvla.serving.door import Listening
 from omega_qvla.serving.gr00t import Gr00tFront
@@ -477,7 +478,7 @@ def main() -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             growth = max((peak - before) * 1024, document.get("peak_rss_growth_bytes", 0))
             document["peak_rss_growth_bytes"] = growth
-            write(options.out, document)
+            write_json(document, options.out)
             say(f"{name}: {parts[name]['refused']} of {wanted[name]} refused")
     document["bars"] = []
     for name, limit in wanted.items():

@@ -2,13 +2,15 @@
 
 A *bar* is a requirement with its figure: what was measured, what is allowed, and whether it holds.
 A document is written again after every part, so that a run that is cut short loses one part at
-most, and says which command on which machine it came from.
+most, and says which command on which machine it came from.  What was not measured is NaN while it
+is computed with and null where it is written; a bar on it does not hold.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -25,6 +27,7 @@ import numpy as np
 
 import omega_qvla as oq
 from omega_qvla.evaluation.kernel_speed import machine_name
+from omega_qvla.evaluation.sweep import write_json
 
 POLICY = "builtin:tiny-pi05"
 Bar = dict[str, Any]
@@ -100,22 +103,36 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def at_most(name: str, measured: float, limit: float) -> Bar:
-    """A figure that must not exceed its limit; NaN does not pass."""
-    passed = bool(measured <= limit)
-    return {"name": name, "measured": float(measured), "at_most": float(limit), "passed": passed}
+def at_most(name: str, measured: float | None, limit: float | None) -> Bar:
+    """A figure that must not exceed its limit; what was not measured does not pass."""
+    passed = number(measured) <= number(limit)
+    return {**nulled({"name": name, "measured": measured, "at_most": limit}), "passed": passed}
 
 
-def at_least(name: str, measured: float, limit: float) -> Bar:
-    """A figure that must reach its limit; NaN does not pass."""
-    passed = bool(measured >= limit)
-    return {"name": name, "measured": float(measured), "at_least": float(limit), "passed": passed}
+def at_least(name: str, measured: float | None, limit: float | None) -> Bar:
+    """A figure that must reach its limit; what was not measured does not pass."""
+    passed = number(measured) >= number(limit)
+    return {**nulled({"name": name, "measured": measured, "at_least": limit}), "passed": passed}
+
+
+def number(value: float | None) -> float:
+    """A figure to compute with: NaN where there is none."""
+    return float(value) if value is not None and math.isfinite(value) else math.nan
+
+
+def nulled(value: Any) -> Any:
+    """A value to write: null where a figure is none."""
+    if isinstance(value, Mapping):
+        return {key: nulled(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulled(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def new_document(settings: dict[str, Any]) -> dict[str, Any]:
     """The head of a result: command, machine, and the settings that fix what is measured."""
     return {
-        "schema": 2,
+        "schema": 3,
         "command": shlex.join(["python", *sys.argv]),
         "machine": {
             "processor": machine_name(),
@@ -131,16 +148,18 @@ def new_document(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def resumed(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The document at a path, to be continued, or a new one.
+    """The document at a path, to be continued, or a new one, which is written at once: that a path
+    cannot be written to should not turn up hours later.
 
     Raises:
         SystemExit: the file is a result of other settings.
+        ResourceError: it cannot be written.
     """
     fresh = new_document(settings)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(fresh, path)
         return fresh
-    found = json.loads(path.read_text())
+    found = nulled(json.loads(path.read_text()))
     if found.get("settings") != fresh["settings"]:
         raise SystemExit(
             f"{path} is a result of other settings ({found.get('settings')}); give another --out "
@@ -156,26 +175,19 @@ def measure_missing(
     parts = document["parts"]
     for name, experiment in experiments.items():
         if name not in parts:
-            parts[name] = experiment()
-            write(path, document)
+            parts[name] = nulled(experiment())
+            write_json(document, path)
     return parts
-
-
-def write(path: Path, document: dict[str, Any]) -> None:
-    """The whole document at once: a reader never sees half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(document, indent=2) + "\n")
-    os.replace(part, path)
 
 
 def finish(path: Path, document: dict[str, Any]) -> None:
     """Write, show the bars, and exit with status 1 if one does not hold."""
-    write(path, document)
+    write_json(document, path)
     for bar in document["bars"]:
-        limit = bar.get("at_most", bar.get("at_least"))
+        limit = number(bar.get("at_most", bar.get("at_least")))
         sign = "≤" if "at_most" in bar else "≥"
         verdict = "pass" if bar["passed"] else "FAIL"
-        print(f"{verdict}  {bar['name']}: {bar['measured']:.6g} {sign} {limit:.6g}")
+        print(f"{verdict}  {bar['name']}: {number(bar['measured']):.6g} {sign} {limit:.6g}")
     print(f"written to {path}")
     if not all(bar["passed"] for bar in document["bars"]):
         raise SystemExit(1)

@@ -33,6 +33,7 @@ from serving_kit import (
     build_artifact,
     finish,
     measure_missing,
+    number,
     quantiles,
     resumed,
     robot_observations,
@@ -159,7 +160,7 @@ def bars_of(parts: dict[str, Any]) -> list[Bar]:
     ]
     for row in rows[1:]:
         share = parts["batch_share"][str(row["clients"])]
-        limit = 2 * rows[0]["p99_ms"] * share
+        limit = 2 * number(rows[0]["p99_ms"]) * number(share)
         bars.append(at_most(f"p99 ms of {row['clients']} clients", row["p99_ms"], limit))
     bars += [at_most(f"refused of {r['clients']} clients", r["refused"], 0) for r in rows]
     return [*bars, at_least("requests per number of clients", min(r["count"] for r in rows), 1000)]
