@@ -13,9 +13,11 @@ request must still get its actions, and after every ten thousand comes one beyon
 A mutation can leave a message valid.  Those are accepted, checked and *not* counted: ``--count``
 and ``--live`` (for each server) are messages that were refused.
 
-The counts are reached in blocks, each with a generator of its own, and the document is written
-after every block: a run that was cut short, or ended by ``--minutes``, continues with the same
-command.  Also imported by the tests, which run a few thousand messages.
+The counts are reached in blocks, each with a generator of its own; as many as there are ``--jobs``
+run at the same time, each in a process of its own with its own server.  The document is written
+after every such wave: a run that was cut short, or ended by ``--minutes``, continues with the same
+command.  The messages are packed by ``msgpack``, which is not what is tested.  Also imported by the
+tests, which run a few thousand messages.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import contextlib
 import copy
 import hashlib
 import json
+import multiprocessing
+import os
 import random
 import resource
 import threading
@@ -36,6 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import zmq
 from serving_kit import at_least, at_most, finish, resumed, say
@@ -55,7 +60,7 @@ from omega_qvla.serving.wire import DEFAULT_BOUNDS, decode_map, encode, gr00t_ar
 
 TIME_LIMIT_S = 1.0
 MEMORY_LIMIT_BYTES = 256 << 20
-"""Growth of the peak, three parts together: messages of 16 MB pass through several hands."""
+"""Growth of a process's peak, three parts together: 16 MB messages pass through several hands."""
 BLOCKS = {"parser": 50_000, "websocket": 10_000, "gr00t": 10_000}
 SPECIFICATION = Specification(
     cameras=("base", "wrist"),
@@ -128,7 +133,7 @@ def added(total: dict[str, Any] | None, block: dict[str, Any]) -> dict[str, Any]
     """Two results as one."""
     if total is None:
         return block
-    counts = ("rounds", "accepted", "refused", "oversize", "problem_count")
+    counts = ("rounds", "accepted", "refused", "oversize", "problem_count", "blocks")
     return {
         **{name: total[name] + block[name] for name in counts},
         "codes": dict(Counter(total["codes"]) + Counter(block["codes"])),
@@ -271,7 +276,7 @@ def malformed(rng: random.Random) -> tuple[bytes, bool]:
     for _ in range(rng.choice((0, 1, 1, 2))):
         if message:
             rng.choice(VALUE_MUTATIONS)(message, rng)
-    data = bytearray(encode(message))
+    data = bytearray(msgpack.packb(message))
     if rng.random() < 0.5:
         rng.choice(BYTE_MUTATIONS)(data, rng)
     return bytes(data), gr00t
@@ -417,7 +422,7 @@ def malformed_call(rng: random.Random) -> bytes:
     call = spelled_out({"endpoint": "get_action", "data": gr00t_request()}, gr00t=True)
     for _ in range(rng.choice((1, 1, 2))):
         rng.choice(VALUE_MUTATIONS)(call["data"] or call, rng)
-    return encode(call)
+    return msgpack.packb(call)
 
 
 @contextlib.contextmanager
@@ -455,31 +460,45 @@ PARTS: dict[str, Callable[[int, int], Result]] = {
 }
 
 
+def run_block(name: str, count: int, seed: int) -> dict[str, Any]:
+    """One block, and what it says of its process: who it is, and its peak memory around it."""
+    before = _peak_bytes()
+    result = PARTS[name](count, seed).dump()
+    return {"result": result, "pid": os.getpid(), "before": before, "after": _peak_bytes()}
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
     """Run the blocks that are missing and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=5_000_000, help="refused by the parser")
     parser.add_argument("--live", type=int, default=500_000, help="refused by each server")
     parser.add_argument("--minutes", type=float, default=1e6, help="of this run, at most")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     wanted = {"parser": options.count, "websocket": options.live, "gr00t": options.live}
     document = resumed(options.out, {**wanted, "seed": options.seed})
     parts, end = document["parts"], time.monotonic() + 60 * options.minutes
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name, run in PARTS.items():
-        size = min(BLOCKS[name], max(1, wanted[name]))
-        while parts.get(name, {"refused": 0})["refused"] < wanted[name] and time.monotonic() < end:
-            number = parts.get(name, {"blocks": 0})["blocks"]
-            block = run(size, _seed(options.seed, name, number)).dump()
-            previous = {k: v for k, v in parts[name].items() if k != "blocks"} if number else None
-            parts[name] = {**added(previous, block), "blocks": number + 1}
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            growth = max((peak - before) * 1024, document.get("peak_rss_growth_bytes", 0))
-            document["peak_rss_growth_bytes"] = growth
-            write_json(document, options.out)
-            say(f"{name}: {parts[name]['refused']} of {wanted[name]} refused")
+    before: dict[int, int] = {}
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for name, limit in wanted.items():
+            size = min(BLOCKS[name], max(1, limit))
+            while parts.get(name, {"refused": 0})["refused"] < limit and time.monotonic() < end:
+                first = parts.get(name, {"blocks": 0})["blocks"]
+                wave = range(first, first + options.jobs)
+                seeds = [_seed(options.seed, name, number) for number in wave]
+                for block in pool.starmap(run_block, [(name, size, seed) for seed in seeds], 1):
+                    parts[name] = added(parts.get(name), {**block["result"], "blocks": 1})
+                    growth = block["after"] - before.setdefault(block["pid"], block["before"])
+                    known = document.get("peak_rss_growth_bytes", 0)
+                    document["peak_rss_growth_bytes"] = max(growth, known)
+                write_json(document, options.out)
+                say(f"{name}: {parts[name]['refused']} of {limit} refused")
     document["bars"] = []
     for name, limit in wanted.items():
         found = parts.get(name, Result().dump())

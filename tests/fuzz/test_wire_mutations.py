@@ -15,8 +15,8 @@ KIT = Path(__file__).parents[2] / "benchmarks" / "fuzz_wire.py"
 
 @pytest.fixture(scope="module")
 def kit() -> ModuleType:
-    for package in ("websockets", "zmq"):
-        pytest.importorskip(package, reason="the extra serve is not installed")
+    for package in ("websockets", "zmq", "msgpack"):
+        pytest.importorskip(package, reason="the extras serve and dev are not both installed")
     sys.path.append(str(KIT.parent))  # for what the measurements share
     spec = importlib.util.spec_from_file_location("fuzz_wire", KIT)
     assert spec is not None and spec.loader is not None
@@ -48,7 +48,7 @@ def test_a_run_that_was_ended_early_continues_where_it_was(
 ) -> None:
     monkeypatch.setattr(kit, "BLOCKS", {"parser": 200, "websocket": 20, "gr00t": 20})
     out = tmp_path / "fuzz.json"
-    command = ["fuzz_wire.py", "--count", "500", "--live", "30", "--out", str(out)]
+    command = ["fuzz_wire.py", "--count", "500", "--live", "30", "--jobs", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*command, "--minutes", "0"])
     with pytest.raises(SystemExit) as early:
         kit.main()
