@@ -494,14 +494,12 @@ def test_connections_have_a_bound(serve: Callable[..., Service]) -> None:
         assert "actions" in exchange(client, encode(observation()))
 
 
-def test_overload_is_refused_at_once_and_the_admitted_are_answered_in_time() -> None:
-    """Sixteen clients at once on a server of one robot's size: row 14 of a few seconds.
+def test_overload_is_refused_without_waiting_for_the_engine() -> None:
+    """Sixteen clients at once on a server of one robot's size; the times are ``make soak``'s.
 
-    One request runs and one waits, so an admitted one takes two services at most; the margin is for
-    a busy machine.
+    One request runs and one waits.  A refusal that stood in that line would take as long as they.
     """
-    service_s = 0.05
-    core = make_core(FakeEngine(seconds=service_s), rules=Rules(batch=1, waiting=1, deadline_s=5.0))
+    core = make_core(FakeEngine(seconds=0.05), rules=Rules(batch=1, waiting=1, deadline_s=5.0))
     core.start()
     admitted: list[float] = []
     refused: list[float] = []
@@ -523,14 +521,11 @@ def test_overload_is_refused_at_once_and_the_admitted_are_answered_in_time() -> 
         robots = [threading.Thread(target=robot, args=(service.port,)) for _ in range(16)]
         for one in robots:
             one.start()
-        health = time.monotonic()
         assert get(service.port, "/healthz")[0] == 200
-        assert time.monotonic() - health < 1.0
         for one in robots:
             one.join()
-    assert len(admitted) >= 0.5 * 2.0 / service_s and len(refused) > len(admitted)
-    assert np.quantile(admitted, 0.99) < 2 * service_s + 0.1
-    assert np.median(refused) < 0.05
+    assert admitted and len(refused) > len(admitted)
+    assert np.median(refused) < np.median(admitted)
 
 
 def test_a_thousand_requests_leave_no_descriptor_and_the_same_canary(
