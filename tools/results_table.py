@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.report.benchmark_table import benchmark_tables, drift_table, error_table
-from omega_qvla.report.results import parse_results
+from omega_qvla.report.results import load_results, parse_results
 from omega_qvla.report.table import (
     Table,
     comparison_table,
@@ -49,6 +49,11 @@ Written by `python tools/results_table.py` from
 [benchmark.md](benchmark.md), what the methods are in [methods.md](methods.md).
 
 Made with {library} on {machine}: `{command}`
+"""
+ABLATIONS = """## Ablations of the default, {policy}
+
+Open loop, from [`benchmarks/results/{name}`](../benchmarks/results/{name}):
+`omega-qvla compare builtin:{policy} --recipes omega-w4a4,ablations --episodes 0 --stress 30`
 """
 
 
@@ -99,6 +104,8 @@ def details() -> str:
     """docs/results.md: every row with its intervals."""
     document = json.loads((RESULTS / BENCHMARK).read_text("utf-8"))
     parts = [DETAILS.format(name=BENCHMARK, **document["benchmark"])]
+    if missing := document["benchmark"]["missing"]:
+        parts.append(f"**Not measured**: {'; '.join(missing)}.\n")
     rows = parse_results(document["rows"], BENCHMARK)
     for policy in POLICIES:
         kept = [row for row in rows if row.policy == f"builtin:{policy}"]
@@ -106,6 +113,11 @@ def details() -> str:
         parts += ["### Action error\n", markdown(error_table(kept))]
         parts += ["### Drift of the hand\n", markdown(drift_table(kept))]
         parts += ["### Successes per task\n", markdown(per_task_table(kept))]
+    for policy in POLICIES:
+        name = f"{policy}-ablations.json"
+        if (RESULTS / name).exists():
+            parts += [ABLATIONS.format(policy=policy, name=name)]
+            parts += [markdown(error_table(load_results(RESULTS / name)))]
     return "\n".join(parts)
 
 
