@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from omega_qvla.artifact.checkpoint import Artifact, read_artifact, write_artifact
 from omega_qvla.artifact.memory import MemorySummary
 from omega_qvla.artifact.packing import packed_width
+from omega_qvla.devices import check_memory
 from omega_qvla.errors import ArtifactError, NotRealizableError, PolicyError, ResourceError
 from omega_qvla.policies.base import Observation, Policy, QuantizationSite, linears_of
 from omega_qvla.policies.loading import policy_skeleton
@@ -306,7 +307,7 @@ def load(
     artifact = read_artifact(Path(directory), verify=verify)
     if gpu is not None:
         _require_native(artifact.config, device)
-        triton.check_memory(gpu.gpu, _gpu_bytes(artifact), f"{directory} with its workspace")
+        check_memory(gpu.gpu, _gpu_bytes(artifact), f"{directory} with its workspace")
     try:
         loaded = _rebuild(artifact, policy, _Run(kernel, threads, gpu))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

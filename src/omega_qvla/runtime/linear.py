@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.artifact.packing import pack_int4
+from omega_qvla.devices import Gpu
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock
 from omega_qvla.quantization.site import QuantizedSite
@@ -354,7 +355,7 @@ class GpuRun:
         tuner: measures tilings; None keeps to first guesses.
     """
 
-    gpu: triton.Gpu
+    gpu: Gpu
     tuner: Tuner | None = None
 
 

@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from omega_qvla.devices import Gpu, find_gpu
 from omega_qvla.errors import ObservationError, PolicyError, ResourceError
 from omega_qvla.runtime.kernels.triton_tuning import SPLIT_ROWS, Tiling, Tuner, first_guess
 
@@ -44,25 +45,6 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """A GPU as found.
-
-    Attributes:
-        device: its name in PyTorch, with its number.
-        name: its name in the world.
-        capability: compute capability, (major, minor).
-        processors: multiprocessors.
-        free_bytes: memory that can be had now.
-    """
-
-    device: str
-    name: str
-    capability: tuple[int, int]
-    processors: int
-    free_bytes: int
-
-
-@dataclass(frozen=True)
 class Residual:
     """What a product is added to: stream + gain · y.
 
@@ -76,37 +58,15 @@ class Residual:
 
 
 def find(device: str) -> Gpu:
-    """The GPU behind ``cuda`` or ``cuda:N``.
+    """The GPU behind ``cuda`` or ``cuda:N``, if the kernels run there.
 
     Raises:
         ResourceError: no such device, no GPU, a GPU that is too old, or Triton is missing or too
             old.
     """
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or (number and not number.isdecimal()):
-        raise ResourceError(f"device {device!r}: there are 'cpu', 'cuda' and 'cuda:N'")
-    if torch.version.cuda is None:
-        raise ResourceError(
-            f"device {device!r}: this PyTorch ({torch.__version__}) was built without CUDA; "
-            "install a CUDA build (pytorch.org), or use device='cpu'"
-        )
-    count = torch.cuda.device_count()
-    if int(number or 0) >= count:
-        raise ResourceError(
-            f"device {device!r}: PyTorch sees {count} GPUs; is the driver loaded (nvidia-smi)?"
-        )
+    gpu = find_gpu(device)
     programs()
-    index = int(number) if number else torch.cuda.current_device()
-    properties = torch.cuda.get_device_properties(index)
-    return check_capability(
-        Gpu(
-            device=f"cuda:{index}",
-            name=properties.name,
-            capability=(properties.major, properties.minor),
-            processors=properties.multi_processor_count,
-            free_bytes=torch.cuda.mem_get_info(index)[0],
-        )
-    )
+    return check_capability(gpu)
 
 
 def check_capability(gpu: Gpu) -> Gpu:
@@ -122,19 +82,6 @@ def check_capability(gpu: Gpu) -> Gpu:
             "later. Use device='cpu'"
         )
     return gpu
-
-
-def check_memory(gpu: Gpu, needed: int, what: str) -> None:
-    """Refuse now what would run out of memory later.
-
-    Raises:
-        ResourceError: more bytes are needed than are free.
-    """
-    if needed > gpu.free_bytes:
-        raise ResourceError(
-            f"{what} needs {needed / 1e9:.2f} GB of GPU memory, {gpu.name} has "
-            f"{gpu.free_bytes / 1e9:.2f} GB free"
-        )
 
 
 def programs() -> ModuleType:
