@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.devices import find_gpu
 from omega_qvla.policies.base import Observation, Policy
 from omega_qvla.quantization.journal import Journal
 from omega_qvla.quantization.pipeline import Progress, quantize_policy
@@ -23,6 +24,7 @@ def quantize(
     work_directory: str | Path | None = None,
     resume: bool = False,
     progress: Progress = lambda _done, _total, _what: None,
+    device: str = "cpu",
 ) -> QuantizedPolicy | SimulatedPolicy:
     """Quantize a policy without training.
 
@@ -35,13 +37,17 @@ def quantize(
         work_directory: keeps a journal of finished sites here, so that a killed run can resume.
         resume: continue the journal in ``work_directory`` instead of starting again.
         progress: called with (sites done, sites in all, site name).
+        device: ``cpu``, or ``cuda`` or ``cuda:N`` to compute on an NVIDIA GPU (docs/gpu.md); the
+            policy is on the CPU before and after, and so is what it becomes.
 
     Returns:
         A ``QuantizedPolicy``, or a ``SimulatedPolicy`` if the recipe cannot exist as integers.
+        Either runs on the CPU; ``load(directory, device="cuda")`` puts a saved one on a GPU.
 
     Raises:
         RecipeError, ObservationError, PolicyError, NonFiniteError, ResumeError, ResourceError.
     """
+    gpu = None if device == "cpu" else find_gpu(device)
     chosen = Recipe.load(recipe).scoped(scope)
     journal = None
     if work_directory is not None:
@@ -49,5 +55,5 @@ def quantize(
         journal = partial(Journal, directory, resume=resume)
     return build(
         policy,
-        quantize_policy(policy, observations, chosen, journal=journal, progress=progress),
+        quantize_policy(policy, observations, chosen, journal=journal, progress=progress, gpu=gpu),
     )

@@ -30,12 +30,27 @@ _FLOAT64_WIDTH = 4096
 """Up to this width second moments are summed in float64; wider ones would take gigabytes."""
 
 
+def _moment_dtype(width: int) -> torch.dtype:
+    return torch.float64 if width <= _FLOAT64_WIDTH else torch.float32
+
+
+def moment_bytes(width: int) -> int:
+    """Bytes of the second moment of a site with this many input channels."""
+    return _moment_dtype(width).itemsize * width**2
+
+
+def sample_bytes(width: int) -> int:
+    """Bytes of a full row sample of such a site at one denoising step."""
+    return torch.float32.itemsize * SAMPLE_ROWS * width
+
+
 @dataclass
 class RowSample:
     """A uniform sample of a stream of rows (reservoir sampling in blocks).
 
     Every row draws a random key; the rows with the ``SAMPLE_ROWS`` smallest keys are kept, so any
-    order and any block size gives a uniform sample.
+    order and any block size gives a uniform sample.  Rows stay on the device that computed them;
+    keys are drawn and sorted on the CPU, so that the same rows are kept on every device.
     """
 
     generator: torch.Generator
@@ -49,7 +64,7 @@ class RowSample:
             rows, keys = torch.cat((self.rows, rows)), torch.cat((self.keys, keys))
         if rows.shape[0] > SAMPLE_ROWS:
             keep = keys.argsort()[:SAMPLE_ROWS].sort().values
-            rows, keys = rows[keep], keys[keep]
+            rows, keys = rows[keep.to(rows.device)], keys[keep]
         self.rows, self.keys = rows.clone(), keys
 
 
@@ -65,11 +80,13 @@ class SiteStatistics:
         maxima: largest magnitude of each channel, [K] float32.
         samples: row samples by denoising step; sites that run once use step 0.
         times: flow time of each step seen.
+        device: where the site computes: moments, maxima and row samples are there.
     """
 
     site: QuantizationSite
     width: int
     generator: torch.Generator
+    device: torch.device | str = "cpu"
     count: int = 0
     second_moment: Tensor = field(init=False)
     maxima: Tensor = field(init=False)
@@ -77,9 +94,10 @@ class SiteStatistics:
     times: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        dtype = torch.float64 if self.width <= _FLOAT64_WIDTH else torch.float32
-        self.second_moment = torch.zeros((self.width, self.width), dtype=dtype)
-        self.maxima = torch.zeros(self.width)
+        square = (self.width, self.width)
+        dtype = _moment_dtype(self.width)
+        self.second_moment = torch.zeros(square, dtype=dtype, device=self.device)
+        self.maxima = torch.zeros(self.width, device=self.device)
 
     def update(self, x: Tensor, clock: FlowClock, observation: int) -> None:
         """Fold in one call's input [..., K].
@@ -171,7 +189,8 @@ def capture(
     for site in sites:
         linear = linears_of(module, site)[0]
         generator = torch.Generator().manual_seed(seed(site))
-        statistics = SiteStatistics(site, linear.in_features, generator)
+        device = linear.weight.device
+        statistics = SiteStatistics(site, linear.in_features, generator, device)
         found[site.name] = statistics
 
         def watch(

@@ -3,7 +3,8 @@
 Full-size pi0.5 takes 13 GB in float32, more than the machines it is quantized on should need.  Its
 module is therefore built on the meta device, without memory, and a *store* gives the value of any
 parameter by name.  ``hold`` puts the parameters below some paths into the module while a piece of
-the network runs, and takes them out again: what is resident is one layer.
+the network runs, and takes them out again: what is resident is one layer.  It is also what brings
+a layer to a GPU, of a policy in memory as well (``placement.py``).
 
 Two stores exist: safetensors files, one or many, read through a memory map that is closed after
 every tensor; and seeded random values, drawn tensor by tensor, so that a random policy of full
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -87,27 +89,49 @@ class SeededWeights:
 
 
 @contextmanager
-def hold(module: nn.Module, store: WeightStore | None, paths: Iterable[str]) -> Iterator[None]:
-    """Give the parameters below ``paths`` their values for as long as the block runs.
+def hold(
+    module: nn.Module,
+    store: WeightStore | None,
+    paths: Iterable[str],
+    device: torch.device | None = None,
+) -> Iterator[None]:
+    """Give what is below ``paths`` its values, on a device, for as long as the block runs.
 
-    Parameters that have values already are left alone, and so is everything when there is no store.
+    Args:
+        module: the network.
+        store: where parameters without values get them; None leaves those without.
+        paths: of the modules that will be computed with.
+        device: where their parameters and buffers are to be.  None leaves those that have values
+            where they are, and puts the others on the CPU.
+
+    Afterwards every module has the very tensors it had before.
     """
-    given: list[tuple[nn.Module, str, nn.Parameter]] = []
+    given: list[tuple[nn.Module, str, Tensor]] = []
     try:
-        if store is not None:
-            for owner, kind, name in _absent(module, paths):
-                given.append((owner, kind, getattr(owner, kind)))
-                setattr(owner, kind, nn.Parameter(store.read(name), requires_grad=False))
+        for owner, kind, name in _tensors(module, paths):
+            tensor = getattr(owner, kind)
+            if tensor.is_meta and store is not None:
+                value = store.read(name)
+            elif tensor.is_meta or device is None or tensor.device == device:
+                continue
+            else:
+                value = tensor.detach()
+            if device is not None:
+                value = value.to(device)
+            given.append((owner, kind, tensor))
+            parameter = isinstance(tensor, nn.Parameter)
+            setattr(owner, kind, nn.Parameter(value, requires_grad=False) if parameter else value)
         yield
     finally:
-        for owner, kind, placeholder in given:
-            setattr(owner, kind, placeholder)
+        for owner, kind, tensor in given:
+            setattr(owner, kind, tensor)
 
 
 def materialize(module: nn.Module, store: WeightStore) -> None:
     """Give all parameters that have no values theirs, for good."""
-    for owner, kind, name in _absent(module, [""]):
-        setattr(owner, kind, nn.Parameter(store.read(name), requires_grad=False))
+    for owner, kind, name in _tensors(module, [""]):
+        if getattr(owner, kind).is_meta:
+            setattr(owner, kind, nn.Parameter(store.read(name), requires_grad=False))
 
 
 def named_values(module: nn.Module, store: WeightStore | None) -> Iterator[tuple[str, Tensor]]:
@@ -125,13 +149,13 @@ def named_values(module: nn.Module, store: WeightStore | None) -> Iterator[tuple
             raise PolicyError(f"{name} has no value: this policy is only a structure")
 
 
-def _absent(module: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str, str]]:
-    """Parameters without values as (owner, name in the owner, full name), each once."""
+def _tensors(module: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str, str]]:
+    """Parameters and buffers as (owner, name in the owner, full name), each once."""
     found: dict[str, tuple[nn.Module, str, str]] = {}
     for path in paths:
         for prefix, owner in module.get_submodule(path).named_modules(prefix=path):
-            for kind, parameter in owner.named_parameters(recurse=False):
-                if parameter.is_meta:
-                    name = f"{prefix}.{kind}" if prefix else kind
-                    found[name] = (owner, kind, name)
+            own = (owner.named_parameters(recurse=False), owner.named_buffers(recurse=False))
+            for kind, _ in chain(*own):
+                name = f"{prefix}.{kind}" if prefix else kind
+                found[name] = (owner, kind, name)
     return list(found.values())

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omega_qvla.devices import CPU
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import AttentionLayer, HasHeadAttention, Observation, Policy
+from omega_qvla.policies.weight_store import hold
 
 NEUTRAL = 0.03
 """|log factor| below which nothing is changed."""
@@ -65,15 +67,20 @@ def matching_factor(full: Tensor, quantized: Tensor) -> Tensor:
 
 
 def match_attention(
-    full: Policy, quantized: Policy, observations: Iterable[Observation], seed: int
+    full: Policy,
+    quantized: Policy,
+    observations: Iterable[Observation],
+    seed: int,
+    device: torch.device = CPU,
 ) -> list[AttentionFactors]:
     """The factors of every attention layer of the action head.
 
     Args:
-        full: full precision.
+        full: full precision; what it keeps per schedule is left where it computed.
         quantized: the same policy, quantized; its attention projections are scaled in place.
         observations: calibration data.
         seed: observation i is sampled with noise of seed + i, the same for both.
+        device: where both are sampled, one after the other; factors and weights stay on the CPU.
 
     Raises:
         PolicyError: the policy does not say where its head attends.
@@ -84,14 +91,14 @@ def match_attention(
             "match_attention scales; use a recipe without it"
         )
     layers, given = full.head_attention(), list(observations)
-    reference = _measure(full, layers, given, seed)
-    drifted = _measure(quantized, layers, given, seed)
+    reference = _measure(full, layers, given, seed, device)
+    drifted = _measure(quantized, layers, given, seed, device)
     queries = {
         layer.path: matching_factor(reference[layer.path].spread(), drifted[layer.path].spread())
         for layer in layers
     }
     scale_attention(quantized, [AttentionFactors(x, queries[x.path], 1.0) for x in layers])
-    drifted = _measure(quantized, layers, given, seed)
+    drifted = _measure(quantized, layers, given, seed, device)
     factors: list[AttentionFactors] = []
     for layer in layers:
         full_size, size = reference[layer.path].size(), drifted[layer.path].size()
@@ -145,8 +152,8 @@ class _Sizes:
         seen = torch.isfinite(logits)
         values = torch.where(seen, logits, torch.zeros_like(logits)).to(torch.float64)
         self.count += float(seen.sum()) / self.heads
-        self.total += values.sum(dim=(0, 2, 3))
-        self.square += values.square().sum(dim=(0, 2, 3))
+        self.total += values.sum(dim=(0, 2, 3)).cpu()
+        self.square += values.square().sum(dim=(0, 2, 3)).cpu()
 
     def add_output(self, output: Tensor) -> None:
         self.outputs += output.numel()
@@ -163,7 +170,11 @@ class _Sizes:
 
 
 def _measure(
-    policy: Policy, layers: Sequence[AttentionLayer], observations: Sequence[Observation], seed: int
+    policy: Policy,
+    layers: Sequence[AttentionLayer],
+    observations: Sequence[Observation],
+    seed: int,
+    device: torch.device,
 ) -> dict[str, _Sizes]:
     """Sample a chunk per observation and watch the layers."""
     found: dict[str, _Sizes] = {}
@@ -182,9 +193,10 @@ def _measure(
         projection = policy.module.get_submodule(layer.output)
         handles.append(projection.register_forward_hook(watch_output))
     try:
-        for number, observation in enumerate(observations):
-            generator = torch.Generator().manual_seed(seed + number)
-            policy.sample_actions(observation, generator=generator)
+        with hold(policy.module, policy.store, [""], device):
+            for number, observation in enumerate(observations):
+                generator = torch.Generator().manual_seed(seed + number)
+                policy.sample_actions(observation, generator=generator)
     finally:
         for handle in handles:
             handle.remove()

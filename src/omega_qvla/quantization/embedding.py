@@ -39,10 +39,6 @@ class QuantizedRows:
     scale: Tensor
     bits: Literal[4, 8]
 
-    def lookup(self, token_ids: Tensor) -> Tensor:
-        """Rows of these tokens, float32 [..., D]."""
-        return scale_rows(self.integers[token_ids], self.scale[token_ids])
-
 
 def scale_rows(integers: Tensor, scale: Tensor) -> Tensor:
     """int8 [..., D] times scales [..., G] of D/G columns each (the last may be shorter)."""

@@ -4,7 +4,9 @@ A directory holds ``header.json`` (what the work depends on) and one safetensors
 site.  Every file is written beside its place, flushed to disk and renamed, so a kill leaves either
 the whole site or nothing: at most the site in progress is computed again.  A header that differs
 from the present inputs is refused with the list of differences, because mixing sites of two
-recipes or two checkpoints would give an artifact nobody asked for.
+recipes or two checkpoints would give an artifact nobody asked for.  The device is one of these
+inputs: two of them round sums differently, and sites of both would make an artifact that no run
+from start to end gives.  A header without one is of the CPU, which was once the only one.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from omega_qvla.quantization.weights import QuantizedWeight
 from omega_qvla.recipe import ActivationScheme
 
 HEADER = "header.json"
+ON_CPU = "cpu"
+"""What a header says of work on the CPU."""
 _OURS = re.compile(r"(header\.json|site-\d{5}\.safetensors)(\.partial)?")
 
 
@@ -152,11 +156,18 @@ def _require_same(path: Path, header: Mapping[str, str]) -> None:
         raise ResumeError(f"{path} is unreadable ({error}); start again without resume") from error
     if not isinstance(found, dict):
         raise ResumeError(f"{path} is not a journal header; start again without resume")
+    before, now = {"device": ON_CPU, **found}, {"device": ON_CPU, **header}
     different = [
-        f"{key}: was {found.get(key)!r}, now {header.get(key)!r}"
-        for key in sorted({*found, *header})
-        if found.get(key) != header.get(key)
+        f"{key}: was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
     ]
+    if before["device"] != now["device"]:
+        raise ResumeError(
+            f"cannot resume {path.parent}: it was begun on another device, which rounds sums "
+            f"differently ({'; '.join(different)}); go on where it was begun (device=), or start "
+            "again without resume"
+        )
     if different:
         raise ResumeError(
             f"cannot resume {path.parent}: its inputs changed ({'; '.join(different)}); "

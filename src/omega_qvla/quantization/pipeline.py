@@ -11,21 +11,30 @@ Every finished site goes into the journal before the next one starts.
 A policy with a weight store (``policies/weight_store.py``) is quantized in a fraction of its size:
 a stage's parameters are in memory while the stage is at work, and finished sites are on disk, in
 the journal, from where they are read again one by one.
+
+On a GPU it is the same loop.  A stage's parameters and what is computed of them (statistics,
+factors, integers) are there while the stage is at work; what a site has become is brought back
+before anything keeps it (``policies/placement.py``).  Observations are encoded, and noise and
+sampled rows drawn, on the CPU; so is the table of the adaptive norms computed, a few hundred rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from typing import overload
 
 import torch
+from torch import Tensor
 
 from omega_qvla.calibration.capture import SiteStatistics, capture
 from omega_qvla.calibration.observations import as_observations
+from omega_qvla.devices import CPU, Gpu, check_memory, computing_on
 from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.base import (
     HasEmbedding,
@@ -37,6 +46,8 @@ from omega_qvla.policies.base import (
     linears_of,
     sites_of,
 )
+from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.placement import moved, on_device
 from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.policies.weight_store import hold, named_values
 from omega_qvla.quantization.attention import (
@@ -45,7 +56,8 @@ from omega_qvla.quantization.attention import (
     scale_attention,
 )
 from omega_qvla.quantization.embedding import QuantizedRows, quantize_rows
-from omega_qvla.quantization.journal import Journal
+from omega_qvla.quantization.gpu_memory import gpu_bytes
+from omega_qvla.quantization.journal import ON_CPU, Journal
 from omega_qvla.quantization.simulation import SimulatedEmbedding, SimulatedLinear, install
 from omega_qvla.quantization.site import QuantizedSite, needs_statistics, quantize_site
 from omega_qvla.recipe import Recipe
@@ -88,6 +100,7 @@ def quantize_policy(
     *,
     journal: Callable[[dict[str, str]], Journal] | None = None,
     progress: Progress = lambda _done, _total, _what: None,
+    gpu: Gpu | None = None,
 ) -> Quantization:
     """Quantize every site that the recipe covers.
 
@@ -97,13 +110,16 @@ def quantize_policy(
         recipe: the method.
         journal: opens the journal for a header (see ``journal_header``); None keeps none.
         progress: called before each site.
+        gpu: computes instead of the CPU; the outcome is on the CPU all the same.
 
     Raises:
         ObservationError: there are no observations, or one does not fit the policy.
         NonFiniteError: NaN or Inf in a weight or an activation.
         PolicyError: the recipe covers no site of this policy, or a site was never reached; or the
-            policy is streamed and the recipe needs all of it at once.
-        ResumeError: the journal belongs to other inputs.
+            policy is streamed and the recipe needs all of it at once; or it is not on the CPU, or a
+            module of the user's own is to compute on a GPU.
+        ResourceError: the GPU has too little memory.
+        ResumeError: the journal belongs to other inputs, or was begun on another device.
     """
     given = as_observations(observations)
     numbers = given.spread_indices(recipe.observations)
@@ -116,35 +132,46 @@ def quantize_policy(
         )
     if policy.store is not None:
         _require_streamable(recipe)
-    _require_finite_weights(policy)
+    _require_placeable(policy, recipe, gpu)
+    # Once through all weights, since reading them takes long: a journal wants them hashed as well.
+    values = _finite_values(policy)
+    weights = "" if journal is None else _fingerprint(values)
+    deque(values, maxlen=0)
     calibration = used.fingerprint
     # Before the journal is opened: observations that do not fit leave nothing behind.
     states = [
         policy.initial_state(item, torch.Generator().manual_seed(recipe.seed + i))
         for i, item in enumerate(used)
     ]
-    opened = None if journal is None else journal(journal_header(policy, calibration, recipe))
-    working = policy.clone()
-    embedding = _quantize_embedding(working, recipe)
-    work = _Work(working, recipe, covered, numbers, opened, progress)
-    stages = list(working.stages())
-    for number, stage in enumerate(stages):
-        with hold(working.module, working.store, stage.reads):
-            after = work.quantize_stage(stage, states)
-            if number + 1 < len(stages):
-                states = after or _advance(stage, states)
-    quantization = Quantization(
-        recipe=recipe,
-        sites=work.finished,
-        embedding=embedding,
-        step_table=_tabulate(policy, recipe),
-        calibration=calibration,
-        observations=len(used),
+    opened = (
+        None
+        if journal is None
+        else journal(journal_header(policy, weights, calibration, recipe, gpu))
     )
-    if not recipe.match_attention:
-        return quantization
-    factors = match_attention(policy, simulate(policy, quantization), used, recipe.seed)
-    return replace(quantization, attention=factors)
+    with computing_on(gpu, f"quantizing with recipe {recipe.name!r}") as device:
+        working = policy.clone()
+        embedding = _quantize_embedding(working, recipe, device)
+        work = _Work(working, recipe, covered, numbers, opened, progress, device)
+        stages = [on_device(stage, device) for stage in working.stages()]
+        for number, stage in enumerate(stages):
+            with hold(working.module, working.store, stage.reads, device):
+                after = work.quantize_stage(stage, states)
+                if number + 1 < len(stages):
+                    states = after or _advance(stage, states)
+            work.leave_stage()
+        quantization = Quantization(
+            recipe=recipe,
+            sites=work.finished,
+            embedding=embedding,
+            step_table=_tabulate(policy, recipe),
+            calibration=calibration,
+            observations=len(used),
+        )
+        if not recipe.match_attention:
+            return quantization
+        simulated = simulate(policy, quantization)
+        factors = match_attention(policy.clone(), simulated, used, recipe.seed, device)
+        return replace(quantization, attention=factors)
 
 
 def simulate(policy: Policy, quantization: Quantization) -> Policy:
@@ -159,13 +186,16 @@ def simulate(policy: Policy, quantization: Quantization) -> Policy:
     return target
 
 
-def _install_simulation(policy: Policy, quantized: QuantizedSite) -> None:
+def _install_simulation(policy: Policy, quantized: QuantizedSite) -> SimulatedLinear:
     simulated = SimulatedLinear(quantized, policy.clock)
     install(policy.module, quantized.site.linears, simulated)
+    return simulated
 
 
-def journal_header(policy: Policy, calibration: str, recipe: Recipe) -> dict[str, str]:
-    """Everything that the bytes of the result depend on."""
+def journal_header(
+    policy: Policy, weights: str, calibration: str, recipe: Recipe, gpu: Gpu | None = None
+) -> dict[str, str]:
+    """Everything that the bytes of the result depend on; ``weights`` is their fingerprint."""
     structure, files = policy.describe()
     description = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for name, content in sorted(files.items()):
@@ -175,17 +205,22 @@ def journal_header(policy: Policy, calibration: str, recipe: Recipe) -> dict[str
         "recipe": recipe.content_hash,
         "policy": description.hexdigest(),
         "sites": hashlib.sha256(json.dumps(sites).encode()).hexdigest(),
-        "weights": weights_fingerprint(policy),
+        "weights": weights,
         "calibration": calibration,
         "library": version("omega-qvla"),
         "torch": torch.__version__,
+        "device": ON_CPU if gpu is None else gpu.arithmetic,
     }
 
 
 def weights_fingerprint(policy: Policy) -> str:
     """SHA-256 over names, shapes and bytes of all parameters and buffers."""
+    return _fingerprint(named_values(policy.module, policy.store))
+
+
+def _fingerprint(values: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in named_values(policy.module, policy.store):
+    for name, tensor in values:
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -228,12 +263,31 @@ def _require_streamable(recipe: Recipe) -> None:
         )
 
 
-def _require_finite_weights(policy: Policy) -> None:
-    """Before anything runs: a bad weight would show first in activations far away from it."""
+def _require_placeable(policy: Policy, recipe: Recipe, gpu: Gpu | None) -> None:
+    """Before anything is moved: what cannot be, or would not fit."""
+    if gpu is not None and not isinstance(policy, NativePolicy):
+        raise PolicyError(
+            f"device {gpu.device!r} is for the policies of this project; a module of your own "
+            "makes its tensors where it likes, so it is quantized on 'cpu' only"
+        )
+    for name, tensor in chain(policy.module.named_parameters(), policy.module.named_buffers()):
+        if tensor.device.type not in (CPU.type, "meta"):
+            raise PolicyError(
+                f"{name} is on {str(tensor.device)!r}: a policy to be quantized lies on the CPU "
+                "and is moved layer by layer as device= says; bring it back with module.to('cpu')"
+            )
+    if gpu is not None:
+        needed = gpu_bytes(policy, recipe)
+        check_memory(gpu, needed, f"quantizing this {policy.family} policy with {recipe.name!r}")
+
+
+def _finite_values(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """All weights, checked before anything runs: a bad one would show first far away from it."""
     for path, parameter in named_values(policy.module, policy.store):
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             name, _, kind = path.rpartition(".")
             raise NonFiniteError(f"{kind} of {name!r} has NaN or Inf; the checkpoint is damaged")
+        yield path, parameter
 
 
 class _Work:
@@ -247,12 +301,14 @@ class _Work:
         numbers: Sequence[int],
         journal: Journal | None,
         progress: Progress,
+        device: torch.device,
     ) -> None:
         self.policy, self.recipe, self.journal, self.progress = policy, recipe, journal, progress
-        self.numbers = numbers
+        self.numbers, self.device = numbers, device
         self.index = {site.name: i for i, site in enumerate(covered)}
         self.done: list[QuantizationSite] = []
         self.finished: Sequence[QuantizedSite] = []
+        self._installed: list[SimulatedLinear] = []
         if journal is not None and policy.store is not None:
             self.finished = _StoredSites(journal, self.done)
 
@@ -274,6 +330,12 @@ class _Work:
             self._one(site, lambda s: measured.pop(s.name))
         return after
 
+    def leave_stage(self) -> None:
+        """Bring to the CPU what was installed in a stage that is done."""
+        for simulated in self._installed:
+            simulated.to(CPU)
+        self._installed.clear()
+
     def _one(
         self,
         site: QuantizationSite,
@@ -285,7 +347,7 @@ class _Work:
             scheme = self.recipe.scheme_of(site)
             assert scheme is not None
             linears = linears_of(self.policy.module, site)
-            quantized = quantize_site(site, linears, scheme, measure(site))
+            quantized = moved(quantize_site(site, linears, scheme, measure(site)), CPU)
             if self.journal is not None:
                 self.journal.store(self.index[site.name], quantized)
         self.done.append(site)
@@ -319,7 +381,8 @@ class _Work:
         return nothing | found, after
 
     def _install(self, quantized: QuantizedSite) -> None:
-        _install_simulation(self.policy, quantized)
+        there = moved(quantized, self.device)
+        self._installed.append(_install_simulation(self.policy, there))
 
 
 class _StoredSites(Sequence[QuantizedSite]):
@@ -344,13 +407,16 @@ class _StoredSites(Sequence[QuantizedSite]):
         return site
 
 
-def _quantize_embedding(policy: Policy, recipe: Recipe) -> QuantizedRows | None:
+def _quantize_embedding(
+    policy: Policy, recipe: Recipe, device: torch.device
+) -> QuantizedRows | None:
     bits = recipe.embedding_bits
     if bits == 16 or not isinstance(policy, HasEmbedding):
         return None
     path = policy.embedding_path
-    with hold(policy.module, policy.store, [path]):
-        rows = quantize_rows(path, policy.module.get_parameter(f"{path}.weight").detach(), bits)
+    with hold(policy.module, policy.store, [path], device):
+        table = policy.module.get_parameter(f"{path}.weight").detach()
+        rows = moved(quantize_rows(path, table, bits), CPU)
     install(policy.module, [path], SimulatedEmbedding(rows))
     return rows
 

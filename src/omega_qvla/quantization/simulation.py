@@ -20,75 +20,100 @@ from omega_qvla.quantization.activations import (
     per_token_scale,
     round_activations,
 )
-from omega_qvla.quantization.embedding import QuantizedRows
+from omega_qvla.quantization.embedding import QuantizedRows, scale_rows
+from omega_qvla.quantization.low_rank import LowRankBranch
 from omega_qvla.quantization.site import QuantizedSite, transform_rows
+from omega_qvla.quantization.transforms import BlockTransform
 
 
 class SimulatedLinear(nn.Module):
     """Drop-in for the linears of one site, computing in floating point.
 
-    An output rotation is undone in the dequantized weight, once: (x' W'ᵀ) Rᵀ = x' (R W')ᵀ.
+    An output rotation is undone in the dequantized weight, once: (x' W'ᵀ) Rᵀ = x' (R W')ᵀ.  All
+    tensors are buffers, so that the module computes where its policy is put.
     """
+
+    _weight: Tensor
+    _bias: Tensor | None
+    _matrix: Tensor | None
+    _permutation: Tensor | None
+    _scales: Tensor | None
+    _down: Tensor | None
+    _up: Tensor | None
 
     def __init__(self, quantized: QuantizedSite, clock: FlowClock) -> None:
         super().__init__()
         self.splits = quantized.splits
         self.in_features = quantized.in_features
         self.out_features = sum(quantized.splits)
-        self._quantized = quantized
+        self._activations = quantized.activations
+        times = quantized.activation_times
+        self._times: list[float] | None = None if times is None else times.tolist()
         self._clock = clock
         weight = quantized.weight.dequantize()
         if quantized.output_rotation is not None:
             weight = quantized.output_rotation.undo(weight.t()).t().contiguous()
-        self._weight = weight
-        self._scales: dict[float | None, Tensor] = {}
+        transform, branch = quantized.transform, quantized.low_rank
+        held = {
+            "_weight": weight,
+            "_bias": quantized.bias,
+            "_matrix": None if transform is None else transform.matrix,
+            "_permutation": None if transform is None else transform.permutation,
+            "_scales": quantized.activation_scale,
+            "_down": None if branch is None else branch.down,
+            "_up": None if branch is None else branch.up,
+        }
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N], through integers and back."""
         rows = self.transform_input(x.to(torch.float32))
         scale = self.input_scale(rows)
         rounded = round_activations(rows, scale, self.activation_bits) * scale
-        y = F.linear(rounded, self._weight, self._quantized.bias)
-        if self._quantized.low_rank is not None:
-            y = y + self._quantized.low_rank.apply(x)
+        y = F.linear(rounded, self._weight, self._bias)
+        if self._down is not None and self._up is not None:
+            y = y + LowRankBranch(self._down, self._up).apply(x)
         return y.to(x.dtype)
 
     @property
     def activation_bits(self) -> int:
         """Width of the activation integers."""
-        return self._quantized.activations.bits
+        return self._activations.bits
 
     def transform_input(self, rows: Tensor) -> Tensor:
         """Rows [..., K] float32 → [..., K'], as they are rounded."""
-        return transform_rows(rows, self._quantized.transform)
+        if self._matrix is None:
+            return transform_rows(rows, None)
+        block = self._matrix.shape[-1]
+        transform = BlockTransform(self._matrix, self._permutation, block, self.in_features)
+        return transform_rows(rows, transform)
 
     def held_bytes(self) -> int:
         """Bytes of the dequantized weight and what goes with it."""
-        transform = self._quantized.transform
-        return self._weight.nbytes + (0 if transform is None else transform.matrix.nbytes)
+        return self._weight.nbytes + (0 if self._matrix is None else self._matrix.nbytes)
 
     def input_scale(self, transformed: Tensor) -> Tensor:
         """Activation scale of transformed rows: per token [..., 1], or static, [] or [K']."""
-        quantized, time = self._quantized, self._clock.time
-        times, scales = quantized.activation_times, quantized.activation_scale
-        if scales is None or times is None:
-            activations = quantized.activations
-            return per_token_scale(transformed, activations.bits, activations.clip)
-        if time not in self._scales:
-            self._scales[time] = interpolate_scales(times, scales, time)
-        return self._scales[time]
+        if self._scales is None or self._times is None:
+            return per_token_scale(transformed, self._activations.bits, self._activations.clip)
+        return interpolate_scales(self._times, self._scales, self._clock.time)
 
 
 class SimulatedEmbedding(nn.Module):
     """Token embedding that dequantizes the rows looked up."""
 
+    _integers: Tensor
+    _scale: Tensor
+
     def __init__(self, rows: QuantizedRows) -> None:
         super().__init__()
-        self._rows = rows
+        self.register_buffer("_integers", rows.integers, persistent=False)
+        self.register_buffer("_scale", rows.scale, persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Token ids [...] → float32 [..., D]."""
-        return self._rows.lookup(token_ids)
+        return scale_rows(self._integers[token_ids], self._scale[token_ids])
 
 
 def install(module: nn.Module, linears: Sequence[str], replacement: nn.Module) -> None:

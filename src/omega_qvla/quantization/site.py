@@ -175,7 +175,7 @@ def _stack(site: QuantizationSite, linears: Sequence[nn.Linear]) -> tuple[Tensor
     if all(linear.bias is None for linear in linears):
         return weight, None
     biases = [
-        torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
         for linear in linears
     ]
     return weight, torch.cat([b.to(torch.float32) for b in biases])

@@ -391,7 +391,8 @@ class _Block:
             raise ValueError("a greedy rotation needs sampled inputs from calibration")
         rows = self.inputs.rows
         real = self.channels < rows.shape[1]
-        found = torch.zeros((rows.shape[0], len(self.channels)), dtype=torch.float64)
+        shape = (rows.shape[0], len(self.channels))
+        found = torch.zeros(shape, dtype=torch.float64, device=rows.device)
         found[:, real] = rows[:, self.channels[real]].to(torch.float64)
         return found / self.factor
 
@@ -402,7 +403,7 @@ class _Block:
         moment, size = self.inputs.moment, len(self.channels)
         real = self.channels < moment.shape[0]
         known = self.channels[real]
-        found = torch.zeros((size, size), dtype=torch.float64)
+        found = torch.zeros((size, size), dtype=torch.float64, device=moment.device)
         found[real.unsqueeze(-1) & real] = moment[known][:, known].to(torch.float64).flatten()
         return found / (self.factor * self.factor.unsqueeze(-1))
 

@@ -43,6 +43,9 @@ GPTQ_BLOCK = 128
 FLOAT64_WIDTH = 1024
 MAX_DAMPING_RAISES = 5
 _CHUNK_ELEMENTS = 1 << 22
+_GPU_CHUNK_ELEMENTS = 1 << 26
+"""Weights propagated at a time on a GPU, where every channel costs some launches however many the
+rows; in float64 they take 512 MB."""
 _TINY = 1e-30
 """Magnitudes below this count as zero: their scale would leave the range of normal floats."""
 
@@ -220,7 +223,8 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme) -> QuantizedWeig
         scale = symmetric_scale(weight, scheme.bits, scheme.scale)
     integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales: list[Tensor] = []
-    chunk = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    most = _CHUNK_ELEMENTS if weight.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
+    chunk = max(1, most // weight.shape[1])
     for start in range(0, weight.shape[0], chunk):
         rows = slice(start, start + chunk)
         channels = weight[rows].t().to(coupling.dtype).contiguous()
