@@ -1,10 +1,11 @@
 """Everything there is to say about the GPU at hand, in ten minutes: ``make bench-gpu``.
 
-Parts run one after the other in processes of their own, each with a limit, so that one that fails
-or hangs takes nothing with it: kernels against the reference, actions against the CPU, kernels
-against cuBLAS in bfloat16, full-size policies in W4A4 and bfloat16, each with and without a graph,
-and bfloat16 as PyTorch compiles it.  What a part had found by then is kept, and the file
-says which parts did not finish, and why.  No network is used.
+Parts run one after the other in processes of their own, each with a limit and all together with
+another, so that one that fails or hangs takes nothing with it: kernels against the reference,
+actions against the CPU, quantizing against the CPU, full-size pi0.5 in W4A4 and bfloat16, each with
+and without a graph, quantizing it, kernels against cuBLAS in bfloat16, GR00T N1.5 as pi0.5, and
+bfloat16 as PyTorch compiles it.  What a part had found by then is kept, and the file says which
+parts did not finish, and why.  No network is used.
 
 Written: ``gpu-NAME.json`` and ``gpu-NAME.png`` in the folder given (benchmarks/results by default).
 Exit status: 0 done; 1 a check failed or a part did not finish; 3 there is no GPU.
@@ -16,8 +17,8 @@ import multiprocessing
 import re
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
@@ -27,7 +28,7 @@ import torch
 from random_artifact import random_artifact
 
 from omega_qvla.errors import OmegaError, ResourceError
-from omega_qvla.evaluation import gpu_speed
+from omega_qvla.evaluation import gpu_quantizing, gpu_speed
 from omega_qvla.evaluation.kernel_speed import SHAPES
 from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.policies.loading import stream_policy
@@ -61,6 +62,21 @@ def actions(send: Send, folder: Path) -> None:
     for name in ("random:tiny-pi05", "random:tiny-gr00t"):
         source = random_artifact(name).save_pretrained(folder / name.replace(":", "-"))
         send("checks", {name: gpu_speed.compare_actions(source, DEVICE)})
+
+
+def quantizing(send: Send, _: Path) -> None:
+    """An embedded policy quantized here against itself quantized on the processor."""
+    name = "builtin:tiny-pi05"
+    for recipe in ("omega-w4a4", "omega-w4a4-cascade"):
+        found = gpu_quantizing.compare_quantizing(name, DEVICE, recipe)
+        send("checks", {f"{name} quantized with {recipe}": found})
+
+
+def quantizing_pi05(send: Send, folder: Path) -> None:
+    """Full-size pi0.5 quantized on the GPU, its weights drawn layer by layer."""
+    gpu_quantizing.measure_quantizing(
+        "random:pi05-libero", DEVICE, folder / "journal", lambda row: send("quantizing", row)
+    )
 
 
 def kernels(send: Send, folder: Path) -> None:
@@ -116,11 +132,18 @@ def compiler(send: Send, _: Path) -> None:
     send("chunks", gpu_speed.measure_chunks(name, subjects, seen, rounds=15))
 
 
+TOTAL_SECONDS = 600
+"""Of all parts together.  What one does not use, later ones may; the most wanted come first."""
+_LEAST_SECONDS = 5
+"""A part with less left is not begun: its process needs as long to start."""
+
 PARTS = (
     Part("layers", layers, 50),
     Part("actions", actions, 50),
-    Part("kernels", kernels, 140),
+    Part("quantizing", quantizing, 50),
     Part("pi0.5", pi05, 140),
+    Part("quantizing pi0.5", quantizing_pi05, 240),
+    Part("kernels", kernels, 140),
     Part("gr00t", gr00t, 100),
     Part("torch.compile", compiler, 115),
 )
@@ -135,6 +158,20 @@ def serve(part: Part, folder: Path, connection: Any) -> None:
         connection.send(("failed", str(error)))
     except Exception as error:  # other parts go on
         connection.send(("failed", f"{type(error).__name__}: {error}"))
+
+
+def run_parts(
+    parts: Sequence[Part], folder: Path, document: dict[str, Any], seconds: float
+) -> None:
+    """Run all parts, which together may take so many seconds."""
+    end = monotonic() + seconds
+    for part in parts:
+        left = min(part.seconds, end - monotonic())
+        if left < _LEAST_SECONDS:
+            document["unfinished"][part.name] = f"not begun: the {seconds:.0f} s of all were over"
+            continue
+        print(f"{part.name}: at most {left:.0f} s", flush=True)
+        run_part(replace(part, seconds=left), folder, document)
 
 
 def run_part(part: Part, folder: Path, document: dict[str, Any]) -> None:
@@ -190,9 +227,7 @@ def main(results: Path) -> int:
         "unfinished": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        for part in PARTS:
-            print(f"{part.name}: at most {part.seconds:.0f} s", flush=True)
-            run_part(part, Path(folder), document)
+        run_parts(PARTS, Path(folder), document, TOTAL_SECONDS)
     results.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", found.name.lower()).strip("-")
     target = results / f"gpu-{name}.json"

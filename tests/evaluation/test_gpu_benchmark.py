@@ -15,6 +15,7 @@ import torch
 from graph_recorder import Recorder
 
 from omega_qvla.errors import ResourceError
+from omega_qvla.evaluation.gpu_quantizing import compare_quantizing, measure_quantizing
 from omega_qvla.evaluation.gpu_speed import (
     MismatchError,
     compare_actions,
@@ -56,8 +57,45 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(
     assert not (tmp_path / "results").exists()
 
 
-def test_all_parts_together_take_at_most_ten_minutes(script: ModuleType) -> None:
-    assert sum(part.seconds for part in script.PARTS) <= 600
+def test_all_parts_together_take_at_most_ten_minutes(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part that hangs is ended when the time of all is over, and what is left is not begun."""
+    assert script.TOTAL_SECONDS == 600
+    parts = [
+        script.Part(name, getattr(bench_parts, kind), 60)
+        for name, kind in (("first", "hangs"), ("second", "finishes"))
+    ]
+    document: dict[str, Any] = {"unfinished": {}}
+    script.run_parts(parts, tmp_path, document, 7)
+    assert document["unfinished"] == {
+        "first": "not finished after 7 s",
+        "second": "not begun: the 7 s of all were over",
+    }
+    assert capsys.readouterr().out == "first: at most 7 s\n"
+    document = {"unfinished": {}}
+    script.run_parts(parts[1:], tmp_path, document, 600)
+    assert document["rows"] == [1, 2] and not document["unfinished"]
+
+
+def test_quantizing_is_compared_by_how_wrong_the_actions_become() -> None:
+    """The processor with itself: the same words; and a bound that bites."""
+    found = compare_quantizing("builtin:tiny-pi05", "cpu", "rtn")
+    assert found["words_equal"] == 1.0
+    assert found["action_error_cpu"] == found["action_error_gpu"] > 0.0
+    with pytest.raises(MismatchError, match="with rtn: quantized on cpu"):
+        compare_quantizing("builtin:tiny-pi05", "cpu", "rtn", most=0.5)
+
+
+def test_quantizing_says_how_far_it_is_before_every_site(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    measure_quantizing("random:tiny-pi05", "cpu", tmp_path / "journal", rows.append)
+    count = rows[0]["sites"]
+    assert [row["sites_done"] for row in rows] == [*range(count), count]
+    assert [row["finished"] for row in rows] == [False] * count + [True]
+    assert rows[0]["share_of_work"] == 0.0 and rows[-1]["share_of_work"] == 1.0
+    assert rows[0]["seconds_until_first_site"] == 60 * rows[0]["minutes"] < 60 * rows[-1]["minutes"]
+    assert rows[-1]["gpu_bytes_asked"] > 1 << 30 and rows[-1]["gpu_bytes_peak"] is None
 
 
 def test_a_part_that_fails_hangs_or_dies_keeps_what_it_found_and_says_why(
