@@ -105,7 +105,7 @@ def test_verify_passes_on_an_intact_artifact_and_names_a_flipped_bit(
     [
         (("quantize", POLICY, "--out", "x", "--recipe", "nosuch"), 2, "omega-w4a4"),
         (("quantize", POLICY, "--out", "x", "--recipe", "omega-paper"), 2, "simulation"),
-        (("quantize", POLICY, "--out", "x", "--device", "cuda"), 3, "cpu"),
+        (("quantize", POLICY, "--out", "x", "--device", "cuda"), 3, "without CUDA"),
         (("quantize", "nowhere", "--out", "x"), 2, "builtin:"),
         (("quantize", "builtin:nosuch", "--out", "x"), 2, "tiny-pi05"),
         (("quantize", "random:tiny-pi05", "--out", "x"), 2, "--calibration"),

@@ -11,9 +11,10 @@ import tyro
 
 from omega_qvla.api import quantize
 from omega_qvla.artifact import preflight, read_artifact, verify_artifact
-from omega_qvla.cli.options import Calibrated, Checkpoint, Common, Positional, require_cpu, save
+from omega_qvla.cli.options import Calibrated, Checkpoint, Common, Positional, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import calibration_of, default_calibration
+from omega_qvla.devices import find_gpu
 from omega_qvla.errors import PolicyError, RecipeError
 from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.policies.loading import load_policy, policy_structure, stream_policy
@@ -37,12 +38,15 @@ class Quantize(Calibrated, Checkpoint, Common):
     steps: Annotated[
         int | None, tyro.conf.arg(help="denoising steps it will run with; the checkpoint's own")
     ] = None
-    device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
+    device: Annotated[
+        str, tyro.conf.arg(help="computes: cpu, cuda or cuda:N; the artifact runs on either")
+    ] = "cpu"
     resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="only predict the memory table")] = False
 
     def run(self, screen: Screen) -> int:
-        require_cpu(self.device)
+        if self.device != "cpu":
+            find_gpu(self.device)  # refused before anything is read
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         if self.dry_run:
             policy = _with_steps(policy_structure(self.policy, self.choices), self.steps)
@@ -76,6 +80,7 @@ class Quantize(Calibrated, Checkpoint, Common):
                 work_directory=work,
                 resume=self.resume,
                 progress=lambda done, total, site: step(done, total, site),
+                device=self.device,
             )
         quantized.save_pretrained(self.out)
         discard_journal(work)
