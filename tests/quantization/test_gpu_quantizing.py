@@ -73,22 +73,27 @@ def artifact_bytes(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.*")}
 
 
+OFTEN = (
+    ("small_policy", "omega-w4a4"),
+    ("small_policy", "svdquant"),
+    ("small_policy", "quantvla"),
+    ("small_gr00t", "omega-w4a4"),
+)
+SELDOM = (
+    ("small_policy", "omega-w4a4-cascade"),
+    ("small_policy", "omega-w4a4-second-moment"),
+    ("small_policy", "omega-w4a4-group-64"),
+    ("small_policy", "omega-w4a4-step-or-token"),
+    ("small_policy", "omega-paper"),
+    ("small_policy", "duquant"),
+    ("small_gr00t", "omega-w4a4-cascade"),
+    ("small_gr00t", "quantvla"),
+)
+
+
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [
-        ("small_policy", "omega-w4a4"),
-        ("small_policy", "omega-w4a4-cascade"),
-        ("small_policy", "omega-w4a4-second-moment"),
-        ("small_policy", "omega-w4a4-group-64"),
-        ("small_policy", "omega-w4a4-step-or-token"),
-        ("small_policy", "omega-paper"),
-        ("small_policy", "duquant"),
-        ("small_policy", "svdquant"),
-        ("small_policy", "quantvla"),
-        ("small_gr00t", "omega-w4a4"),
-        ("small_gr00t", "omega-w4a4-cascade"),
-        ("small_gr00t", "quantvla"),
-    ],
+    [*OFTEN, *(pytest.param(*case, marks=pytest.mark.slow) for case in SELDOM)],
 )
 def test_no_operation_mixes_devices_and_the_result_is_that_of_the_cpu(
     family: str, recipe: str, request: pytest.FixtureRequest, few: Observations
