@@ -24,7 +24,7 @@ from omega_qvla.evaluation.device_roofline import (
     roofline,
     roofline_row,
 )
-from omega_qvla.evaluation.policy_speed import _weights
+from omega_qvla.evaluation.policy_speed import held_tensors
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import Recipe
 
@@ -68,7 +68,7 @@ def test_an_artifact_reads_the_bytes_that_its_runtime_reads(
     theirs = sum(
         loaded.reads_per_chunk(path) * tensor.nbytes
         for path, child in loaded.module.named_modules()
-        for tensor in _weights(child)
+        for tensor in held_tensors(child)
     )
     assert 0.6 * theirs < ours < 1.2 * theirs
 

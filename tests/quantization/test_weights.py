@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from omega_qvla.errors import NonFiniteError
@@ -77,6 +77,8 @@ NEAREST = WeightScheme(rounding="nearest")
     method=st.sampled_from(["max", "mse"]),
     group=st.sampled_from([None, 2, 7, 16]),
 )
+@example(seed=9074923, shape=(3, 16), exponent=-20, bits=8, method="mse", group=None)
+@example(seed=1, shape=(3, 16), exponent=24, bits=8, method="mse", group=None)
 def test_scales_are_positive_and_mse_is_never_worse(
     seed: int, shape: tuple[int, int], exponent: int, bits: int, method, group: int | None
 ) -> None:

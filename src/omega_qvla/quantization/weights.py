@@ -127,6 +127,10 @@ def _row_scale(weight: Tensor, bits: int, method: Literal["max", "mse"]) -> Tens
     full = torch.where(full > _TINY, full, torch.ones_like(full))
     if method == "max":
         return full
+    # Squares of errors leave float32's range where weights are below 1e-19 or above 1e19: search on
+    # rows brought near 1 by a power of two, which changes no bit of the result.
+    exponent = torch.frexp(full).exponent
+    weight, full = torch.ldexp(weight, -exponent.unsqueeze(-1)), torch.ldexp(full, -exponent)
     best_ratio = torch.ones_like(full)
     best_error = _rounding_error(weight, full, bits)
 
@@ -141,7 +145,7 @@ def _row_scale(weight: Tensor, bits: int, method: Literal["max", "mse"]) -> Tens
     centre = best_ratio.clone()
     for step in (-4, -3, -2, -1, 1, 2, 3, 4):
         consider(centre + 0.01 * step)
-    return full * best_ratio
+    return torch.ldexp(full * best_ratio, exponent)
 
 
 def _rounding_error(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
