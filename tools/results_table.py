@@ -39,8 +39,8 @@ START, END = "<!-- results:start -->", "<!-- results:end -->"
 BENCHMARK = "benchmark-v1.json"
 BENCHMARK_TEXT = "`{}`, everything quantized (`--scope all`), the same unseen seeds in every cell:"
 PAPER_SCOPE = (
-    "`{}` open loop on held-out observations, backbone and action head only (`--scope paper`), "
-    "the scope of the paper:"
+    "`{}` open loop on held-out observations, eight noises each, backbone and action head only "
+    "(`--scope paper`), the scope of the paper:"
 )
 DETAILS = """# Results of the benchmark
 
