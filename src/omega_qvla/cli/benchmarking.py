@@ -16,6 +16,8 @@ from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.benchmark import (
     BENCHMARK,
+    METHODS,
+    QUICK_METHODS,
     Definition,
     FrozenPolicy,
     benchmark_document,
@@ -32,14 +34,14 @@ class Benchmark(Execution, Common):
     """The frozen benchmark: all methods on both embedded policies, plain and under stress."""
 
     quick: Annotated[
-        bool, tyro.conf.arg(help="a smoke test of the same shape in minutes; it ranks nothing")
+        bool, tyro.conf.arg(help="a smoke test of the same shape, of three methods; ranks nothing")
     ] = False
     policies: Annotated[str, tyro.conf.arg(help="comma-separated, of the benchmark's")] = ",".join(
         BENCHMARK.policies
     )
     recipes: Annotated[
-        str, tyro.conf.arg(help="comma-separated names or YAML files; methods: all of the tables")
-    ] = "methods"
+        str | None, tyro.conf.arg(help="comma-separated names or YAML files; all of the tables")
+    ] = None
     out: Annotated[Path, tyro.conf.arg(help="a folder per policy and the whole JSON go here")] = (
         Path("out/benchmark")
     )
@@ -59,6 +61,7 @@ class Benchmark(Execution, Common):
         document = benchmark_document(
             definition,
             documents,
+            methods=self._methods(),
             machine=machine_name(),
             library=f"omega-qvla {version('omega-qvla')}",
             command=self._command(),
@@ -80,7 +83,7 @@ class Benchmark(Execution, Common):
         """The benchmark's part of one policy, as ``compare`` would be asked for it."""
         return Compare(
             policy=f"builtin:{name}",
-            recipes=self.recipes,
+            recipes=self.recipes or ",".join(self._methods()),
             episodes=definition.episodes,
             stress=",".join(f"{magnitude:g}" for magnitude in definition.magnitudes),
             tasks=",".join(definition.tasks),
@@ -95,6 +98,10 @@ class Benchmark(Execution, Common):
             ray=self.ray,
         )
 
+    def _methods(self) -> tuple[str, ...]:
+        """What a whole run of this form has."""
+        return QUICK_METHODS if self.quick else METHODS
+
     def _command(self) -> str:
         """What to type for the same rows."""
         words = ["omega-qvla benchmark"]
@@ -102,7 +109,7 @@ class Benchmark(Execution, Common):
             words.append("--quick")
         if self.policies != Benchmark.policies:
             words.append(f"--policies {self.policies}")
-        if self.recipes != Benchmark.recipes:
+        if self.recipes is not None:
             words.append(f"--recipes {self.recipes}")
         return " ".join(words)
 
