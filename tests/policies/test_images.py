@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from omega_qvla.policies.images import FITS, ImageFit, crop_and_resize, pad_antialiased, pad_lerobot
@@ -19,9 +19,11 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 @settings(deadline=None, max_examples=60)
 @given(SIDES, SIDES, st.sampled_from([7, 28, 56]))
-def test_antialiased_is_pillows_bilinear_to_one_level(height: int, width: int, size: int) -> None:
-    """openpi-client resizes with Pillow.  Both filters work in fixed point; they may round a value
-    that is half way differently, which is one level of 255."""
+@example(43, 43, 56)
+def test_antialiased_is_pillows_bilinear(height: int, width: int, size: int) -> None:
+    """openpi-client resizes with Pillow.  Both filters work in fixed point and round to bytes after
+    either axis; each time they may round a value that is half way differently, which is one level
+    of 255.  Both times at one pixel is rare (43 to 56 has it, at one value of 9408)."""
     image_module = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     image = noise(height, width)
     ratio = max(width / size, height / size)
@@ -33,7 +35,8 @@ def test_antialiased_is_pillows_bilinear_to_one_level(height: int, width: int, s
     top, left = (size - inner[1]) // 2, (size - inner[0]) // 2
     expected[top : top + inner[1], left : left + inner[0]] = resized
     found = ((pad_antialiased(image, size) + 1.0) * 127.5).round().permute(1, 2, 0).numpy()
-    assert np.abs(found - expected.astype(float)).max() <= 1
+    differences = np.abs(found - expected.astype(float))
+    assert differences.max() <= 2 and (differences == 2).sum() <= 1 + differences.size / 10_000
 
 
 @pytest.mark.parametrize("fit", FITS)
