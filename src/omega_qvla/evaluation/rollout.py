@@ -156,7 +156,7 @@ def rollout(
     return [finished[task, seed] for task, group in groups for seed in group]
 
 
-def chunk_noise(seed: int, number: int, shape: tuple[int, int]) -> Actions:
+def _chunk_noise(seed: int, number: int, shape: tuple[int, int]) -> Actions:
     """What chunk ``number`` of the episodes with this seed starts from, whatever the policy."""
     generator = np.random.default_rng((seed, number))
     return generator.standard_normal(shape, dtype=np.float32)
@@ -327,7 +327,7 @@ class _Run:
         """Ask the policy for the next chunk of each episode."""
         seen = [self._transform(observation) for observation in observations]
         noises = [
-            chunk_noise(attempt.seed, attempt.chunks, self._noise_shape) for attempt in attempts
+            _chunk_noise(attempt.seed, attempt.chunks, self._noise_shape) for attempt in attempts
         ]
         started = time.perf_counter()
         chunks = sample_together(self._policy, seen, noises)
