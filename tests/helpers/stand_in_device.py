@@ -15,12 +15,14 @@ operation needs of memory beside its result.
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from omega_qvla import devices
 from omega_qvla.devices import Gpu
 
 DEVICE = torch.device("cuda", 0)
@@ -155,3 +157,13 @@ class StandIn(TorchFunctionMode):
             return torch.Tensor.to(tensor, target, *rest, **kwargs)
         arrived = torch.Tensor.to(tensor.detach().clone(), "cpu", *rest, **kwargs)
         return OnGpu(arrived, self.memory)
+
+
+def artifact_bytes(folder: Path) -> dict[str, bytes]:
+    """The content of every file of an artifact, by its name."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.*")}
+
+
+def precision() -> list[Any]:
+    """How PyTorch rounds products on a GPU now."""
+    return [getattr(owner, name) for owner, name, _ in devices._switches()]
