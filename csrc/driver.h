@@ -46,7 +46,12 @@ static void quantize_rows(const Problem& p, int64_t m0, int64_t m1, float* scrat
     const int64_t end = least(c + kRowChunk, m1);
     if (p.transform) transform_rows<Isa>(p, c, end, y, ldy);
     for (int64_t m = c; m < end; ++m) {
-      const float* row = p.transform ? y + (m - c) * ldy : p.x + m * p.ldx;
+      float* own = y + (m - c) * ldy;
+      const float* row = p.transform ? own : p.x + m * p.ldx;
+      if (p.offset) {
+        for (int64_t k = 0; k < width; ++k) own[k] = row[k] - p.offset[k];
+        row = own;
+      }
       float scale;
       if (p.static_scale) {
         scale = *p.static_scale;

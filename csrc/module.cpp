@@ -54,11 +54,11 @@ PyObject* translate_exception() {
   return nullptr;
 }
 
-// linear(path, threads, x, ldx, transform, static_scale, weight, weight_scale, bias, out, ldo,
+// linear(path, threads, x, ldx, transform, offset, static_scale, weight, weight_scale, bias, out, ldo,
 //        M, N, K, padded, group, groups, bits, clip)
 PyObject* linear(PyObject*, PyObject* const* a, Py_ssize_t count) {
-  if (count != 19) {
-    PyErr_SetString(PyExc_TypeError, "linear takes 19 arguments");
+  if (count != 20) {
+    PyErr_SetString(PyExc_TypeError, "linear takes 20 arguments");
     return nullptr;
   }
   const Path* path = path_of(a[0]);
@@ -69,20 +69,21 @@ PyObject* linear(PyObject*, PyObject* const* a, Py_ssize_t count) {
   p.x = address<const float>(a[2]);
   p.ldx = number(3);
   p.transform = address<const uint16_t>(a[4]);
-  p.static_scale = address<const float>(a[5]);
-  p.weight = address<const uint8_t>(a[6]);
-  p.weight_scale = address<const float>(a[7]);
-  p.bias = address<const float>(a[8]);
-  p.out = address<float>(a[9]);
-  p.ldo = number(10);
-  p.M = number(11);
-  p.N = number(12);
-  p.K = number(13);
-  p.padded = number(14);
-  p.group = number(15);
-  p.groups = number(16);
-  const int64_t bits = number(17);
-  p.clip = static_cast<float>(PyFloat_AsDouble(a[18]));
+  p.offset = address<const float>(a[5]);
+  p.static_scale = address<const float>(a[6]);
+  p.weight = address<const uint8_t>(a[7]);
+  p.weight_scale = address<const float>(a[8]);
+  p.bias = address<const float>(a[9]);
+  p.out = address<float>(a[10]);
+  p.ldo = number(11);
+  p.M = number(12);
+  p.N = number(13);
+  p.K = number(14);
+  p.padded = number(15);
+  p.group = number(16);
+  p.groups = number(17);
+  const int64_t bits = number(18);
+  p.clip = static_cast<float>(PyFloat_AsDouble(a[19]));
   if (PyErr_Occurred()) return nullptr;
   if (threads < 1 || p.M < 0 || p.N < 0 || p.K < 1 || p.padded < p.K || p.padded % w4a4::kRowAlign ||
       p.group < 4 || p.group % 4 || p.groups < 1 || p.groups * p.group > p.padded || (bits != 4 && bits != 8) ||

@@ -1,9 +1,10 @@
 // One W4A4 linear layer: what it computes, how its operands lie in memory, and what an instruction
 // set has to provide.
 //
-//   y[m,n] = s_x[m] * s_w[n] * sum_k q[m,k] w[n,k] + b[n]      q = clamp(round(x' / s_x)), x' = x T
+//   y[m,n] = s_x[m] * s_w[n] * sum_k q[m,k] w[n,k] + b[n]    q = clamp(round(x' / s_x)), x' = x T - o
 //
-// x is float32 [M, K]; T is block-diagonal with 64 x 64 blocks in bfloat16; q is int8, w is int4.
+// x is float32 [M, K]; T is block-diagonal with 64 x 64 blocks in bfloat16; o is an offset per channel
+// whose product with the weight is in b; q is int8, w is int4.
 //
 // Weights are stored in *panels* of 32 outputs.  A panel is a row of units, one per 4 inputs; byte
 // 4 o + i of unit j holds input 4 j + i of output o in its low nibble and of output 16 + o in its
@@ -17,7 +18,7 @@
 // accumulators at -8 sum q, computed where q is made.
 //
 // Every path rounds the same way: the transform is a chain of fused multiply-adds in the order of
-// k, quantization multiplies by the reciprocal of the scale and rounds halves to even, and the
+// k, the offset is subtracted from what they give, quantization multiplies by the reciprocal of the scale and rounds halves to even, and the
 // epilogue is ((float(sum) * s_w) * s_x) + b without contraction.  So all paths give equal bits.
 #pragma once
 #include <cstdint>
@@ -33,6 +34,7 @@ struct Problem {
   const float* x;             // [M, K], rows ldx apart
   int64_t ldx;
   const uint16_t* transform;  // bfloat16 [ceil(K/64), 64, 64], or null
+  const float* offset;        // float32 [ceil(K/64) * 64], or [K] without a transform; or null
   const float* static_scale;  // one number, or null for one dynamic scale per row
   const uint8_t* weight;      // panels
   const float* weight_scale;  // [groups, panels * 32]

@@ -134,9 +134,11 @@ class WeightScheme(_Frozen):
         damping: GPTQ's Hessian damping as a fraction of the mean diagonal.
         low_rank: rank of a 16-bit branch beside the integers that carries the largest singular
             directions of the weight (SVDQuant); None for none.
+        rounding_noise: share of the inputs' rounding noise that GPTQ reckons with
+            (``quantization/rounded_inputs.py``); 0 is GPTQ as published.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"low_rank"})
+    later: ClassVar[frozenset[str]] = frozenset({"low_rank", "rounding_noise"})
 
     bits: Literal[4, 8] = 4
     rounding: Literal["nearest", "gptq"] = "gptq"
@@ -144,6 +146,7 @@ class WeightScheme(_Frozen):
     group: int | None = Field(default=None, ge=2)
     damping: float = Field(default=0.01, gt=0.0)
     low_rank: int | None = Field(default=None, ge=1)
+    rounding_noise: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
 class ActivationScheme(_Frozen):
@@ -160,20 +163,31 @@ class ActivationScheme(_Frozen):
             integer.
         clip: for ``per_token``, the share of a token's largest magnitude that maps to the largest
             integer; below 1 a few values are cut off and all others rounded more finely.
+            ``search`` finds the share with the least squared rounding error for every site.
+        centred: subtract from every channel its mean (in the action head that of each denoising
+            step) and round what is left; the mean's product with the weight goes into the bias.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"clip"})
+    later: ClassVar[frozenset[str]] = frozenset({"clip", "centred"})
 
     bits: Literal[4, 8] = 4
     scale: Literal["per_token", "per_step", "per_step_or_token", "per_channel_per_step"] = (
         "per_token"
     )
     quantile: float = Field(default=0.999, gt=0.0, le=1.0)
-    clip: float = Field(default=1.0, gt=0.0, le=1.0)
+    clip: Annotated[float, Field(gt=0.0, le=1.0)] | Literal["search"] = 1.0
+    centred: bool = False
 
     @property
     def realizable(self) -> bool:
         return self.scale != "per_channel_per_step"
+
+    @property
+    def share(self) -> float:
+        """``clip`` as a number, which it is at every site that has been quantized."""
+        if self.clip == "search":
+            raise ValueError("the clip of this site has not been searched")
+        return self.clip
 
 
 class Scheme(_Frozen):
@@ -189,6 +203,16 @@ class Scheme(_Frozen):
     weights: WeightScheme = WeightScheme()
     activations: ActivationScheme = ActivationScheme()
     layers: Literal["all", "mlp"] = "all"
+
+    @model_validator(mode="after")
+    def _noise_and_centre_have_a_place(self) -> Scheme:
+        if self.weights.rounding_noise and self.weights.rounding != "gptq":
+            raise ValueError("rounding_noise is what GPTQ reckons with: give rounding: gptq")
+        if self.activations.centred and not self.activations.realizable:
+            raise ValueError("centred inputs are for integers; this scale is a simulation's")
+        if self.activations.centred and self.transform.output_rotation:
+            raise ValueError("centred inputs are for integers; an output rotation is a simulation")
+        return self
 
     @property
     def realizable(self) -> bool:

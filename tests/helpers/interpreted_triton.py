@@ -23,6 +23,7 @@ from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 from omega_qvla.runtime.linear import QuantizedLinear
+from omega_qvla.runtime.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Call:
     tilings: tuple[Tiling, ...] = ()
     stream: np.ndarray | None = None
     gain: np.ndarray | None = None
+    offset: np.ndarray | None = None
+    bias: np.ndarray | None = None
 
 
 @dataclass
@@ -69,6 +72,7 @@ def chunk(call: Chunk) -> np.ndarray:
     for linear in policy.module.modules():
         if isinstance(linear, QuantizedLinear):
             linear.kernel = gpu.NAME  # no way for users: here no tensor is on a GPU
+            linear._schedule = Schedule(linear.activation_step_times, linear._step_table())
     return policy.sample_normalized(call.observation, call.noise).numpy()  # type: ignore[attr-defined]
 
 
@@ -84,11 +88,14 @@ def answer(call: Call | Chunk) -> Answer | np.ndarray:
     if call.stream is not None:
         gain = None if call.gain is None else torch.from_numpy(call.gain)
         residual = gpu.Residual(torch.from_numpy(call.stream).to(x.dtype), gain)
-    integers, scales = layer.quantize(x, scale)
-    found = Answer(integers.numpy(), layer(x, scale, residual).float().numpy())
+    offset = None if call.offset is None else gpu.spread_offset(torch.from_numpy(call.offset))
+    bias = None if call.bias is None else torch.from_numpy(call.bias)
+    integers, scales = layer.quantize(x, scale, offset)
+    output = layer(x, scale, residual, offset=offset, bias=bias)
+    found = Answer(integers.numpy(), output.float().numpy())
     for tiling in call.tilings:
         out = torch.empty((len(x), layer.out_features))
-        layer.multiply(integers, scales, out, tiling, residual)
+        layer.multiply(integers, scales, out, tiling, residual, bias)
         found.tiled.append(out.numpy())
     return found
 

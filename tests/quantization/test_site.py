@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from omega_qvla.calibration.capture import SiteStatistics
 from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.base import FlowClock, QuantizationSite
+from omega_qvla.quantization.activations import per_token_scale, round_activations
 from omega_qvla.quantization.simulation import SimulatedLinear, install
-from omega_qvla.quantization.site import QuantizedSite, needs_statistics, quantize_site
+from omega_qvla.quantization.site import (
+    QuantizedSite,
+    needs_statistics,
+    quantize_site,
+    transform_rows,
+)
 from omega_qvla.recipe import Recipe, Scheme
 from omega_qvla.runtime.linear import QuantizedLinear
 
@@ -160,6 +166,96 @@ def test_a_clipped_dynamic_scale_is_the_same_in_integers_and_in_simulation() -> 
     torch.testing.assert_close(found[0.85, "scale"], 0.85 * found[1.0, "scale"])
     # Of 128 rotated channels the largest lies near 2.7 σ, where four bits would best end at 2.3 σ.
     assert error(found[0.85], exact(pair, x)) < error(found[1.0], exact(pair, x))
+
+
+CENTRED: dict[str, Any] = {
+    "transform": {"balance": 0.65},
+    "activations": {"clip": "search", "centred": True},
+}
+
+
+def shifted(seed: int, step: int, rows: int = 300) -> Tensor:
+    """Inputs whose mean is four times as large as what varies, and another one in every step."""
+    mean = torch.randn(WIDTH, generator=torch.Generator().manual_seed(50 + step))
+    return 0.25 * inputs(rows, seed) + 4 * mean
+
+
+def measured_shifted(site: QuantizationSite) -> SiteStatistics:
+    statistics, clock = SiteStatistics(site, WIDTH, torch.Generator().manual_seed(0)), FlowClock()
+    for step, time in enumerate(TIMES):
+        with clock.step(step, time):
+            statistics.update(shifted(step, step if site.per_step else 0), clock, 0)
+    return statistics
+
+
+@pytest.mark.parametrize("site", [ONCE, STEPPED], ids=["once", "stepped"])
+@pytest.mark.parametrize("kernel", ["reference", None])
+def test_centred_inputs_leave_the_range_to_what_varies(
+    site: QuantizationSite, kernel: str | None
+) -> None:
+    """Integers and simulation agree; the error is a fraction of that without centring."""
+    pair, clock = linears(bias=(True, False)), FlowClock()
+    found = {}
+    for centred in (False, True):
+        content = {**CENTRED, "activations": {**CENTRED["activations"], "centred": centred}}
+        quantized = quantize_site(
+            site, pair, Scheme.model_validate(content), measured_shifted(site)
+        )
+        integer = QuantizedLinear.from_site(quantized, clock, kernel=kernel)
+        simulated = SimulatedLinear(quantized, clock)
+        errors = []
+        for step, time in enumerate(TIMES):
+            x = shifted(100 + step, step if site.per_step else 0)
+            with clock.step(step, time):
+                assert error(integer(x), simulated(x)) < 1e-4
+                errors.append(error(integer(x), exact(pair, x)))
+        found[centred] = sum(errors)
+    assert found[True] < 0.3 * found[False]
+
+
+def test_the_mean_itself_is_exact_at_calibrated_times_and_between_them() -> None:
+    """Offset and bias are interpolated together: o(t) W' + b, whatever the integers are."""
+    pair, clock = linears(bias=(True, True)), FlowClock()
+    site = quantize_site(STEPPED, pair, Scheme.model_validate(CENTRED), measured_shifted(STEPPED))
+    assert site.offset is not None and site.offset.shape == (4, 128)
+    assert site.bias is not None and site.bias.shape == (4, 32)
+    assert torch.equal(site.offset, site.offset.bfloat16().float())
+    integer = QuantizedLinear.from_site(site, clock)
+    means = torch.stack([shifted(step, step).mean(dim=0) for step in range(4)])
+    for time, mean in ((1.0, means[0]), (0.5, means[2]), (0.625, (means[1] + means[2]) / 2)):
+        with clock.step(0, time):
+            found = integer(mean.unsqueeze(0))
+        assert error(found, exact(pair, mean.unsqueeze(0))) < 1e-5
+
+
+def test_a_searched_clip_is_the_best_of_all() -> None:
+    found = quantize_site(ONCE, linears(), Scheme.model_validate(CENTRED), measured())
+    clip = found.activations.share
+    assert 0.5 < clip < 1.0
+    rows = transform_rows(centred(measured()), found.transform)
+    losses: dict[float, float] = {}
+    for share in (clip, clip - 0.1, clip - 0.01, clip + 0.01, 1.0):
+        scale = per_token_scale(rows, 4, share)
+        losses[share] = error(round_activations(rows, scale, 4) * scale, rows)
+    assert min(losses, key=losses.__getitem__) == clip
+
+
+def centred(statistics: SiteStatistics) -> Tensor:
+    statistics.centre()
+    return torch.cat([statistics.rows(step) for step in statistics.steps])
+
+
+def test_centred_statistics_are_those_of_centred_inputs() -> None:
+    """Oracle: the moment of inputs from which each step's mean was taken by hand."""
+    statistics = measured(STEPPED)
+    means = statistics.centre()
+    rows = [inputs(seed=step) * (1 + step) for step in range(4)]
+    for step, part in enumerate(rows):
+        torch.testing.assert_close(means[step], part.mean(dim=0), rtol=1e-4, atol=1e-4)
+    around = torch.cat([part - part.mean(dim=0) for part in rows]).double()
+    torch.testing.assert_close(
+        statistics.take_moment(), around.t() @ around / len(around), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_static_scales_grow_with_the_activations_and_carry_their_times() -> None:

@@ -60,6 +60,15 @@ class Layer:
             path=path,
         )
 
+    def expected_centred(
+        self, rows: Tensor, static: Tensor | None, offset: Tensor, bias: Tensor
+    ) -> Tensor:
+        """With an offset of the rows and the bias that comes with it."""
+        own, self.bias = self.bias, bias
+        found = self.expected(rows - offset, static, 4)
+        self.bias = own
+        return found
+
     def expected(self, rows: Tensor, static: Tensor | None, bits: int, clip: float = 1.0) -> Tensor:
         scale = reference.row_scales(rows, bits, clip) if static is None else static
         q = reference.quantize_rows(rows, scale, bits)
@@ -110,6 +119,29 @@ def test_the_fused_transform_gives_the_integers_of_its_oracle(path: str) -> None
         found = layer.packed(path, transform=transform)(rows, static, threads=1)
         wanted = layer.expected(fused_transform(rows, transform), static, 4)
         assert torch.equal(found, wanted), (trial, m, n, k)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("transformed", [False, True])
+def test_offsets_are_subtracted_before_rounding_bit_for_bit(path: str, transformed: bool) -> None:
+    """With and without a transform, every tail; the layer's own bias gives way to the call's."""
+    generator = torch.Generator().manual_seed(11)
+    for trial in range(120):
+        m, n, k = draw(generator, 1, 60), draw(generator, 1, 70), draw(generator, 1, 330)
+        blocks = -(-k // 64)
+        transform = (torch.randn((blocks, 64, 64), generator=generator) / 8).bfloat16()
+        width = 64 * blocks if transformed else k
+        layer = Layer(generator, n, width, 64 if trial % 3 == 0 else None)
+        layer.columns = k
+        layer.bias = torch.randn(n, generator=generator) if trial % 2 else None
+        rows = torch.randn((m, k), generator=generator)
+        static = torch.tensor(0.3) if trial % 4 == 0 else None
+        offset, bias = (torch.randn(size, generator=generator) for size in (width, n))
+        packed = layer.packed(path, transform=transform if transformed else None)
+        found = packed(rows, static, threads=1, offset=offset, bias=cpu.spread_bias(bias))
+        exact = fused_transform(rows, transform) if transformed else rows
+        assert torch.equal(found, layer.expected_centred(exact, static, offset, bias)), trial
+        assert torch.equal(packed(rows, static), layer.expected(exact, static, 4)), trial
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -261,7 +293,7 @@ def test_calls_from_many_threads_do_not_disturb_each_other() -> None:
 
 
 def operator_arguments(layer: cpu.PackedLinear, x: Tensor) -> tuple[object, ...]:
-    operands = (x, layer.panels, layer.weight_scale, layer.bias, layer.transform, None)
+    operands = (x, layer.panels, layer.weight_scale, layer.bias, layer.transform, None, None)
     return (*operands, layer.out_features, layer.group, layer.activation_bits, 1.0, 0, 1)
 
 

@@ -220,7 +220,7 @@ def test_what_launches_read_by_address_lives_as_long_as_the_graph(
     graphs = use_graphs(quantized, backend=Recorder(), most=1, say=lambda _: None)
     quantized.sample_actions(few[0], np.zeros(quantized.noise_shape, np.float32))
     linears = [m for m in quantized.module.modules() if isinstance(m, QuantizedLinear)]
-    read = [weakref.ref(scale) for linear in linears for scale in linear.scales_at_hand()]
+    read = [weakref.ref(scale) for linear in linears for scale in linear.values_at_hand()]
     read.append(weakref.ref(quantized.schedule(quantized.steps)))
     assert len(read) > quantized.steps
     for linear in linears:

@@ -77,6 +77,7 @@ def check_layer(
     static: float | None,
     biased: bool,
     clip: float = 1.0,
+    centred: bool = False,
     tilings: tuple[Tiling, ...] = TILINGS,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -93,8 +94,22 @@ def check_layer(
         "processors": 8,
     }
     rows = 3 * torch.randn((m, k), generator=generator)
-    q, y = expected(rows, weight, operands, static)
-    call = Call(numpy_operands(**operands), rows.numpy(), static, tilings=() if group else tilings)
+    offset = torch.randn(k, generator=generator) if centred else None
+    bias = torch.randn(n, generator=generator) if centred else None
+    q, y = expected(
+        rows if offset is None else rows - offset,
+        weight,
+        operands if bias is None else {**operands, "bias": bias},
+        static,
+    )
+    call = Call(
+        numpy_operands(**operands),
+        rows.numpy(),
+        static,
+        tilings=() if group else tilings,
+        offset=None if offset is None else offset.numpy(),
+        bias=None if bias is None else bias.numpy(),
+    )
     found = interpreted(call)
     assert np.array_equal(found.integers[:, :k], q.numpy())
     assert not found.integers[:, k:].any()
@@ -112,6 +127,7 @@ layers = {
     "static": st.sampled_from([None, 0.6]),
     "biased": st.booleans(),
     "clip": st.sampled_from([1.0, 0.85]),
+    "centred": st.booleans(),
 }
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -27,7 +27,7 @@ TYPES = {
     "weights": "*i8",
     "partial": "*i32",
     **dict.fromkeys(("scale", "scales", "maxima", "weight_scale", "bias", "out"), "*fp32"),
-    **dict.fromkeys(("gain", "residual"), "*fp32"),
+    **dict.fromkeys(("gain", "residual", "offset"), "*fp32"),
 }
 ALIGNED = {*TYPES, "width", "size", "stride", "share"}
 """Arguments that are multiples of 16 in every layer of the policies."""
@@ -39,8 +39,8 @@ LARGE: dict[str, float | None] = {
     "BYTES": 64,
     "LIMIT": 128,
 }
-ABSENT = SMALL | {"transform": None, "bias": None, "gain": None, "residual": None}
-"""A layer with neither transform nor bias, added to nothing."""
+ABSENT = SMALL | dict.fromkeys(("transform", "offset", "bias", "gain", "residual"))
+"""A layer with neither transform nor offset nor bias, added to nothing."""
 ONES = ABSENT | dict.fromkeys(("count", "blocks", "parts", "share", "size", "per_row", "groups"), 1)
 """One row, one block, one part, one output."""
 PRODUCTS = ("multiply", "multiply_part", "multiply_grouped")

@@ -77,6 +77,8 @@ class SiteStatistics:
         width: input channels K.
         count: rows seen.
         second_moment: Σ xᵀx, [K, K].
+        sums: Σ x by denoising step, [K] float64 each.
+        counts: rows seen by denoising step.
         maxima: largest magnitude of each channel, [K] float32.
         samples: row samples by denoising step; sites that run once use step 0.
         times: flow time of each step seen.
@@ -90,6 +92,8 @@ class SiteStatistics:
     count: int = 0
     second_moment: Tensor = field(init=False)
     maxima: Tensor = field(init=False)
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
     samples: dict[int, RowSample] = field(default_factory=dict)
     times: dict[int, float] = field(default_factory=dict)
 
@@ -120,6 +124,9 @@ class SiteStatistics:
         if rows.shape[0]:
             self.maxima = torch.maximum(self.maxima, rows.abs().amax(dim=0))
         self.times[step] = time
+        total = rows.sum(dim=0, dtype=torch.float64)
+        self.sums[step] = total + self.sums.get(step, 0.0)
+        self.counts[step] = self.counts.get(step, 0) + rows.shape[0]
         if step not in self.samples:
             self.samples[step] = RowSample(self.generator)
         self.samples[step].add(rows)
@@ -133,6 +140,24 @@ class SiteStatistics:
                 "step; enter `with clock.step(i, t):` around each step, or give step_module"
             )
         return clock.index, clock.time
+
+    def centre(self) -> dict[int, Tensor]:
+        """Take its mean away from every step's inputs, as if they had been seen without it.
+
+        Returns:
+            The means by step, [K] float32.
+        """
+        means: dict[int, Tensor] = {}
+        for step, total in self.sums.items():
+            mean = total / max(self.counts[step], 1)
+            means[step] = mean.to(torch.float32)
+            moment = mean.to(self.second_moment.dtype)
+            self.second_moment.addr_(moment, moment, alpha=-float(self.counts[step]))
+            self.samples[step].rows = self.rows(step) - means[step]
+        # A variance is not negative, whatever the difference of two sums came to.
+        self.second_moment.diagonal().clamp_min_(0.0)
+        self.maxima = torch.stack([self.rows(step).abs().amax(dim=0) for step in means]).amax(dim=0)
+        return means
 
     @property
     def rms(self) -> Tensor:

@@ -32,7 +32,7 @@ from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.policies.loading import load_policy
-from omega_qvla.recipe import Recipe, Scope
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.document import write_report
 from omega_qvla.report.table import site_table
 
@@ -45,7 +45,7 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
     """Look inside a quantized policy: every site's error and range, and the robot's path."""
 
     policy: Positional[str] = tyro.MISSING
-    recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = "omega-w4a4"
+    recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = DEFAULT_RECIPE
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
     stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none")] = 0.0
     observations: Annotated[int, tyro.conf.arg(help="held-out observations to look at")] = 16

@@ -21,7 +21,7 @@ from omega_qvla.policies.loading import load_policy, policy_structure, stream_po
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import work_shares
-from omega_qvla.recipe import Recipe, Scope
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.linear import best_kernel
 from omega_qvla.runtime.memory import predict
@@ -33,7 +33,7 @@ class Quantize(Calibrated, Checkpoint, Common):
 
     policy: Positional[str] = tyro.MISSING
     out: Annotated[Path, tyro.conf.arg(help="directory of the artifact")] = tyro.MISSING
-    recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = "omega-w4a4"
+    recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = DEFAULT_RECIPE
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
     steps: Annotated[
         int | None, tyro.conf.arg(help="denoising steps it will run with; the checkpoint's own")

@@ -18,7 +18,7 @@ from omega_qvla.policies.loading import load_policy, stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.gpu_memory import gpu_bytes
 from omega_qvla.quantization.pipeline import work_shares
-from omega_qvla.recipe import Recipe
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 
 _COMPARED = 4
 """Observations that both devices calibrate to and are judged by."""
@@ -84,7 +84,7 @@ def measure_quantizing(
         work: folder of the journal.
         report: called with the whole row.
     """
-    policy, recipe = stream_policy(name), Recipe.load("omega-w4a4")
+    policy, recipe = stream_policy(name), Recipe.load(DEFAULT_RECIPE)
     config = policy.config
     size = config.vision.image_size
     observations = Observations.random(config.cameras, config.state_dim, count=_TIMED, size=size)

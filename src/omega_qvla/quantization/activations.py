@@ -51,6 +51,43 @@ def per_token_scale(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     return torch.where(scale <= _TINY, torch.ones_like(scale), scale * clip)
 
 
+def per_token_clip_mse(samples: Tensor, bits: int) -> float:
+    """The share of each row's largest magnitude that gives the least squared rounding error.
+
+    How far the largest of many values lies out depends on their number and distribution, so it
+    differs from site to site: of 128 normal values at 2.7σ, of 16384 at 4σ.
+
+    Args:
+        samples: [R, K] transformed activations.
+        bits: integer width.
+
+    Returns:
+        The best of 0.40 … 1.00 in steps of 0.05, then the best within 0.04 of it in steps of 0.01;
+        1.0 if all samples are zero.
+
+    Raises:
+        NonFiniteError: NaN or Inf in ``samples``.
+        ValueError: no samples.
+    """
+    if samples.numel() == 0:
+        raise ValueError("a clip needs at least one sample")
+    require_finite(samples, "activations")
+    full = per_token_scale(samples, bits)
+
+    def error(percent: int) -> float:
+        return _squared_error(samples, full * (percent / 100), bits)
+
+    coarse = min(range(100, 39, -5), key=error)
+    return min(range(min(coarse + 4, 100), coarse - 5, -1), key=error) / 100
+
+
+def _squared_error(samples: Tensor, scale: Tensor, bits: int) -> float:
+    rows = max(1, _CHUNK_ELEMENTS // samples.shape[-1])
+    parts = zip(samples.split(rows), scale.split(rows), strict=True)
+    errors = ((round_activations(x, s, bits) * s - x).square_().sum() for x, s in parts)
+    return sum(float(error) for error in errors)
+
+
 def round_activations(x: Tensor, scale: Tensor | float, bits: int) -> Tensor:
     """Integers of x [..., K] with a broadcastable scale, as float32; ties to even, clamped."""
     low, high = integer_range(bits)

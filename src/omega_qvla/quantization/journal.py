@@ -195,6 +195,7 @@ def _encode(quantized: QuantizedSite) -> tuple[dict[str, Tensor], dict[str, obje
         "bias": quantized.bias,
         "activation_scale": quantized.activation_scale,
         "activation_times": quantized.activation_times,
+        "offset": quantized.offset,
     }
     tensors = {"integers": quantized.weight.integers, "scale": quantized.weight.scale}
     tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
@@ -253,6 +254,7 @@ def _decode(
         activation_times=tensors.get("activation_times"),
         output_rotation=rotation,
         low_rank=branch,
+        offset=tensors.get("offset"),
         proxy_loss=metadata["proxy_loss"],
         note=str(metadata["note"]),
     )

@@ -38,6 +38,7 @@ class SimulatedLinear(nn.Module):
     _matrix: Tensor | None
     _permutation: Tensor | None
     _scales: Tensor | None
+    _offset: Tensor | None
     _down: Tensor | None
     _up: Tensor | None
 
@@ -60,6 +61,7 @@ class SimulatedLinear(nn.Module):
             "_matrix": None if transform is None else transform.matrix,
             "_permutation": None if transform is None else transform.permutation,
             "_scales": quantized.activation_scale,
+            "_offset": quantized.offset,
             "_down": None if branch is None else branch.down,
             "_up": None if branch is None else branch.up,
         }
@@ -71,7 +73,7 @@ class SimulatedLinear(nn.Module):
         rows = self.transform_input(x.to(torch.float32))
         scale = self.input_scale(rows)
         rounded = round_activations(rows, scale, self.activation_bits) * scale
-        y = F.linear(rounded, self._weight, self._bias)
+        y = F.linear(rounded, self._weight, self._bias_now())
         if self._down is not None and self._up is not None:
             y = y + LowRankBranch(self._down, self._up).apply(x)
         return y.to(x.dtype)
@@ -83,11 +85,12 @@ class SimulatedLinear(nn.Module):
 
     def transform_input(self, rows: Tensor) -> Tensor:
         """Rows [..., K] float32 → [..., K'], as they are rounded."""
-        if self._matrix is None:
-            return transform_rows(rows, None)
-        block = self._matrix.shape[-1]
-        transform = BlockTransform(self._matrix, self._permutation, block, self.in_features)
-        return transform_rows(rows, transform)
+        transform = None
+        if self._matrix is not None:
+            block = self._matrix.shape[-1]
+            transform = BlockTransform(self._matrix, self._permutation, block, self.in_features)
+        transformed = transform_rows(rows, transform)
+        return transformed if self._offset is None else transformed - self._now(self._offset)
 
     def held_bytes(self) -> int:
         """Bytes of the dequantized weight and what goes with it."""
@@ -95,9 +98,19 @@ class SimulatedLinear(nn.Module):
 
     def input_scale(self, transformed: Tensor) -> Tensor:
         """Activation scale of transformed rows: per token [..., 1], or static, [] or [K']."""
-        if self._scales is None or self._times is None:
-            return per_token_scale(transformed, self._activations.bits, self._activations.clip)
-        return interpolate_scales(self._times, self._scales, self._clock.time)
+        if self._scales is None:
+            return per_token_scale(transformed, self._activations.bits, self._activations.share)
+        return self._now(self._scales)
+
+    def _now(self, table: Tensor) -> Tensor:
+        """What a table over the steps holds at this flow time."""
+        assert self._times is not None
+        return interpolate_scales(self._times, table, self._clock.time)
+
+    def _bias_now(self) -> Tensor | None:
+        if self._bias is None or self._offset is None:
+            return self._bias
+        return self._now(self._bias)
 
 
 class SimulatedEmbedding(nn.Module):

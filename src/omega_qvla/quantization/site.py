@@ -5,7 +5,9 @@ W' are then rounded to integers, q_x ≈ x'/s_x and q_w ≈ W'/s_w, and
 
     y_n ≈ s_x · s_w[n] · Σ_k q_x[k] q_w[n,k] + b_n
 
-with an integer sum.  That works because s_x does not depend on k and s_w only on n (or on a group
+with an integer sum.  Where a scheme asks for centred inputs, x' - o is rounded in place of x' and
+b + o W'ᵀ added in place of b, o being the mean of x': the range that integers have is spent on what
+varies.  That works because s_x does not depend on k and s_w only on n (or on a group
 of k, which splits the sum).  A low-rank branch, where a scheme asks for one, is multiplied beside
 that sum in 16 bits (``low_rank.py``).
 """
@@ -13,7 +15,7 @@ that sum in 16 bits (``low_rank.py``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -24,11 +26,13 @@ from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.quantization.activations import (
     channel_quantile_scale,
+    per_token_clip_mse,
     per_token_scale,
     round_activations,
     static_scale_mse,
 )
 from omega_qvla.quantization.low_rank import LowRankBranch, low_rank_branch
+from omega_qvla.quantization.rounded_inputs import fit_to_rounded, noise_share
 from omega_qvla.quantization.transforms import (
     BlockTransform,
     InputSummary,
@@ -38,11 +42,11 @@ from omega_qvla.quantization.transforms import (
 )
 from omega_qvla.quantization.weights import (
     QuantizedWeight,
-    gptq,
     proxy_loss,
+    quantize_weight,
     round_to_nearest,
 )
-from omega_qvla.recipe import ActivationScheme, Scheme
+from omega_qvla.recipe import ActivationScheme, Scheme, WeightScheme
 
 _SAME_TIME = 1e-6
 """Flow times closer than this are one time."""
@@ -62,13 +66,14 @@ class QuantizedSite:
         weight: integers and scales of W', [N, K'] with K' = K padded to whole blocks.
         weight_bits: width of the weight integers.
         transform: T, or None when the input is used as it is.
-        bias: [N] float32 or None.
+        bias: [N] float32 or None; with an offset [steps, N], its product with W' included.
         activations: the activation scheme; ``per_step_or_token`` has become one of the two.
         activation_scale: static scales: [steps] (per_step), [steps, K'] (per_channel_per_step),
             or None (per_token).
-        activation_times: [steps] flow time of each static scale, descending, or None.
+        activation_times: [steps] flow time of each static scale and offset, descending, or None.
         output_rotation: rotation of the output undone after the product (simulation only).
         low_rank: a 16-bit branch whose output is added, or None; ``weight`` is what it leaves.
+        offset: [steps, K'] float32 (bfloat16 values), subtracted from x' before rounding; or None.
         proxy_loss: relative error tr(E H Eᵀ)/tr(W H Wᵀ) of the rounded weight; None unmeasured.
         note: anything unusual that happened (raised damping, fallback); empty otherwise.
     """
@@ -85,6 +90,7 @@ class QuantizedSite:
     activation_times: Tensor | None
     output_rotation: OutputRotation | None = None
     low_rank: LowRankBranch | None = None
+    offset: Tensor | None = None
     proxy_loss: float | None = None
     note: str = ""
 
@@ -95,6 +101,8 @@ def needs_statistics(scheme: Scheme) -> bool:
         scheme.transform.needs_statistics
         or scheme.weights.rounding == "gptq"
         or scheme.activations.scale != "per_token"
+        or scheme.activations.clip == "search"
+        or scheme.activations.centred
     )
 
 
@@ -117,6 +125,9 @@ def quantize_site(
         NonFiniteError: a weight is NaN or Inf; names the linear.
     """
     weight, bias = _stack(site, linears)
+    means = None
+    if scheme.activations.centred:
+        means = _required(statistics, "centring inputs").centre()
     transform = None
     if not scheme.transform.identity:
         inputs = None if statistics is None else _summary(statistics, scheme)
@@ -130,17 +141,15 @@ def quantize_site(
     if scheme.transform.output_rotation:
         undo = output_rotation(folded, scheme.transform.block)
         folded = undo.fold(folded)
+    inputs = _round_inputs(scheme.activations, folded, statistics, transform, means)
+    if inputs.offset is not None:
+        bias = inputs.offset @ folded.t() + (0.0 if bias is None else bias)
+    noise = None
+    if scheme.weights.rounding_noise:
+        seen = _required(statistics, "reckoning with rounding noise")
+        noise = scheme.weights.rounding_noise * _noise(inputs, seen, transform)
     hessian = None if statistics is None else _hessian(statistics, transform)
-    if scheme.weights.rounding == "gptq":
-        if hessian is None:
-            raise ValueError("GPTQ needs statistics")
-        quantized = gptq(folded, hessian, scheme.weights)
-    else:
-        quantized = round_to_nearest(folded, scheme.weights)
-    activations = scheme.activations
-    if activations.scale == "per_step_or_token":
-        activations = _better_scale(activations, quantized, statistics, transform)
-    scale, times = _static_scales(activations, statistics, transform)
+    quantized, loss = _round_weight(folded, hessian, scheme.weights, noise)
     return QuantizedSite(
         site=site,
         in_features=weight.shape[1],
@@ -149,14 +158,69 @@ def quantize_site(
         weight_bits=scheme.weights.bits,
         transform=transform,
         bias=bias,
-        activations=activations,
-        activation_scale=scale,
-        activation_times=times,
+        activations=inputs.scheme,
+        activation_scale=inputs.scale,
+        activation_times=inputs.times,
         output_rotation=undo,
         low_rank=branch,
-        proxy_loss=None if hessian is None else proxy_loss(folded, quantized, hessian),
+        offset=inputs.offset,
+        proxy_loss=loss,
         note=quantized.note or "",
     )
+
+
+@dataclass(frozen=True)
+class _RoundedInputs:
+    """How a site's inputs are rounded.
+
+    Attributes:
+        scheme: with what it leaves to calibration decided.
+        scale, times, offset: as in ``QuantizedSite``.
+    """
+
+    scheme: ActivationScheme
+    scale: Tensor | None
+    times: Tensor | None
+    offset: Tensor | None
+
+
+def _round_inputs(
+    scheme: ActivationScheme,
+    weight: Tensor,
+    statistics: SiteStatistics | None,
+    transform: BlockTransform | None,
+    means: dict[int, Tensor] | None,
+) -> _RoundedInputs:
+    """Decide scales and offsets; ``means`` were taken away from the statistics already."""
+    scheme = _settled(scheme, weight, statistics, transform)
+    scale, times = _static_scales(scheme, statistics, transform)
+    offset = None
+    if statistics is not None and means is not None:
+        steps, times = _steps_and_times(statistics)
+        rows = torch.stack([means[step] for step in steps])
+        # In bfloat16, as it will be stored, and the bias made of that: nothing is lost by it.
+        offset = transform_rows(rows, transform).to(torch.bfloat16).to(torch.float32)
+    return _RoundedInputs(scheme, scale, times, offset)
+
+
+def _round_weight(
+    weight: Tensor, hessian: Tensor | None, scheme: WeightScheme, noise: Tensor | None
+) -> tuple[QuantizedWeight, float | None]:
+    """The integers, fitted to a share of the inputs' noise if one is given, and their proxy loss.
+
+    The loss is None where there is no Hessian; a Hessian is used up.
+    """
+    if hessian is None:
+        if scheme.rounding == "gptq":
+            raise ValueError("GPTQ needs statistics")
+        return round_to_nearest(weight, scheme), None
+    note = None
+    if noise is not None:
+        weight, hessian, note = fit_to_rounded(weight, hessian, noise)
+    quantized = quantize_weight(weight, scheme, hessian)
+    notes = "; ".join(text for text in (note, quantized.note) if text)
+    quantized = replace(quantized, note=notes or None)
+    return quantized, proxy_loss(weight, quantized, hessian)
 
 
 def transform_rows(rows: Tensor, transform: BlockTransform | None) -> Tensor:
@@ -195,26 +259,83 @@ def _hessian(statistics: SiteStatistics, transform: BlockTransform | None) -> Te
     return moment if transform is None else transform.second_moment(moment)
 
 
-def _better_scale(
+def _required(statistics: SiteStatistics | None, what: str) -> SiteStatistics:
+    if statistics is None:
+        raise ValueError(f"{what} needs statistics")
+    return statistics
+
+
+def _noise(
+    inputs: _RoundedInputs, statistics: SiteStatistics, transform: BlockTransform | None
+) -> Tensor:
+    """``noise_share`` of the sampled rows of all steps, rounded as the site will round them."""
+    exact: list[Tensor] = []
+    rounded: list[Tensor] = []
+    for number, step in enumerate(_steps_and_times(statistics)[0]):
+        rows = transform_rows(statistics.rows(step), transform)
+        if inputs.scale is None:
+            scale = per_token_scale(rows, inputs.scheme.bits, inputs.scheme.share)
+        else:
+            scale = inputs.scale[number]
+        exact.append(rows)
+        rounded.append(round_activations(rows, scale, inputs.scheme.bits) * scale)
+    return noise_share(torch.cat(exact), torch.cat(rounded))
+
+
+def _steps_and_times(statistics: SiteStatistics) -> tuple[list[int], Tensor]:
+    """Steps in the order of falling flow time, and these times, float32.
+
+    Raises:
+        PolicyError: two steps have the same time.
+    """
+    steps = sorted(statistics.steps, key=lambda step: statistics.times[step], reverse=True)
+    for earlier, later in pairwise(steps):
+        if statistics.times[earlier] - statistics.times[later] <= _SAME_TIME:
+            raise PolicyError(
+                f"denoising steps {earlier} and {later} have the same flow time "
+                f"{statistics.times[later]} at {statistics.site.name!r}; what is calibrated per "
+                "step needs `with clock.step(i, t):` with a t of its own for every step"
+            )
+    return steps, torch.tensor([statistics.times[step] for step in steps], dtype=torch.float32)
+
+
+def _settled(
     scheme: ActivationScheme,
-    weight: QuantizedWeight,
+    weight: Tensor,
     statistics: SiteStatistics | None,
     transform: BlockTransform | None,
 ) -> ActivationScheme:
-    """``per_step`` or ``per_token``, by Σ ‖(Q(x') − x') Ŵᵀ‖² over the sampled rows of all steps.
+    """The scheme with what it leaves to calibration decided."""
+    if scheme.clip == "search":
+        share = 1.0  # means nothing beside a static scale
+        if scheme.scale in ("per_token", "per_step_or_token"):
+            seen = _required(statistics, "searching a clip")
+            rows = [transform_rows(seen.rows(step), transform) for step in seen.steps]
+            share = per_token_clip_mse(torch.cat(rows), scheme.bits)
+        scheme = scheme.model_copy(update={"clip": share})
+    if scheme.scale == "per_step_or_token":
+        seen = _required(statistics, "choosing an activation scale")
+        scheme = _better_scale(scheme, weight, seen, transform)
+    return scheme
+
+
+def _better_scale(
+    scheme: ActivationScheme,
+    weight: Tensor,
+    statistics: SiteStatistics,
+    transform: BlockTransform | None,
+) -> ActivationScheme:
+    """``per_step`` or ``per_token``, by Σ ‖(Q(x') − x') W'ᵀ‖² over the sampled rows of all steps.
 
     Ties go to the static scale, which costs nothing at run time.
     """
-    if statistics is None:
-        raise ValueError("choosing an activation scale needs statistics")
-    dequantized = weight.dequantize()
     static, dynamic = 0.0, 0.0
     for step in statistics.steps:
         rows = transform_rows(statistics.rows(step), transform)
         fixed = torch.tensor(static_scale_mse(rows, scheme.bits))
-        for scale in (fixed, per_token_scale(rows, scheme.bits, scheme.clip)):
+        for scale in (fixed, per_token_scale(rows, scheme.bits, scheme.share)):
             error = round_activations(rows, scale, scheme.bits) * scale - rows
-            size = float((error @ dequantized.t()).square().sum(dtype=torch.float64))
+            size = float((error @ weight.t()).square().sum(dtype=torch.float64))
             if scale.ndim:
                 dynamic += size
             else:
@@ -229,22 +350,13 @@ def _static_scales(
 ) -> tuple[Tensor | None, Tensor | None]:
     if scheme.scale == "per_token":
         return None, None
-    if statistics is None:
-        raise ValueError("static activation scales need statistics")
-    steps = sorted(statistics.steps, key=lambda step: statistics.times[step], reverse=True)
-    for earlier, later in pairwise(steps):
-        if statistics.times[earlier] - statistics.times[later] <= _SAME_TIME:
-            raise PolicyError(
-                f"denoising steps {earlier} and {later} have the same flow time "
-                f"{statistics.times[later]} at {statistics.site.name!r}; per-step scales need "
-                "`with clock.step(i, t):` with a t of its own for every step"
-            )
+    seen = _required(statistics, "a static activation scale")
+    steps, times = _steps_and_times(seen)
     scales = []
     for step in steps:
-        rows = transform_rows(statistics.rows(step), transform)
+        rows = transform_rows(seen.rows(step), transform)
         if scheme.scale == "per_step":
             scales.append(torch.tensor(static_scale_mse(rows, scheme.bits)))
         else:
             scales.append(channel_quantile_scale(rows, scheme.quantile, scheme.bits))
-    times = torch.tensor([statistics.times[step] for step in steps])
-    return torch.stack(scales).to(torch.float32), times.to(torch.float32)
+    return torch.stack(scales).to(torch.float32), times

@@ -32,6 +32,7 @@ from omega_qvla.quantization.attention import scale_attention
 from omega_qvla.quantization.low_rank import branch_rank
 from omega_qvla.quantization.pipeline import Quantization, simulate
 from omega_qvla.quantization.simulation import SimulatedLinear, install
+from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.recipe import Recipe, Scheme
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
@@ -60,6 +61,7 @@ class SiteRecord:
     splits: tuple[int, ...]
     activation_bits: int
     activation_scale: str
+    activation_clip: float | None
     group: int | None
     proxy_loss: float | None
     note: str
@@ -74,6 +76,7 @@ class SiteRecord:
             "splits": list(self.splits),
             "activation_bits": self.activation_bits,
             "activation_scale": self.activation_scale,
+            **({} if self.activation_clip is None else {"activation_clip": self.activation_clip}),
             "group": self.group,
             "proxy_loss": self.proxy_loss,
             "note": self.note,
@@ -94,6 +97,7 @@ class SiteRecord:
             splits=tuple(int(width) for width in content["splits"]),
             activation_bits=int(content["activation_bits"]),
             activation_scale=str(content["activation_scale"]),
+            activation_clip=content.get("activation_clip"),
             group=None if group is None else int(group),
             proxy_loss=content["proxy_loss"],
             note=str(content["note"]),
@@ -437,7 +441,7 @@ def _load_linear(
         return _require(full, tensors.pop(full), dtype, shape)
 
     outputs, block = sum(splits), scheme.transform.block
-    transform = permutation = bias = scale = times = None
+    transform = permutation = bias = scale = times = offset = None
     width = record.in_features
     if not scheme.transform.identity:
         width = -(-width // block) * block
@@ -464,16 +468,21 @@ def _load_linear(
         rank = branch_rank(scheme.weights.low_rank, outputs, record.in_features)
         down = take("low_rank_down", torch.bfloat16, rank, record.in_features)
         up = take("low_rank_up", torch.bfloat16, outputs, rank)
-    if any(linear.bias is not None for linear in linears):
-        bias = take("bias", torch.float32, outputs)
-    if _activation_scale(record, scheme) == "per_step":
-        steps = tensors[f"{name}.activation_step_times"].numel()
+    static, centred = _activation_scale(record, scheme) == "per_step", scheme.activations.centred
+    if static or centred:
+        known = tensors.get(f"{name}.activation_step_times")
+        steps = 0 if known is None else known.numel()
         times = take("activation_step_times", torch.float32, steps)
-        scale = take("activation_scale", torch.float32, steps)
-        if steps == 0 or not bool((scale > 0).all()) or bool((times.diff() >= 0).any()):
-            raise ArtifactError(
-                f"{name}.activation_scale must be positive, with descending activation_step_times"
-            )
+        if steps == 0 or bool((times.diff() >= 0).any()):
+            raise ArtifactError(f"{name}.activation_step_times must be descending flow times")
+        scale = take("activation_scale", torch.float32, steps) if static else None
+        if scale is not None and not bool((scale > 0).all()):
+            raise ArtifactError(f"{name}.activation_scale must be positive")
+        if centred:
+            offset = take("activation_offset", torch.bfloat16, steps, width)
+            bias = take("bias", torch.float32, steps, outputs)
+    if not centred and any(linear.bias is not None for linear in linears):
+        bias = take("bias", torch.float32, outputs)
     return QuantizedLinear(
         weight_packed=packed,
         weight_scale=weight_scale,
@@ -489,7 +498,8 @@ def _load_linear(
         clock=policy.clock,
         low_rank_down=down,
         low_rank_up=up,
-        activation_clip=scheme.activations.clip,
+        activation_clip=_activation_clip(record, scheme),
+        activation_offset=offset,
         kernel=run.kernel,
         threads=run.threads,
         gpu=run.gpu,
@@ -504,6 +514,19 @@ def _activation_scale(record: SiteRecord, scheme: Scheme) -> str:
         raise ArtifactError(
             f"site {record.site.name!r}: omega_config.json has activation_scale {stored!r}, its "
             f"recipe {asked!r}"
+        )
+    return stored
+
+
+def _activation_clip(record: SiteRecord, scheme: Scheme) -> float:
+    """The share of a token's largest magnitude; the record has it where it was searched."""
+    asked, stored = scheme.activations.clip, record.activation_clip
+    if asked != "search" and stored is None:
+        return asked
+    if asked != "search" or not isinstance(stored, float) or not 0.0 < stored <= 1.0:
+        raise ArtifactError(
+            f"site {record.site.name!r}: omega_config.json has activation_clip {stored!r}, its "
+            f"recipe clip {asked!r}"
         )
     return stored
 
@@ -568,6 +591,7 @@ def _config(policy: Policy, quantization: Quantization) -> dict[str, Any]:
                 splits=site.splits,
                 activation_bits=site.activations.bits,
                 activation_scale=site.activations.scale,
+                activation_clip=_searched_clip(recipe, site),
                 group=site.weight.group,
                 proxy_loss=site.proxy_loss,
                 note=site.note,
@@ -581,6 +605,12 @@ def _config(policy: Policy, quantization: Quantization) -> dict[str, Any]:
         "adaptive_norm": "keep" if quantization.step_table is None else "table",
         "reference_parameters": reference_parameters(policy),
     }
+
+
+def _searched_clip(recipe: Recipe, site: QuantizedSite) -> float | None:
+    scheme = recipe.scheme_of(site.site)
+    assert scheme is not None
+    return site.activations.share if scheme.activations.clip == "search" else None
 
 
 def _obstacle(recipe: Recipe) -> str:

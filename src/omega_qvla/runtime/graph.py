@@ -267,6 +267,6 @@ def use_graphs(
 
 
 def read_by_address(policy: NativePolicy) -> list[Tensor]:
-    """The scales that launches of this policy read and that its linears may forget."""
+    """What launches of this policy read and its linears may forget: scales, offsets, biases."""
     linears = (child for child in policy.module.modules() if isinstance(child, QuantizedLinear))
-    return [scale for linear in linears for scale in linear.scales_at_hand()]
+    return [value for linear in linears for value in linear.values_at_hand()]

@@ -12,7 +12,6 @@ given up, to be made again from it when the module is saved.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +24,9 @@ from omega_qvla.policies.base import FlowClock
 from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.runtime.kernels import cpu, reference, triton
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
+from omega_qvla.runtime.schedule import Schedule, StepValues
 
 REFERENCE = "reference"
-
-_SAME_TIME = 1e-6
-"""Flow times closer than this are one time."""
-_REMEMBERED = 256
-"""Distinct flow times whose scale is kept; a sampler visits ten."""
 
 
 def best_kernel() -> str:
@@ -51,8 +46,10 @@ class QuantizedLinear(nn.Module):
         transform: [K'/B, B, B] block transform, or None.
         permutation: int32 [K'] order in which the transform reads its inputs, or None.
         activation_scale: [steps] static scales, or None for per-token dynamic scales.
-        activation_step_times: [steps] flow times of the static scales.
-        bias: [N], or None.
+        activation_offset: bfloat16 [steps, K'] subtracted from transformed inputs before they are
+            rounded, or None.
+        activation_step_times: [steps] flow times of scales and offsets.
+        bias: [N], or None; with offsets [steps, N], their product with the weight included.
         group: input channels per weight scale, or None.
         low_rank_down: bfloat16 [r, K] of a 16-bit branch on the untransformed input, or None.
         low_rank_up: bfloat16 [N, r], or None.
@@ -86,6 +83,7 @@ class QuantizedLinear(nn.Module):
         low_rank_down: Tensor | None = None,
         low_rank_up: Tensor | None = None,
         activation_clip: float = 1.0,
+        activation_offset: Tensor | None = None,
         kernel: str | None = None,
         threads: int | None = None,
         gpu: GpuRun | None = None,
@@ -99,6 +97,7 @@ class QuantizedLinear(nn.Module):
         self.transform: Tensor | None
         self.permutation: Tensor | None
         self.activation_scale: Tensor | None
+        self.activation_offset: Tensor | None
         self.activation_step_times: Tensor | None
         self.bias: Tensor | None
         self.low_rank_down: Tensor | None
@@ -108,20 +107,23 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("transform", transform)
         self.register_buffer("permutation", permutation)
         self.register_buffer("activation_scale", activation_scale)
+        self.register_buffer("activation_offset", activation_offset)
         self.register_buffer("activation_step_times", activation_step_times)
         self.register_buffer("bias", bias)
         self.register_buffer("low_rank_down", low_rank_down)
         self.register_buffer("low_rank_up", low_rank_up)
         self._clock = clock
         device = weight_packed.device
-        self._schedule = _Schedule(activation_step_times, activation_scale, device)
         self.threads = None if threads is None else cpu.check_threads(threads)
         self._gpu = gpu
         self.kernel = self._choose_gpu(kernel) if device.type == "cuda" else self._choose(kernel)
         self._packed: cpu.PackedLinear | triton.PackedLinear | None = None
+        self._schedule = Schedule(activation_step_times, self._step_table())
 
     @classmethod
-    def from_site(cls, quantized: QuantizedSite, clock: FlowClock) -> QuantizedLinear:
+    def from_site(
+        cls, quantized: QuantizedSite, clock: FlowClock, kernel: str | None = None
+    ) -> QuantizedLinear:
         """Pack a freshly quantized, realizable site."""
         integers, branch = quantized.weight.integers, quantized.low_rank
         return cls(
@@ -139,8 +141,26 @@ class QuantizedLinear(nn.Module):
             clock=clock,
             low_rank_down=None if branch is None else branch.down.to(torch.bfloat16),
             low_rank_up=None if branch is None else branch.up.to(torch.bfloat16),
-            activation_clip=quantized.activations.clip,
+            activation_clip=quantized.activations.share,
+            activation_offset=_stored_offset(quantized),
+            kernel=kernel,
         )
+
+    def _step_table(self) -> StepValues:
+        """What depends on flow time, as the layer's kernel reads it."""
+        if self.activation_offset is None:
+            return StepValues(self.activation_scale)
+        offset, bias = self.activation_offset.to(torch.float32), self.bias
+        assert bias is not None
+        if self.kernel == triton.NAME:
+            offset = triton.spread_offset(offset)
+        elif self.kernel != REFERENCE:
+            bias = torch.stack([cpu.spread_bias(row) for row in bias])
+        return StepValues(self.activation_scale, offset, bias)
+
+    def _own_bias(self) -> Tensor | None:
+        """The bias that is the same at all times."""
+        return self.bias if self.activation_offset is None else None
 
     def _weight_bits(self) -> int:
         assert self.weight_packed is not None
@@ -207,7 +227,7 @@ class QuantizedLinear(nn.Module):
             columns=self._width(),
             group=self.group,
             transform=self.transform if self._fused() else None,
-            bias=self.bias,
+            bias=self._own_bias(),
             activation_bits=self.activation_bits,
             activation_clip=self.activation_clip,
             path=self.kernel,
@@ -222,7 +242,7 @@ class QuantizedLinear(nn.Module):
             columns=self.in_features,
             group=self.group,
             transform=self.transform,
-            bias=self.bias,
+            bias=self._own_bias(),
             activation_bits=self.activation_bits,
             activation_clip=self.activation_clip,
             processors=1 if run is None else run.gpu.processors,
@@ -231,10 +251,11 @@ class QuantizedLinear(nn.Module):
 
     def packed_tensors(self) -> list[Tensor]:
         """What the kernels hold in their own layout, beside the module's buffers."""
-        return [] if self._packed is None else [self._packed.weight]
+        held = [] if self._packed is None else [self._packed.weight]
+        return held if self.activation_offset is None else [*held, *self._schedule.copies()]
 
-    def scales_at_hand(self) -> list[Tensor]:
-        """Static scales as they were given to the kernels; a captured graph reads them again."""
+    def values_at_hand(self) -> list[Tensor]:
+        """What was given to the kernels per step; a captured graph reads it again."""
         return self._schedule.known()
 
     def stored(self) -> dict[str, Tensor]:
@@ -272,27 +293,32 @@ class QuantizedLinear(nn.Module):
         assert isinstance(self._packed, triton.PackedLinear)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
-        static = self.activation_scale is not None
-        return self._packed(rows, self._schedule.at(self._clock.time) if static else None)
+        now = self._now()
+        return self._packed(rows, now.scale, offset=now.offset, bias=now.bias)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         """Rows [M, K] float32 → [M, N] float32, by the C++ kernels."""
         self.prepare()
         assert isinstance(self._packed, cpu.PackedLinear)
-        if not self._fused():
+        now, offset = self._now(), None
+        if self._fused():
+            offset = now.offset
+        else:
             rows = self.transform_input(rows)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
-        scale = None
-        if self.activation_scale is not None:
-            scale = self._schedule.at(self._clock.time)
         threads = torch.get_num_threads() if self.threads is None else self.threads
-        return self._packed(rows, scale, min(threads, cpu.available_cores()))
+        threads = min(threads, cpu.available_cores())
+        return self._packed(rows, now.scale, threads, offset=offset, bias=now.bias)
 
     def _multiply_reference(self, rows: Tensor) -> Tensor:
         q, scale = self.quantize_input(rows)
         y = reference.scaled_matmul(q, self.integers(), self.weight_scale, self.group) * scale
-        return y if self.bias is None else y + self.bias
+        bias = self._own_bias() if self.activation_offset is None else self._now().bias
+        return y if bias is None else y + bias
+
+    def _now(self) -> StepValues:
+        return self._schedule.at(self._clock.time)
 
     def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [M, K] float32 → (int8 [M, K'], scale [M, 1] or scalar)."""
@@ -313,16 +339,19 @@ class QuantizedLinear(nn.Module):
         """Activation scale of transformed rows [M, K']: static scalar, or per token [M, 1]."""
         if self.activation_scale is None:
             return reference.row_scales(transformed, self.activation_bits, self.activation_clip)
-        return self._schedule.at(self._clock.time)
+        scale = self._now().scale
+        assert scale is not None
+        return scale
 
     def transform_input(self, rows: Tensor) -> Tensor:
-        """Rows [M, K] permuted and transformed, [M, K']."""
+        """Rows [M, K] permuted, transformed and without their offset, [M, K']."""
         if self.permutation is not None:
             missing = self.permutation.shape[0] - rows.shape[-1]
             rows = torch.nn.functional.pad(rows, (0, missing)).index_select(1, self.permutation)
         if self.transform is not None:
             rows = reference.transform_blocks(rows, self.transform)
-        return rows
+        offset = self._now().offset
+        return rows if offset is None else rows - offset[: rows.shape[-1]]
 
     def _fused(self) -> bool:
         """Whether the kernel transforms as well; it knows one block size and no permutation."""
@@ -359,63 +388,16 @@ class GpuRun:
     tuner: Tuner | None = None
 
 
-class _Schedule:
-    """Static scales over flow time: exact at calibrated times, linear between, flat beyond.
-
-    They are given out on the device of the layer: a program reads its scale there, so that nothing
-    has to be sent per call.
-    """
-
-    def __init__(self, times: Tensor | None, scales: Tensor | None, device: torch.device) -> None:
-        self._device = device
-        self._known: dict[float | None, Tensor] = {}
-        self._points: list[tuple[float, float]] = []
-        if times is None or scales is None:
-            return
-        pairs = zip(times.tolist(), scales.tolist(), strict=True)
-        self._points = sorted((float(t), float(s)) for t, s in pairs)
-
-    def at(self, time: float | None) -> Tensor:
-        """The scale at flow time t (any time when there is a single calibrated step)."""
-        found = self._known.get(time)
-        if found is None:
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            found = torch.tensor(self._interpolate(time), device=self._device)
-            self._known[time] = found
-        return found
-
-    def known(self) -> list[Tensor]:
-        """The scales given out so far that are remembered."""
-        return list(self._known.values())
-
-    def _interpolate(self, time: float | None) -> float:
-        points = self._points
-        if len(points) == 1:
-            return points[0][1]
-        if time is None:
-            raise PolicyError(
-                "a linear with one scale per denoising step ran outside any; enter "
-                "`with clock.step(i, t):` around each step, or give step_module"
-            )
-        upper = bisect_left(points, (time, -1.0))
-        if upper == 0:
-            return points[0][1]
-        if upper == len(points):
-            return points[-1][1]
-        (t0, s0), (t1, s1) = points[upper - 1], points[upper]
-        if time - t0 <= _SAME_TIME:  # stored in float32, a time may come out a little lower
-            return s0
-        if t1 - time <= _SAME_TIME:
-            return s1
-        return s0 + (s1 - s0) * (time - t0) / (t1 - t0)
-
-
 def _stored_transform(quantized: QuantizedSite) -> Tensor | None:
     """Transforms are rounded to bfloat16 when they are made, so storing them as such is exact."""
     if quantized.transform is None:
         return None
     return quantized.transform.matrix.to(torch.bfloat16)
+
+
+def _stored_offset(quantized: QuantizedSite) -> Tensor | None:
+    """Offsets, like transforms, are bfloat16 from the start."""
+    return None if quantized.offset is None else quantized.offset.to(torch.bfloat16)
 
 
 def _stored_permutation(quantized: QuantizedSite) -> Tensor | None:

@@ -209,7 +209,10 @@ def _site_bytes(scheme: Scheme, in_features: int, outputs: int, *, biased: bool,
     size += 4 * width if scheme.transform.permutation != "none" else 0
     # Where calibration chooses, a static scale is assumed: a few bytes too many at most.
     static = scheme.activations.scale in ("per_step", "per_step_or_token")
-    size += 8 * steps if static else 0
+    centred = scheme.activations.centred
+    size += 4 * steps * (static + (static or centred))  # scales, and the times of what there is
+    if centred:
+        return size + steps * (2 * width + 4 * outputs)
     return size + (4 * outputs if biased else 0)
 
 

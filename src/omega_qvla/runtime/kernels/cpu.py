@@ -146,13 +146,13 @@ class PackedLinear:
         self.group = self.padded if group is None else group
         self.panels = pack_panels(words, width, self.padded)
         self.weight_scale = _spread(weight_scale.reshape(self.out_features, -1).t())
-        self.bias = None if bias is None else _spread(bias.unsqueeze(0))
+        self.bias = None if bias is None else spread_bias(bias)
         self.transform = None if transform is None else transform.contiguous()
         self._pointers = (
             _address(self.panels),
             _address(self.weight_scale),
-            _address(self.bias),
         )
+        self._bias_pointer = _address(self.bias)
         self._transform_pointer = _address(self.transform)
 
     @property
@@ -164,20 +164,31 @@ class PackedLinear:
         """The weight as row-major words again, int32 [N, ceil(K'/8)]."""
         return unpack_panels(self.panels, self.out_features, self.width, self.padded)
 
-    def __call__(self, x: Tensor, static_scale: Tensor | None = None, threads: int = 1) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        static_scale: Tensor | None = None,
+        threads: int = 1,
+        *,
+        offset: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """x [M, K] float32 → [M, N] float32.
 
         Args:
             x: on the CPU, rows contiguous (any distance apart).
             static_scale: float32, one number; None for one dynamic scale per row.
             threads: the caller and up to ``threads - 1`` helpers.
+            offset: float32 [K'], subtracted from the transformed rows before they are rounded.
+            bias: in place of the layer's own, filled up by ``spread_bias``.
 
         Raises:
             ObservationError: x has another dtype, device, shape or stride.
         """
         if torch.compiler.is_compiling():
             return torch.ops.omega_qvla.w4a4_linear(
-                x, self.panels, self.weight_scale, self.bias, self.transform, static_scale,
+                x, self.panels, self.weight_scale, self.bias if bias is None else bias,
+                self.transform, offset, static_scale,
                 self.out_features, self.group, self.activation_bits, self.activation_clip,
                 self._path, threads,
             )  # fmt: skip
@@ -186,7 +197,8 @@ class PackedLinear:
         out = torch.empty((rows, self.out_features))
         self._extension.linear(
             self._path, threads, x.data_ptr(), x.stride(0), self._transform_pointer,
-            0 if static_scale is None else static_scale.data_ptr(), *self._pointers,
+            _address(offset), _address(static_scale), *self._pointers,
+            self._bias_pointer if bias is None else bias.data_ptr(),
             out.data_ptr(), self.out_features, rows, self.out_features, self.columns,
             self.padded, self.group, self.groups, self.activation_bits, self.activation_clip,
         )  # fmt: skip
@@ -238,6 +250,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def spread_bias(bias: Tensor) -> Tensor:
+    """A bias [N] as the kernels read it: float32 [1, panels · 32]."""
+    return _spread(bias.unsqueeze(0))
+
+
 def _spread(rows: Tensor) -> Tensor:
     """[G, N] → contiguous [G, panels · 32], filled up with zeros."""
     missing = -rows.shape[1] % PANEL
@@ -274,6 +291,7 @@ def _linear_operator(
     weight_scale: Tensor,
     bias: Tensor | None,
     transform: Tensor | None,
+    offset: Tensor | None,
     static_scale: Tensor | None,
     out_features: int,
     group: int,
@@ -287,8 +305,9 @@ def _linear_operator(
     padded = panels.shape[1] * 4
     out = torch.empty((x.shape[0], out_features))
     _require().linear(
-        path, threads, x.data_ptr(), x.stride(0), _address(transform), _address(static_scale),
-        panels.data_ptr(), weight_scale.data_ptr(), _address(bias), out.data_ptr(), out_features,
+        path, threads, x.data_ptr(), x.stride(0), _address(transform), _address(offset),
+        _address(static_scale), panels.data_ptr(), weight_scale.data_ptr(), _address(bias),
+        out.data_ptr(), out_features,
         x.shape[0], out_features, x.shape[1], padded, group, weight_scale.shape[0],
         activation_bits, activation_clip,
     )  # fmt: skip
@@ -301,6 +320,7 @@ def _linear_shape(
     weight_scale: Tensor,
     bias: Tensor | None,
     transform: Tensor | None,
+    offset: Tensor | None,
     static_scale: Tensor | None,
     out_features: int,
     *sizes: float,
@@ -311,7 +331,7 @@ def _linear_shape(
 _library = torch.library.Library("omega_qvla", "DEF")
 _library.define(
     "w4a4_linear(Tensor x, Tensor panels, Tensor weight_scale, Tensor? bias, Tensor? transform, "
-    "Tensor? static_scale, int out_features, int group, int activation_bits, "
+    "Tensor? offset, Tensor? static_scale, int out_features, int group, int activation_bits, "
     "float activation_clip, int path, int threads) -> Tensor"
 )
 _library.impl("w4a4_linear", _linear_operator, "CPU")

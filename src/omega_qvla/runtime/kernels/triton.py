@@ -168,6 +168,12 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
     return words
 
 
+def spread_offset(offset: Tensor) -> Tensor:
+    """Offsets [..., K'] as the kernels read them: filled up with zeros to whole pairs of blocks."""
+    missing = padded_width(offset.shape[-1]) - offset.shape[-1]
+    return torch.nn.functional.pad(offset, (0, missing)).contiguous()
+
+
 def padded_width(columns: int) -> int:
     """Inputs per row of packed weight: whole pairs of blocks."""
     return -(-columns // _PACKED) * _PACKED
@@ -242,7 +248,13 @@ class PackedLinear:
         return unpack(self.weight, self.width)
 
     def __call__(
-        self, x: Tensor, static_scale: Tensor | None = None, residual: Residual | None = None
+        self,
+        x: Tensor,
+        static_scale: Tensor | None = None,
+        residual: Residual | None = None,
+        *,
+        offset: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """x [M, K] → [M, N] of the same dtype.
 
@@ -252,6 +264,9 @@ class PackedLinear:
             residual: what the output is added to while it is written.  In float32 that gives
                 exactly ``stream + gain * layer(x)``; in 16 bits the sum is rounded once, not
                 thrice.
+            offset: float32, filled up by ``spread_offset``; subtracted from the transformed rows
+                before they are rounded.
+            bias: float32 [N], in place of the layer's own.
 
         Raises:
             ObservationError: x has another dtype, device, shape or stride, or the residual has.
@@ -263,11 +278,13 @@ class PackedLinear:
         if not x.shape[0]:
             return out
         with torch.cuda.device_of(x):  # Triton starts programs on the current device
-            integers, scales = self.quantize(x, static_scale)
-            self._multiply(integers, scales, out, residual)
+            integers, scales = self.quantize(x, static_scale, offset)
+            self._multiply(integers, scales, out, residual, bias)
         return out
 
-    def quantize(self, x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize(
+        self, x: Tensor, static_scale: Tensor | None = None, offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x [M, K] → (int8 [M, width], scales float32 [M], or the one that was given)."""
         count = x.shape[0]
         width = padded_width(self.columns)
@@ -278,7 +295,7 @@ class PackedLinear:
         limit = 2 ** (self.activation_bits - 1)
         if static_scale is not None:
             self._programs.quantize_static[grid](
-                x, self.transform, static_scale, integers, *sizes, width,
+                x, self.transform, offset, static_scale, integers, *sizes, width,
                 LIMIT=limit, ROWS=rows, enable_fp_fusion=False,
             )  # fmt: skip
             return integers, static_scale.reshape(())
@@ -287,29 +304,34 @@ class PackedLinear:
         maxima = torch.empty((parts, count), device=x.device)
         scales = torch.empty(count, device=x.device)
         self._programs.row_maxima[(grid[0], parts)](
-            x, self.transform, maxima, *sizes, share, ROWS=rows, enable_fp_fusion=False
+            x, self.transform, offset, maxima, *sizes, share, ROWS=rows, enable_fp_fusion=False
         )
         self._programs.quantize_dynamic[grid](
-            x, self.transform, maxima, scales, integers, *sizes, width, parts,
+            x, self.transform, offset, maxima, scales, integers, *sizes, width, parts,
             CLIP=self.activation_clip, LIMIT=limit, ROWS=rows, enable_fp_fusion=False,
         )  # fmt: skip
         return integers, scales
 
     def _multiply(
-        self, integers: Tensor, scales: Tensor, out: Tensor, residual: Residual | None
+        self,
+        integers: Tensor,
+        scales: Tensor,
+        out: Tensor,
+        residual: Residual | None,
+        bias: Tensor | None,
     ) -> None:
         """Integers int8 [M, width] and their scales → out [M, N]."""
         if self.group is not None:
-            self._multiply_grouped(integers, scales, out, residual)
+            self._multiply_grouped(integers, scales, out, residual, bias)
             return
         shape = (len(integers), self.out_features, integers.shape[1])
         if self._tuner is None:
             tiling = first_guess(shape, self._processors)
         else:
             tiling = self._tuner.choose(
-                shape, lambda tiling: self.multiply(integers, scales, out, tiling, residual)
+                shape, lambda tiling: self.multiply(integers, scales, out, tiling, residual, bias)
             )
-        self.multiply(integers, scales, out, tiling, residual)
+        self.multiply(integers, scales, out, tiling, residual, bias)
 
     def multiply(
         self,
@@ -318,8 +340,10 @@ class PackedLinear:
         out: Tensor,
         tiling: Tiling,
         residual: Residual | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         """Multiply and scale with a given tiling; weights have one scale per output."""
+        bias = self.bias if bias is None else bias
         gain, stream = _parts(residual)
         count, width = integers.shape
         size, per_row = self.out_features, _per_row(scales)
@@ -332,7 +356,7 @@ class PackedLinear:
         }
         if tiling.parts == 1:
             self._programs.multiply[grid](
-                integers, self.weight, self.weight_scale, self.bias, gain, stream, scales, out,
+                integers, self.weight, self.weight_scale, bias, gain, stream, scales, out,
                 count, size, width, per_row, **sides, BYTES=tiling.bytes, **options,
             )  # fmt: skip
             return
@@ -344,19 +368,25 @@ class PackedLinear:
             **sides, BYTES=tiling.bytes, **options,
         )  # fmt: skip
         self._programs.add_parts[grid](
-            partial, self.weight_scale, self.bias, gain, stream, scales, out,
+            partial, self.weight_scale, bias, gain, stream, scales, out,
             count, size, parts, per_row, **sides, enable_fp_fusion=False,
         )  # fmt: skip
 
     def _multiply_grouped(
-        self, integers: Tensor, scales: Tensor, out: Tensor, residual: Residual | None
+        self,
+        integers: Tensor,
+        scales: Tensor,
+        out: Tensor,
+        residual: Residual | None,
+        bias: Tensor | None,
     ) -> None:
+        bias = self.bias if bias is None else bias
         gain, stream = _parts(residual)
         count, width = integers.shape
         rows = min(64, max(16, 1 << (count - 1).bit_length()))
         grid = (-(-count // rows), -(-self.out_features // 64))
         self._programs.multiply_grouped[grid](
-            integers, self.weight, self.weight_scale, self.bias, gain, stream, scales, out,
+            integers, self.weight, self.weight_scale, bias, gain, stream, scales, out,
             count, self.out_features, width, self.weight_scale.shape[0], _per_row(scales),
             ROWS=rows, OUTPUTS=64, enable_fp_fusion=False,
         )  # fmt: skip

@@ -63,8 +63,8 @@ def _times_matrix(x, matrix):
 
 
 @triton.jit
-def _block_of_rows(x, transform, rows, count, columns, stride, block, blocks):
-    """One block of rows after its transform: float32 [rows, 64], zeros past the last input."""
+def _block_of_rows(x, transform, offset, rows, count, columns, stride, block, blocks):
+    """One block of rows after its transform and offset: float32 [rows, 64], zeros past the end."""
     lane = tl.arange(0, HALF)
     column = block * HALF + lane
     inside = (rows < count)[:, None] & (column < columns)[None, :]
@@ -76,6 +76,8 @@ def _block_of_rows(x, transform, rows, count, columns, stride, block, blocks):
         known = (block < blocks) & (lane >= 0)[:, None] & (lane >= 0)[None, :]
         matrix = tl.load(place, mask=known, other=0.0).to(tl.float32)
         found = _times_matrix(found, matrix)
+    if offset is not None:
+        found = found - tl.load(offset + column)[None, :]
     return found
 
 
@@ -93,6 +95,7 @@ def _store_integers(integers, found, inverse, rows, count, width, block, LIMIT: 
 def quantize_static(
     x,
     transform,
+    offset,
     scale,
     integers,
     count,
@@ -106,7 +109,7 @@ def quantize_static(
     """Rows × blocks: transform and quantize with one given scale; nothing is reduced."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
-    found = _block_of_rows(x, transform, rows, count, columns, stride, block, blocks)
+    found = _block_of_rows(x, transform, offset, rows, count, columns, stride, block, blocks)
     inverse = tl.div_rn(1.0, tl.load(scale))
     _store_integers(integers, found, inverse, rows, count, width, block, LIMIT)
 
@@ -115,6 +118,7 @@ def quantize_static(
 def row_maxima(
     x,
     transform,
+    offset,
     maxima,
     count,
     columns,
@@ -128,7 +132,7 @@ def row_maxima(
     part = tl.program_id(1)
     largest = tl.zeros((ROWS,), tl.float32)
     for block in range(part * share, tl.minimum((part + 1) * share, blocks)):
-        found = _block_of_rows(x, transform, rows, count, columns, stride, block, blocks)
+        found = _block_of_rows(x, transform, offset, rows, count, columns, stride, block, blocks)
         largest = tl.maximum(largest, tl.max(tl.abs(found), axis=1))
     tl.store(maxima + part * count + rows, largest, mask=rows < count)
 
@@ -137,6 +141,7 @@ def row_maxima(
 def quantize_dynamic(
     x,
     transform,
+    offset,
     maxima,
     scales,
     integers,
@@ -163,7 +168,7 @@ def quantize_dynamic(
     scale = tl.div_rn(largest, tl.full((ROWS,), LIMIT - 1.0, tl.float32)) * CLIP
     scale = tl.where(scale > 0.0, scale, 1.0)
     tl.store(scales + rows, scale, mask=(rows < count) & (block == 0))
-    found = _block_of_rows(x, transform, rows, count, columns, stride, block, blocks)
+    found = _block_of_rows(x, transform, offset, rows, count, columns, stride, block, blocks)
     inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)[:, None]
     _store_integers(integers, found, inverse, rows, count, width, block, LIMIT)
 
