@@ -63,11 +63,12 @@ def test_errors_and_drift_have_their_intervals(row, save):
         action_error=0.02,
         action_error_ci95=[0.01, 0.04],
         error_vs_default={"ratio": 2.5, "ci95": [1.5, 4.0]},
+        action_errors=[0.015, 0.001, 0.004],
         drift={"25": {"median_m": 0.0123, "p90_m": 0.05, "episodes": 90}},
     )
     results = load_results(save(row("fp32", action_error=0.0), measured, row("gptq", drift=None)))
     errors, drift = error_table(results), drift_table(results)
-    assert errors.rows[0] == ("rtn", "plain", "0.02", "[0.01, 0.04]", "2.50", "[1.5, 4]")
-    assert errors.rows[1][3:] == ("–", "–", "–")
+    assert errors.rows[0] == ("rtn", "plain", "0.02", "[0.01, 0.04]", "2.50", "[1.5, 4]", "0.012")
+    assert errors.rows[1][3:] == ("–", "–", "–", "–")
     assert drift.header == ("recipe", "condition", "after 25 steps")
     assert drift.rows == (("rtn", "plain", "1.2 (5.0), 90 episodes"),)

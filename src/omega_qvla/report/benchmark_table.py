@@ -38,8 +38,19 @@ def benchmark_tables(path: str | Path) -> dict[str, Table]:
 
 def error_table(results: Sequence[Result]) -> Table:
     """Action errors with their intervals, alone and against the default recipe."""
-    header = ("recipe", "condition", "action error", "95 %", "over the default's", "95 %")
-    notes = ("both intervals: bootstrap over observations, the second one paired",)
+    header = (
+        "recipe",
+        "condition",
+        "action error",
+        "95 %",
+        "over default's",
+        "95 %",
+        "typical",
+    )
+    notes = (
+        "both intervals: bootstrap over observations, the second one paired; typical: if all "
+        "observations were as the median one",
+    )
     rows = [
         (
             result.recipe + simulated_mark(result),
@@ -48,6 +59,7 @@ def error_table(results: Sequence[Result]) -> Table:
             _interval(result.error_ci95),
             MISSING if result.error_ratio is None else f"{result.error_ratio:.2f}",
             _interval(result.error_vs_default),
+            MISSING if result.typical_error is None else error_text(result.typical_error),
         )
         for result in results
         if not result.is_full_precision

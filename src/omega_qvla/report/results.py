@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 from omega_qvla.errors import OmegaError
@@ -30,7 +31,8 @@ class Result:
 
     ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``,
     ``error_ci95`` that of ``action_error``, ``error_vs_default`` that of ``error_ratio``, its ratio
-    to the default recipe's; ``drift`` maps control steps to metres; ``source`` is the file's name
+    to the default recipe's; ``typical_error`` is the error if all observations were as the median
+    one; ``drift`` maps control steps to metres; ``source`` is the file's name
     where several are read; ``unfinished`` rows come from a journal.
     """
 
@@ -54,6 +56,7 @@ class Result:
     error_ci95: tuple[float, float] | None = None
     error_ratio: float | None = None
     error_vs_default: tuple[float, float] | None = None
+    typical_error: float | None = None
     drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     source: str = ""
     unfinished: bool = False
@@ -140,6 +143,7 @@ def _result(row: Any, where: str) -> Result:
             error_ci95=_optional_pair(given.get("action_error_ci95")),
             error_ratio=_number((given.get("error_vs_default") or {}).get("ratio")),
             error_vs_default=_optional_pair((given.get("error_vs_default") or {}).get("ci95")),
+            typical_error=_typical(given.get("action_errors")),
             drift=_drift(given.get("drift")),
         )
     except KeyError as error:
@@ -190,6 +194,11 @@ def _number(value: Any) -> float | None:
     if number is not None and not 0 <= number < math.inf:
         raise ValueError(f"{value} is no measured quantity")
     return number
+
+
+def _typical(shares: Any) -> float | None:
+    """Number times median of what the observations add to an error."""
+    return _number(len(shares) * median(shares)) if shares else None
 
 
 def _integer(value: Any) -> int | None:
