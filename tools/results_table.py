@@ -50,10 +50,15 @@ Written by `python tools/results_table.py` from
 
 Made with {library} on {machine}: `{command}`
 """
-ABLATIONS = """## Ablations of the default, {policy}
+MANY = """## {policy} on 800 more observations
 
-Open loop, from [`benchmarks/results/{name}`](../benchmarks/results/{name}):
-`omega-qvla compare builtin:{policy} --recipes omega-w4a4,ablations --episodes 0 --stress 30`
+Open loop, from [`benchmarks/results/{name}`](../benchmarks/results/{name}): observations that full
+precision acted on in other episodes, two noises each, the same calibration
+(`benchmarks/many_observations.py`).
+"""
+ABLATIONS = """## Ablations of the default, {policy}, on the same observations
+
+From [`benchmarks/results/{name}`](../benchmarks/results/{name}).
 """
 
 
@@ -114,9 +119,9 @@ def details() -> str:
         parts += ["### Drift of the hand\n", markdown(drift_table(kept))]
         parts += ["### Successes per task\n", markdown(per_task_table(kept))]
     for policy in POLICIES:
-        name = f"{policy}-ablations.json"
-        if (RESULTS / name).exists():
-            parts += [ABLATIONS.format(policy=policy, name=name)]
+        for kind, text in (("many-observations", MANY), ("ablations", ABLATIONS)):
+            name = f"{policy}-{kind}.json"
+            parts += [text.format(policy=policy, name=name)]
             parts += [markdown(error_table(load_results(RESULTS / name)))]
     return "\n".join(parts)
 
