@@ -23,9 +23,13 @@ def test_where_workers_keep_the_caller_waiting_calls_are_made_alone_for_a_while(
     subprocess.run(
         ["g++", *flags, main, SOURCES / "pool.cpp", "-o", program], check=True, timeout=300
     )
-    done = subprocess.run([program], capture_output=True, text=True, check=True, timeout=120)
-    asked, alone = map(int, done.stdout.split())
     # That the program ends shows that help is asked for again.  On a busy machine a worker may miss
-    # a call that it was wanted for, which makes the first count larger and the second longer.
-    assert asked >= 2, "a single call that loses time may be chance"
-    assert alone >= ALONE
+    # a call that it was wanted for, which makes the first count larger and the second longer; or
+    # the caller is interrupted itself, which loses the time of one of the two calls: not thrice.
+    asked: list[int] = []
+    while len(asked) < 3 and max(asked, default=0) < 2:
+        done = subprocess.run([program], capture_output=True, text=True, check=True, timeout=120)
+        with_help, alone = map(int, done.stdout.split())
+        assert alone >= ALONE
+        asked.append(with_help)
+    assert max(asked) >= 2, "a single call that loses time may be chance"

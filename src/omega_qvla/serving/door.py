@@ -116,8 +116,8 @@ class Door:
 
     @property
     def opened(self) -> int:
-        """Connections past their handshake."""
-        return sum(guest.opened for guest in self.guests)
+        """Connections past their handshake; metrics may be read from any thread."""
+        return sum(guest.opened for guest in tuple(self.guests))
 
     def enter(self, guest: Guest) -> None:
         """A connection came; if too many say nothing, the oldest of those goes."""
