@@ -56,7 +56,7 @@ Open loop, from [`benchmarks/results/{name}`](../benchmarks/results/{name}): obs
 precision acted on in other episodes, two noises each, the same calibration
 (`benchmarks/many_observations.py`).
 """
-ABLATIONS = """## Ablations of the default, {policy}, on the same observations
+ABLATIONS = """## Ablations of the default, {policy}, on 400 of these observations
 
 From [`benchmarks/results/{name}`](../benchmarks/results/{name}).
 """
