@@ -130,8 +130,8 @@ def quantize_site(
         means = _required(statistics, "centring inputs").centre()
     transform = None
     if not scheme.transform.identity:
-        inputs = None if statistics is None else _summary(statistics, scheme)
-        transform = block_transform(weight, scheme.transform, inputs)
+        summary = None if statistics is None else _summary(statistics, scheme)
+        transform = block_transform(weight, scheme.transform, summary)
     branch = None
     if scheme.weights.low_rank is not None:
         branch = low_rank_branch(weight, transform, scheme.weights.low_rank)

@@ -314,7 +314,7 @@ class QuantizedLinear(nn.Module):
     def _multiply_reference(self, rows: Tensor) -> Tensor:
         q, scale = self.quantize_input(rows)
         y = reference.scaled_matmul(q, self.integers(), self.weight_scale, self.group) * scale
-        bias = self._own_bias() if self.activation_offset is None else self._now().bias
+        bias = self.bias if self.activation_offset is None else self._now().bias
         return y if bias is None else y + bias
 
     def _now(self) -> StepValues:
