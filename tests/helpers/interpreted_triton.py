@@ -19,8 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from omega_qvla.policies.elementwise import Gate, use_elementwise
 from omega_qvla.runtime.engine import load
+from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.kernels import triton as gpu
+from omega_qvla.runtime.kernels import triton_elementwise
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 from omega_qvla.runtime.linear import QuantizedLinear
 from omega_qvla.runtime.schedule import Schedule
@@ -39,6 +42,17 @@ class Call:
     gain: np.ndarray | None = None
     offset: np.ndarray | None = None
     bias: np.ndarray | None = None
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation between two linears, by its name in ``triton_elementwise``, and its arguments;
+    ``slices`` cuts those of its arrays that are parts of something larger."""
+
+    name: str
+    arguments: dict[str, Any]
+    slices: dict[str, tuple[slice, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +83,7 @@ class Chunk:
 def chunk(call: Chunk) -> np.ndarray:
     """Sample one chunk here, with the module's own code around the interpreted kernels."""
     policy = load(call.artifact, kernel="reference").policy
+    use_elementwise(policy.module, FusedElementwise())
     for linear in policy.module.modules():
         if isinstance(linear, QuantizedLinear):
             linear.kernel = gpu.NAME  # no way for users: here no tensor is on a GPU
@@ -76,10 +91,23 @@ def chunk(call: Chunk) -> np.ndarray:
     return policy.sample_normalized(call.observation, call.noise).numpy()  # type: ignore[attr-defined]
 
 
-def answer(call: Call | Chunk) -> Answer | np.ndarray:
+def step(call: Step) -> np.ndarray:
+    """One operation here."""
+    given = {
+        name: torch.from_numpy(value)[call.slices.get(name, ...)]
+        if isinstance(value, np.ndarray)
+        else value
+        for name, value in call.arguments.items()
+    }
+    return getattr(triton_elementwise, call.name)(**given).numpy()
+
+
+def answer(call: Call | Chunk | Step) -> Answer | np.ndarray:
     """Run one call here."""
     if isinstance(call, Chunk):
         return chunk(call)
+    if isinstance(call, Step):
+        return step(call)
     operands = {name: _tensor(name, value) for name, value in call.operands.items()}
     layer = gpu.PackedLinear(operands.pop("words"), operands.pop("weight_scale"), **operands)
     x = torch.from_numpy(call.x).to(getattr(torch, call.dtype))
@@ -91,11 +119,15 @@ def answer(call: Call | Chunk) -> Answer | np.ndarray:
     offset = None if call.offset is None else gpu.spread_offset(torch.from_numpy(call.offset))
     bias = None if call.bias is None else torch.from_numpy(call.bias)
     integers, scales = layer.quantize(x, scale, offset)
-    output = layer(x, scale, residual, offset=offset, bias=bias)
+    epilogue = gpu.Epilogue(layer.bias if bias is None else bias, residual, call.gate)
+    if call.gate is None:
+        output = layer(x, scale, residual, offset=offset, bias=bias)
+    else:
+        output = layer.gated(x, call.gate, scale, offset=offset, bias=bias)
     found = Answer(integers.numpy(), output.float().numpy())
     for tiling in call.tilings:
-        out = torch.empty((len(x), layer.out_features))
-        layer.multiply(integers, scales, out, tiling, residual, bias)
+        out = torch.empty(output.shape)
+        layer.multiply(integers, scales, out, epilogue, tiling)
         found.tiled.append(out.numpy())
     return found
 
@@ -122,12 +154,12 @@ class Interpreter:
         assert isinstance(found, Answer), found
         return found
 
-    def chunk(self, call: Chunk) -> np.ndarray:
+    def array(self, call: Chunk | Step) -> np.ndarray:
         found = self._ask(call)
         assert isinstance(found, np.ndarray), found
         return found
 
-    def _ask(self, call: Call | Chunk) -> Any:
+    def _ask(self, call: Call | Chunk | Step) -> Any:
         self._connection.send(call)
         assert self._connection.poll(200), "the interpreter hangs"
         return self._connection.recv()

@@ -7,6 +7,7 @@ No GPU is needed: what PyTorch says of one is put in its place, and PyTorch's de
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,10 @@ from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies.base import FlowClock
+from omega_qvla.policies.elementwise import ElementwiseModule
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import engine
+from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear
 
@@ -201,6 +204,48 @@ def test_layers_the_gpu_kernel_cannot_do_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(PolicyError, match=message):
         make(**changes)
+
+
+def test_gates_are_the_end_of_a_product_where_they_can_be() -> None:
+    assert make(splits=(3, 3)).can_gate()
+    assert not make(splits=(6,)).can_gate() and not make(splits=(2, 4)).can_gate()
+    assert not make(splits=(3, 3), group=64, weight_scale=torch.ones((6, 1))).can_gate()
+    branch = {
+        "low_rank_down": torch.zeros((1, 64), dtype=torch.bfloat16),
+        "low_rank_up": torch.zeros((6, 1), dtype=torch.bfloat16),
+    }
+    assert not make(splits=(3, 3), **branch).can_gate()
+
+
+class Asked(QuantizedLinear):
+    """Says what it was asked for."""
+
+    def gated(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        raise LookupError(kind)
+
+
+def test_layers_ask_for_such_an_end() -> None:
+    linear = make(splits=(3, 3))
+    linear.__class__ = Asked
+    with pytest.raises(LookupError, match="silu"):
+        FusedElementwise().gated_linears("silu", torch.zeros((1, 64)), linear, None)
+
+
+def test_loading_on_a_gpu_fuses_what_is_between_the_linears(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor stands for the GPU: where tensors go is another test's affair."""
+    monkeypatch.setattr(engine, "_gpu_run", lambda *_: GpuRun(replace(H200, device="cpu")))
+    layers = [
+        child
+        for child in oq.load(artifact, device="cuda", graph=False).policy.module.modules()
+        if isinstance(child, ElementwiseModule)
+    ]
+    assert layers and all(isinstance(one.elementwise, FusedElementwise) for one in layers)
+    layers = list(oq.load(artifact).policy.module.modules())
+    assert not any(
+        isinstance(getattr(one, "elementwise", None), FusedElementwise) for one in layers
+    )
 
 
 @pytest.mark.parametrize("family", ["small_policy", "small_gr00t"])

@@ -25,7 +25,9 @@ from torch import Tensor
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, ResourceError
+from omega_qvla.policies.elementwise import Elementwise
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.runtime import engine
 from omega_qvla.runtime import graph as module
 from omega_qvla.runtime.graph import ChunkGraphs, GraphWarning, use_graphs
 from omega_qvla.runtime.kernels import triton as gpu
@@ -241,8 +243,9 @@ def test_a_gpu_policy_is_loaded_with_graphs_unless_asked_not_to(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The processor in the place of a GPU, and a recorder in that of CUDA."""
+    """The processor in the place of a GPU, a recorder in that of CUDA, PyTorch in Triton's."""
     recorder = Recorder()
+    monkeypatch.setattr(engine, "FusedElementwise", Elementwise)
     monkeypatch.setattr(gpu, "find", lambda _: gpu.Gpu("cpu", "None", (9, 0), 1, 1 << 40))
     monkeypatch.setattr(module, "CudaGraphs", lambda _: recorder)
     oq.quantize(small_policy, few, "rtn").save_pretrained(tmp_path / "out")

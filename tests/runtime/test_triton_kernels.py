@@ -8,7 +8,6 @@ at what it would be given, and only ``make bench-gpu`` runs it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted_triton import Call, Chunk, Interpreter, interpreter, numpy_operands
+from interpreted_triton import Call, Chunk, Interpreter, numpy_operands
 from torch import Tensor
 
 import omega_qvla as oq
@@ -35,13 +34,6 @@ TILINGS = (
     Tiling(rows=32, outputs=64, bytes=128, parts=2, warps=4, stages=4),
     Tiling(rows=64, outputs=128, bytes=64, parts=1, warps=8, stages=3),
 )
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreter]:
-    pytest.importorskip("triton", reason="Triton is not installed: make gpu")
-    with interpreter() as running:
-        yield running
 
 
 def integers(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -317,7 +309,7 @@ def test_a_whole_policy_acts_as_with_the_reference_kernel(
     and a value between two integers may fall to the other side; none does by much."""
     policy = request.getfixturevalue(family)
     oq.quantize(policy, few, "omega-w4a4").save_pretrained(tmp_path / "out")
-    found = interpreted.chunk(Chunk(tmp_path / "out", dict(few[0]), noise))
+    found = interpreted.array(Chunk(tmp_path / "out", dict(few[0]), noise))
     loaded: Any = oq.load(tmp_path / "out", kernel="reference").policy
     wanted = loaded.sample_normalized(few[0], noise).numpy()
     assert np.square(found - wanted).mean() < 1e-4 * np.square(wanted).mean()

@@ -7,6 +7,7 @@ the reference does, so no contraction, no approximate division, no flushing of s
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -27,12 +28,20 @@ TYPES = {
     "weights": "*i8",
     "partial": "*i32",
     **dict.fromkeys(("scale", "scales", "maxima", "weight_scale", "bias", "out"), "*fp32"),
-    **dict.fromkeys(("gain", "residual", "offset"), "*fp32"),
+    **dict.fromkeys(("gain", "residual", "offset", "gate", "up", "shift"), "*fp32"),
 }
-ALIGNED = {*TYPES, "width", "size", "stride", "share"}
+ALIGNED = {*TYPES, "width", "size", "half", "stride", "share"}
 """Arguments that are multiples of 16 in every layer of the policies."""
-SMALL: dict[str, float | None] = {"CLIP": 0.85, "ROWS": 16, "OUTPUTS": 64, "BYTES": 64, "LIMIT": 8}
-LARGE: dict[str, float | None] = {
+SMALL: dict[str, Any] = {
+    "CLIP": 0.85,
+    "ROWS": 16,
+    "OUTPUTS": 64,
+    "BYTES": 64,
+    "LIMIT": 8,
+    "KIND": "silu",
+}
+LARGE: dict[str, Any] = {
+    "KIND": "gelu_tanh",
     "CLIP": 1.0,
     "ROWS": 128,
     "OUTPUTS": 128,
@@ -43,8 +52,21 @@ ABSENT = SMALL | dict.fromkeys(("transform", "offset", "bias", "gain", "residual
 """A layer with neither transform nor offset nor bias, added to nothing."""
 ONES = ABSENT | dict.fromkeys(("count", "blocks", "parts", "share", "size", "per_row", "groups"), 1)
 """One row, one block, one part, one output."""
-PRODUCTS = ("multiply", "multiply_part", "multiply_grouped")
-PROGRAMS = (*PRODUCTS, "add_parts", "quantize_static", "quantize_dynamic", "row_maxima")
+EXACT = ("multiply", "multiply_part", "multiply_grouped")
+PRODUCTS = (*EXACT, "multiply_gated")
+PROGRAMS = (
+    *PRODUCTS,
+    "add_parts",
+    "add_parts_gated",
+    "quantize_static",
+    "quantize_dynamic",
+    "row_maxima",
+)
+BETWEEN: dict[str, dict[str, Any]] = {
+    "normalize": {"EPS": 1e-6, "CENTRED": True, "WIDTH": 2048},
+    "gated_product": {"KIND": "gelu_tanh", "WIDTH": 1024},
+}
+"""Programs between two products."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +78,7 @@ def device() -> ModuleType:
 def compile_program(
     program: Any,
     capability: int,
-    sizes: dict[str, float | None],
+    sizes: dict[str, Any],
     folder: Path,
     types: dict[str, str] = TYPES,
 ) -> Any:
@@ -105,11 +127,14 @@ def machine_code(compiled: Any, folder: Path) -> str:
     return done.stdout
 
 
-def check_product(compiled: Any, capability: int, folder: Path) -> None:
+def check_product(compiled: Any, capability: int, folder: Path, *, exact: bool = True) -> None:
+    """Integer matrix instructions and no others; ``exact``: nothing contracted either, which the
+    division in a gate is made of."""
     code = machine_code(compiled, folder)
     wanted = "IGMMA" if capability == 90 else "IMMA"
     assert re.search(rf"\b{wanted}\.\S*S8\S*\.S8", code), f"no int8 {wanted} for sm_{capability}"
-    assert not re.search(r"\b(HMMA|HGMMA|DMMA|UTCHMMA|QGMMA|FFMA)\b", code)
+    assert not re.search(r"\b(HMMA|HGMMA|DMMA|UTCHMMA|QGMMA)\b", code)
+    assert not exact or "FFMA" not in code
 
 
 def check_rounding(ptx: str) -> None:
@@ -134,7 +159,29 @@ def test_every_program_compiles_and_rounds_as_the_reference_does(
     compiled = compile_program(getattr(device, name), 80, ABSENT, tmp_path)
     check_rounding(compiled.asm["ptx"])
     if name in PRODUCTS:
-        check_product(compiled, 80, tmp_path)
+        check_product(compiled, 80, tmp_path, exact=name in EXACT)
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_is_between_two_products_compiles_and_divides_exactly(
+    device: ModuleType, name: str, tmp_path: Path
+) -> None:
+    programs = importlib.import_module("omega_qvla.runtime.kernels.triton_elementwise_device")
+    for capability in (80, 120):
+        compiled = compile_program(getattr(programs, name), capability, BETWEEN[name], tmp_path)
+        check_rounding(compiled.asm["ptx"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("absent", [{}, {"shift": None}], ids=["modulated", "gain"])
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_is_between_two_products_on_every_gpu(
+    device: ModuleType, capability: int, name: str, absent: dict[str, Any], tmp_path: Path
+) -> None:
+    programs = importlib.import_module("omega_qvla.runtime.kernels.triton_elementwise_device")
+    sizes = BETWEEN[name] | absent
+    check_rounding(compile_program(getattr(programs, name), capability, sizes, tmp_path).asm["ptx"])
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -170,7 +217,7 @@ def test_every_program_on_every_gpu(
     compiled = compile_program(getattr(device, name), capability, sizes, tmp_path)
     check_rounding(compiled.asm["ptx"])
     if name in PRODUCTS:
-        check_product(compiled, capability, tmp_path)
+        check_product(compiled, capability, tmp_path, exact=name in EXACT)
 
 
 def test_a_triton_that_is_too_old_is_refused() -> None:

@@ -88,6 +88,17 @@ def test_the_fastest_is_chosen_measured_once_and_read_by_the_next_process(tmp_pa
     assert watch.asked == asked > 1
 
 
+def test_products_that_end_in_a_gate_have_tilings_of_their_own(tmp_path: Path) -> None:
+    watch = Stopwatch(lambda tiling: float(tiling.outputs))
+    chosen = tuner(tmp_path, watch)
+    assert chosen.choose(SHAPE, watch.run).outputs == 64
+    asked, watch.cost = watch.asked, lambda tiling: -float(tiling.outputs)
+    assert chosen.choose(SHAPE, watch.run, gated=True).outputs == 128
+    assert watch.asked == 2 * asked
+    assert chosen.choose(SHAPE, watch.run).outputs == 64
+    assert tuner(tmp_path, watch).choose(SHAPE, watch.run, gated=True).outputs == 128
+
+
 @pytest.mark.parametrize("change", [{"triton": "3.8.0"}, {"programs": "def"}])
 def test_choices_measured_with_something_else_are_measured_again(
     tmp_path: Path, change: dict[str, str]

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import shared_input
+from omega_qvla.policies.elementwise import RMS_EPS, TORCH, Elementwise, ElementwiseModule, Gate
 from omega_qvla.policies.layers import (
-    RMS_EPS,
     GatedMLP,
     KeyValue,
     Node,
@@ -50,8 +50,7 @@ class QwenRMSNorm(nn.Module):
 class QwenMLP(GatedMLP):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
-    def activate(self, gate: Tensor) -> Tensor:
-        return F.silu(gate)
+    gate: Gate = "silu"
 
 
 class QwenAttention(nn.Module):
@@ -175,7 +174,7 @@ class FeatureBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-class AdaptiveLayerNorm(nn.Module):
+class AdaptiveLayerNorm(ElementwiseModule):
     """Layer norm whose scale and shift come from the flow time."""
 
     def __init__(self, width: int) -> None:
@@ -188,11 +187,20 @@ class AdaptiveLayerNorm(nn.Module):
             raise PolicyError("this adaptive norm was replaced by a step table")
         return self.linear(condition).unflatten(-1, (2, -1))
 
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Normalize x [B, T, D] with modulation [B, 2, D]."""
+        return adaptive_layer_norm(x, modulation, elementwise=self.elementwise)
 
-def adaptive_layer_norm(x: Tensor, modulation: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
+
+def adaptive_layer_norm(
+    x: Tensor,
+    modulation: Tensor,
+    eps: float = LAYER_NORM_EPS,
+    elementwise: Elementwise = TORCH,
+) -> Tensor:
     """Normalize x [B, T, D] with modulation [B, 2, D]."""
     scale, shift = modulation.unsqueeze(-3).unbind(-2)
-    return F.layer_norm(x, (x.shape[-1],), eps=eps) * (1.0 + scale) + shift
+    return elementwise.adaptive_layer_norm(x, scale, shift, eps)
 
 
 class _HeadBlock(nn.Module):
@@ -218,7 +226,7 @@ class CrossBlock(_HeadBlock):
         self, x: Tensor, modulation: Tensor, cross: KeyValue, mask: Tensor | None = None
     ) -> Tensor:
         """x [B, T, D], modulation [B, 2, D] → [B, T, D]."""
-        attended = self.attn1(adaptive_layer_norm(x, modulation), cross, mask)
+        attended = self.attn1(self.norm1(x, modulation), cross, mask)
         return self.feed_forward(x + attended)
 
 
@@ -231,7 +239,7 @@ class SelfBlock(_HeadBlock):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x [B, T, D], modulation [B, 2, D] → [B, T, D]."""
-        return self.feed_forward(x + self.attn1(adaptive_layer_norm(x, modulation)))
+        return self.feed_forward(x + self.attn1(self.norm1(x, modulation)))
 
 
 class EmbodimentLinear(nn.Module):

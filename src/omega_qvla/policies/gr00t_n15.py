@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.policies.elementwise import ElementwiseModule
 from omega_qvla.policies.gr00t_layers import (
     ActionEncoder,
     AdaptiveLayerNorm,
@@ -384,7 +385,7 @@ def time_code(buckets: Tensor, width: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
-class Gr00tN15Module(nn.Module):
+class Gr00tN15Module(ElementwiseModule):
     """The network: official keys, no dead weights.  All methods accept a leading batch."""
 
     def __init__(self, config: Gr00tN15Config) -> None:
@@ -584,7 +585,7 @@ class Gr00tN15Module(nn.Module):
     def read_out(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Final norm, projection and decoder of the action tokens, [B, horizon, action_dim]."""
         actions = x[:, -self.config.horizon :]
-        normed = adaptive_layer_norm(actions, modulation, FINAL_NORM_EPS)
+        normed = adaptive_layer_norm(actions, modulation, FINAL_NORM_EPS, self.elementwise)
         hidden = self.action_head.model.proj_out_2(normed)
         return self.action_head.action_decoder(hidden, self.config.embodiment_row)
 

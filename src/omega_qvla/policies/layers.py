@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import shared_input
+from omega_qvla.policies.elementwise import TORCH, Elementwise, ElementwiseModule, Gate
 
 KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of one layer, each [B, kv_heads, T, d]."""
-
-RMS_EPS = 1e-6
 
 
 class VisionConfig(BaseModel):
@@ -54,7 +53,7 @@ class Node(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(ElementwiseModule):
     """Gemma's RMSNorm, gain stored as an offset from one."""
 
     def __init__(self, width: int) -> None:
@@ -62,10 +61,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS) * (1.0 + self.weight)
+        return self.elementwise.rms_norm(x, self.weight)
 
 
-class AdaptiveRMSNorm(nn.Module):
+class AdaptiveRMSNorm(ElementwiseModule):
     """RMSNorm whose scale, shift and gate come from the denoising time (adaRMS)."""
 
     def __init__(self, width: int, condition_width: int) -> None:
@@ -80,12 +79,17 @@ class AdaptiveRMSNorm(nn.Module):
             raise PolicyError("this adaptive norm was replaced by a step table")
         return self.dense(condition).unflatten(-1, (3, -1))
 
+    def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize x [B, T, D] with modulation [B, 3, D]; return (normed, gate [B, 1, D])."""
+        return adaptive_rms_norm(x, modulation, self.elementwise)
 
-def adaptive_rms_norm(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+
+def adaptive_rms_norm(
+    x: Tensor, modulation: Tensor, elementwise: Elementwise = TORCH
+) -> tuple[Tensor, Tensor]:
     """Normalize x [B, T, D] with modulation [B, 3, D]; return (normed, gate [B, 1, D])."""
     scale, shift, gate = modulation.unsqueeze(-3).unbind(-2)
-    normed = F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
-    return normed * (1.0 + scale) + shift, gate
+    return elementwise.adaptive_rms_norm(x, scale, shift), gate
 
 
 def rotary_table(
@@ -144,8 +148,10 @@ def attention_logits(query: Tensor, key: Tensor, mask: Tensor | None = None) -> 
     return logits if mask is None else logits.masked_fill(~mask, float("-inf"))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(ElementwiseModule):
     """GeGLU: down(gelu_tanh(gate(x)) · up(x))."""
+
+    gate: Gate = "gelu_tanh"
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -154,11 +160,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = shared_input(x, self.gate_proj, self.up_proj)
-        return self.down_proj(self.activate(gate) * up)
-
-    def activate(self, gate: Tensor) -> Tensor:
-        return F.gelu(gate, approximate="tanh")
+        hidden = self.elementwise.gated_linears(self.gate, x, self.gate_proj, self.up_proj)
+        return self.down_proj(hidden)
 
 
 class RotaryAttention(nn.Module):

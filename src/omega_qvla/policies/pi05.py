@@ -34,6 +34,7 @@ from omega_qvla.policies.base import (
     FlowClock,
     euler_times,
 )
+from omega_qvla.policies.elementwise import ElementwiseModule
 from omega_qvla.policies.images import ImageFit
 from omega_qvla.policies.layers import (
     AdaptiveRMSNorm,
@@ -45,7 +46,6 @@ from omega_qvla.policies.layers import (
     RotaryAttention,
     SiglipVisionModel,
     VisionConfig,
-    adaptive_rms_norm,
     embedding,
     rotary_table,
 )
@@ -192,7 +192,7 @@ class LastBackboneLayer(nn.Module):
         return x, self.self_attn(self.input_layernorm(x), rotary)
 
 
-class ExpertLayer(nn.Module):
+class ExpertLayer(ElementwiseModule):
     """Gemma layer with adaptive norms and gated residuals, attending to the prefix."""
 
     def __init__(self, config: GemmaConfig) -> None:
@@ -214,10 +214,11 @@ class ExpertLayer(nn.Module):
     ) -> Tensor:
         """x [B, H, D], modulation [B, 2, 3, D] → [B, H, D]."""
         attention_modulation, mlp_modulation = modulation.unbind(-3)
-        normed, gate = adaptive_rms_norm(x, attention_modulation)
-        x = x + gate * self.self_attn(normed, rotary, past, mask)[0]
-        normed, gate = adaptive_rms_norm(x, mlp_modulation)
-        return x + gate * self.mlp(normed)
+        normed, gate = self.input_layernorm(x, attention_modulation)
+        attended, _ = self.self_attn(normed, rotary, past, mask)
+        x = self.elementwise.add_gated(x, gate, attended)
+        normed, gate = self.post_attention_layernorm(x, mlp_modulation)
+        return self.elementwise.add_gated(x, gate, self.mlp(normed))
 
 
 class Pi05Module(nn.Module):
@@ -368,7 +369,8 @@ class Pi05Module(nn.Module):
 
     def read_out(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Final norm and projection, [B, horizon, D] → [B, horizon, action_dim]."""
-        normed, _ = adaptive_rms_norm(x, modulation[..., -1, :, :])
+        norm = self.paligemma_with_expert.gemma_expert.model.norm
+        normed, _ = norm(x, modulation[..., -1, :, :])
         return self.action_out_proj(normed)
 
 

@@ -24,6 +24,7 @@ from omega_qvla.artifact.packing import packed_width
 from omega_qvla.devices import check_memory
 from omega_qvla.errors import ArtifactError, NotRealizableError, PolicyError, ResourceError
 from omega_qvla.policies.base import Observation, Policy, QuantizationSite, linears_of
+from omega_qvla.policies.elementwise import use_elementwise
 from omega_qvla.policies.loading import policy_skeleton
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.step_table import HasStepTable, StepTable
@@ -36,6 +37,7 @@ from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.recipe import Recipe, Scheme
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
+from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.graph import use_graphs
 from omega_qvla.runtime.kernels import triton
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear
@@ -319,8 +321,10 @@ def load(
             f"{directory}: omega_config.json does not fit the tensors: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if graph and gpu is not None and isinstance(loaded.policy, NativePolicy):
-        use_graphs(loaded.policy)
+    if gpu is not None:
+        use_elementwise(loaded.policy.module, FusedElementwise())
+        if graph and isinstance(loaded.policy, NativePolicy):
+            use_graphs(loaded.policy)
     return loaded
 
 

@@ -21,6 +21,7 @@ from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.devices import Gpu
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock
+from omega_qvla.policies.elementwise import Gate
 from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.runtime.kernels import cpu, reference, triton
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
@@ -286,6 +287,29 @@ class QuantizedLinear(nn.Module):
             thin = rows.to(torch.float32) @ self.low_rank_down.t().float()
             y = y + thin @ self.low_rank_up.t().float()
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def can_gate(self) -> bool:
+        """Whether ``gated`` exists: two linears of one width on a GPU, in 4-bit integers alone."""
+        halves = len(self.splits) == 2 and len(set(self.splits)) == 1
+        plain = self.group is None and self.low_rank_down is None
+        return self.kernel == triton.NAME and halves and plain
+
+    def gated(self, x: Tensor, kind: Gate) -> Tensor:
+        """x [..., K] → activation(gate(x)) · up(x) [..., N/2], of a fused gate and up projection.
+
+        Raises:
+            PolicyError: another layer; see ``can_gate``.
+            ObservationError: x has another width.
+        """
+        self.prepare()
+        if not self.can_gate() or not isinstance(self._packed, triton.PackedLinear):
+            raise PolicyError("only a gate and an up projection on a GPU are multiplied as one")
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        now = self._now()
+        y = self._packed.gated(rows, kind, now.scale, offset=now.offset, bias=now.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _multiply_gpu(self, rows: Tensor) -> Tensor:
         """Rows [M, K] → [M, N] of the same dtype, on the GPU."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from omega_qvla.devices import Gpu, find_gpu
 from omega_qvla.errors import ObservationError, PolicyError, ResourceError
+from omega_qvla.policies.elementwise import Gate
 from omega_qvla.runtime.kernels.triton_tuning import SPLIT_ROWS, Tiling, Tuner, first_guess
 
 NAME = "triton"
@@ -55,6 +56,25 @@ class Residual:
 
     stream: Tensor
     gain: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What becomes of a product after its scales, while it is still in registers.
+
+    Attributes:
+        bias: float32 [N], or None.
+        residual: what the output is added to, or None.
+        gate: let the second half of the outputs pass through the first; without a residual.
+    """
+
+    bias: Tensor | None = None
+    residual: Residual | None = None
+    gate: Gate | None = None
+
+    def residual_parts(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gain and stream as the programs take them."""
+        return (None, None) if self.residual is None else (self.residual.gain, self.residual.stream)
 
 
 def find(device: str) -> Gpu:
@@ -279,7 +299,44 @@ class PackedLinear:
             return out
         with torch.cuda.device_of(x):  # Triton starts programs on the current device
             integers, scales = self.quantize(x, static_scale, offset)
-            self._multiply(integers, scales, out, residual, bias)
+            epilogue = Epilogue(self.bias if bias is None else bias, residual)
+            if self.group is None:
+                self.multiply(integers, scales, out, epilogue)
+            else:
+                self._multiply_grouped(integers, scales, out, epilogue)
+        return out
+
+    def gated(
+        self,
+        x: Tensor,
+        kind: Gate,
+        static_scale: Tensor | None = None,
+        *,
+        offset: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """x [M, K] → [M, N/2]: activation(y) · y', the two halves of what a call would give.
+
+        Neither half is written: two sums of one program are scaled and multiplied.  Arguments are
+        those of a call.
+
+        Raises:
+            ObservationError: see ``__call__``.
+            PolicyError: an odd number of outputs, or one weight scale per group.
+        """
+        if self.out_features % 2 or self.group is not None:
+            raise PolicyError(
+                f"a gated product needs two halves and one weight scale per output; this layer has "
+                f"{self.out_features} outputs, group {self.group}"
+            )
+        self._check_input(x)
+        out = torch.empty((x.shape[0], self.out_features // 2), dtype=x.dtype, device=x.device)
+        if not x.shape[0]:
+            return out
+        with torch.cuda.device_of(x):
+            integers, scales = self.quantize(x, static_scale, offset)
+            epilogue = Epilogue(self.bias if bias is None else bias, gate=kind)
+            self.multiply(integers, scales, out, epilogue)
         return out
 
     def quantize(
@@ -312,48 +369,38 @@ class PackedLinear:
         )  # fmt: skip
         return integers, scales
 
-    def _multiply(
-        self,
-        integers: Tensor,
-        scales: Tensor,
-        out: Tensor,
-        residual: Residual | None,
-        bias: Tensor | None,
-    ) -> None:
-        """Integers int8 [M, width] and their scales → out [M, N]."""
-        if self.group is not None:
-            self._multiply_grouped(integers, scales, out, residual, bias)
-            return
-        shape = (len(integers), self.out_features, integers.shape[1])
-        if self._tuner is None:
-            tiling = first_guess(shape, self._processors)
-        else:
-            tiling = self._tuner.choose(
-                shape, lambda tiling: self.multiply(integers, scales, out, tiling, residual, bias)
-            )
-        self.multiply(integers, scales, out, tiling, residual, bias)
-
     def multiply(
         self,
         integers: Tensor,
         scales: Tensor,
         out: Tensor,
-        tiling: Tiling,
-        residual: Residual | None = None,
-        bias: Tensor | None = None,
+        epilogue: Epilogue,
+        tiling: Tiling | None = None,
     ) -> None:
-        """Multiply and scale with a given tiling; weights have one scale per output."""
-        bias = self.bias if bias is None else bias
-        gain, stream = _parts(residual)
+        """Integers int8 [M, width] and their scales → out; weights have one scale per output.
+
+        Args:
+            tiling: None takes the measured one, or a first guess.
+        """
+        if tiling is None:
+            tiling = self._tiling(integers, scales, out, epilogue)
         count, width = integers.shape
         size, per_row = self.out_features, _per_row(scales)
-        grid = (-(-count // tiling.rows), -(-size // tiling.outputs))
+        grid = (-(-count // tiling.rows), -(-out.shape[1] // tiling.outputs))
         sides = {"ROWS": tiling.rows, "OUTPUTS": tiling.outputs}
         options = {
             "num_warps": tiling.warps,
             "num_stages": tiling.stages,
             "enable_fp_fusion": False,
         }
+        bias, gate = epilogue.bias, epilogue.gate
+        gain, stream = epilogue.residual_parts()
+        if tiling.parts == 1 and gate is not None:
+            self._programs.multiply_gated[grid](
+                integers, self.weight, self.weight_scale, bias, scales, out,
+                count, size // 2, width, per_row, KIND=gate, **sides, BYTES=tiling.bytes, **options,
+            )  # fmt: skip
+            return
         if tiling.parts == 1:
             self._programs.multiply[grid](
                 integers, self.weight, self.weight_scale, bias, gain, stream, scales, out,
@@ -363,30 +410,41 @@ class PackedLinear:
         share = tiling.share(width)
         parts = -(-(width // 2) // share)
         partial = torch.empty((parts, count, size), dtype=torch.int32, device=out.device)
-        self._programs.multiply_part[(*grid, parts)](
+        self._programs.multiply_part[(grid[0], -(-size // tiling.outputs), parts)](
             integers, self.weight, partial, count, size, width, share,
             **sides, BYTES=tiling.bytes, **options,
         )  # fmt: skip
+        if gate is not None:
+            self._programs.add_parts_gated[grid](
+                partial, self.weight_scale, bias, scales, out,
+                count, size // 2, parts, per_row, KIND=gate, **sides, enable_fp_fusion=False,
+            )  # fmt: skip
+            return
         self._programs.add_parts[grid](
             partial, self.weight_scale, bias, gain, stream, scales, out,
             count, size, parts, per_row, **sides, enable_fp_fusion=False,
         )  # fmt: skip
 
+    def _tiling(self, integers: Tensor, scales: Tensor, out: Tensor, epilogue: Epilogue) -> Tiling:
+        """The measured tiling of a product, or a guess where nothing is measured."""
+        shape = (len(integers), self.out_features, integers.shape[1])
+        if self._tuner is None:
+            return first_guess(shape, self._processors)
+        return self._tuner.choose(
+            shape,
+            lambda tiling: self.multiply(integers, scales, out, epilogue, tiling),
+            gated=epilogue.gate is not None,
+        )
+
     def _multiply_grouped(
-        self,
-        integers: Tensor,
-        scales: Tensor,
-        out: Tensor,
-        residual: Residual | None,
-        bias: Tensor | None,
+        self, integers: Tensor, scales: Tensor, out: Tensor, epilogue: Epilogue
     ) -> None:
-        bias = self.bias if bias is None else bias
-        gain, stream = _parts(residual)
+        gain, stream = epilogue.residual_parts()
         count, width = integers.shape
         rows = min(64, max(16, 1 << (count - 1).bit_length()))
         grid = (-(-count // rows), -(-self.out_features // 64))
         self._programs.multiply_grouped[grid](
-            integers, self.weight, self.weight_scale, bias, gain, stream, scales, out,
+            integers, self.weight, self.weight_scale, epilogue.bias, gain, stream, scales, out,
             count, self.out_features, width, self.weight_scale.shape[0], _per_row(scales),
             ROWS=rows, OUTPUTS=64, enable_fp_fusion=False,
         )  # fmt: skip
@@ -433,11 +491,6 @@ class PackedLinear:
                 f"input {list(x.shape)} has strides {x.stride()}: its rows must be contiguous; "
                 "call .contiguous()"
             )
-
-
-def _parts(residual: Residual | None) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and stream as the programs take them."""
-    return (None, None) if residual is None else (residual.gain, residual.stream)
 
 
 def _per_row(scales: Tensor) -> int:

@@ -15,6 +15,8 @@ is not installed.  Arithmetic is that of ``reference.py``, operation for operati
   bit for bit too.
 * add, where there is a residual: residual + gain · y, the product rounded by itself if there is a
   gain, and the sum rounded by itself; all in float32, then once to the output's type.
+* gate, where a layer stands for a gate and what it lets pass: activation(y_j) · y_(j + N/2) for
+  j < N/2, from two sums of one program, so that neither half is ever written.
 
 Weights stand on the left of the product and activations on the right, outputs × rows.  That way the
 side with few entries (a chunk has 10 to 50 rows) is the one whose tile can be 16 wide, and the
@@ -32,6 +34,8 @@ from __future__ import annotations
 
 import triton  # pyright: ignore[reportMissingImports] - an extra
 import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+from omega_qvla.runtime.kernels.triton_elementwise_device import activated
 
 HALF = tl.constexpr(64)
 """Inputs per transform block, per group of weight scales, and per half of a packed block."""
@@ -225,15 +229,22 @@ def _product(
 
 
 @triton.jit
-def _store_scaled(product, bias, gain, residual, scales, out, rows, count, outputs, size, per_row):
-    """(product · weight scale, done by the caller) · activation scale + bias → out [rows, N].
-
-    With a residual [rows, N], residual + gain · that; the gain [N] is one where there is none.
-    """
+def _scaled(product, bias, scales, rows, count, outputs, size, per_row):
+    """(product · weight scale, done by the caller) · activation scale + bias, [outputs, rows]."""
     scale = tl.load(scales + rows * per_row, mask=rows < count, other=0.0)
     y = product * scale[None, :]
     if bias is not None:
         y = y + tl.load(bias + outputs, mask=outputs < size, other=0.0)[:, None]
+    return y
+
+
+@triton.jit
+def _store_scaled(product, bias, gain, residual, scales, out, rows, count, outputs, size, per_row):
+    """``_scaled`` → out [rows, N].
+
+    With a residual [rows, N], residual + gain · that; the gain [N] is one where there is none.
+    """
+    y = _scaled(product, bias, scales, rows, count, outputs, size, per_row)
     inside = (outputs < size)[:, None] & (rows < count)[None, :]
     place = rows[None, :] * size + outputs[:, None]
     if gain is not None:
@@ -349,6 +360,100 @@ def add_parts(
     channel = tl.load(weight_scale + outputs, mask=outputs < size, other=0.0)
     product = (total >> 4).to(tl.float32) * channel[:, None]
     _store_scaled(product, bias, gain, residual, scales, out, rows, count, outputs, size, per_row)
+
+
+@triton.jit
+def _store_gated(
+    gate,
+    up,
+    weight_scale,
+    bias,
+    scales,
+    out,
+    rows,
+    count,
+    outputs,
+    half,
+    per_row,
+    KIND: tl.constexpr,
+):
+    """16-fold sums of gates and of what they let pass → out [rows, N/2]."""
+    known = outputs < half
+    channel = tl.load(weight_scale + outputs, mask=known, other=0.0)
+    left = (gate >> 4).to(tl.float32) * channel[:, None]
+    left = _scaled(left, bias, scales, rows, count, outputs, half, per_row)
+    channel = tl.load(weight_scale + half + outputs, mask=known, other=0.0)
+    right = (up >> 4).to(tl.float32) * channel[:, None]
+    if bias is not None:
+        bias += half
+    right = _scaled(right, bias, scales, rows, count, outputs, half, per_row)
+    y = activated(left, KIND) * right
+    place = rows[None, :] * half + outputs[:, None]
+    inside = known[:, None] & (rows < count)[None, :]
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_ANY)
+def multiply_gated(
+    integers,
+    weights,
+    weight_scale,
+    bias,
+    scales,
+    out,
+    count,
+    half,
+    width,
+    per_row,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """Row tiles × output tiles of one half: both products, scaled, gated."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    outputs = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    end = width // 2
+    gate = _product(
+        integers, weights, rows, count, outputs, half, width, 0, end, ROWS, OUTPUTS, BYTES
+    )
+    weights += half * end
+    up = _product(
+        integers, weights, rows, count, outputs, half, width, 0, end, ROWS, OUTPUTS, BYTES
+    )
+    _store_gated(
+        gate, up, weight_scale, bias, scales, out, rows, count, outputs, half, per_row, KIND
+    )
+
+
+@triton.jit(do_not_specialize=_ANY)
+def add_parts_gated(
+    partial,
+    weight_scale,
+    bias,
+    scales,
+    out,
+    count,
+    half,
+    parts,
+    per_row,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """Row tiles × output tiles of one half: add the parts of both up, scale, gate."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    outputs = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    inside = (outputs < half)[:, None] & (rows < count)[None, :]
+    gate = tl.zeros((OUTPUTS, ROWS), tl.int32)
+    up = tl.zeros((OUTPUTS, ROWS), tl.int32)
+    for part in range(0, parts):
+        place = partial + (part * count + rows[None, :]) * 2 * half + outputs[:, None]
+        gate += tl.load(place, mask=inside, other=0)
+        up += tl.load(place + half, mask=inside, other=0)
+    _store_gated(
+        gate, up, weight_scale, bias, scales, out, rows, count, outputs, half, per_row, KIND
+    )
 
 
 @triton.jit(do_not_specialize=_ANY)

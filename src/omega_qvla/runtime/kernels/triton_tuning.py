@@ -150,10 +150,14 @@ class Tuner:
             raise ResourceError(f"cannot keep tilings in {folder}: it is not writable")
         self._known = self._read()
 
-    def choose(self, shape: Shape, run: Callable[[Tiling], object]) -> Tiling:
+    def choose(
+        self, shape: Shape, run: Callable[[Tiling], object], *, gated: bool = False
+    ) -> Tiling:
         """The fastest tiling for a shape.
 
         Args:
+            gated: whether both halves of the outputs are summed in one program, which takes twice
+                the registers.
             run: multiplies with a given tiling.  One that the GPU cannot hold may raise; it is
                 passed over.
 
@@ -161,7 +165,7 @@ class Tuner:
             ResourceError: no candidate ran.
         """
         shape = (rounded_rows(shape[0]), *shape[1:])
-        key = ",".join(map(str, shape))
+        key = ",".join(map(str, shape)) + (",gated" if gated else "")
         if key not in self._known:
             self._known[key] = self._fastest(shape, run)
             self._write()

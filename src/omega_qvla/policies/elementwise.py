@@ -1,0 +1,71 @@
+"""What layers compute between their linears: a method for each thing a runtime may do at once.
+
+PyTorch starts a program per operation.  On a processor that is nothing; on a GPU a norm with its
+modulation is four programs where one would do, thousands of times a chunk.  So layers do not spell
+these out but ask the ``Elementwise`` they hold, which is ``TORCH`` until a runtime puts its own in
+its place (``use_elementwise``).  What is here is the definition: another one may round differently,
+not compute something else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from omega_qvla.policies.base import shared_input
+
+RMS_EPS = 1e-6
+Gate = Literal["gelu_tanh", "silu"]
+"""The nonlinearity of a gated product."""
+
+
+class Elementwise:
+    """The operations, by PyTorch.
+
+    Shapes: x [..., T, D]; scales, shifts and gates [..., 1, D], one row for all tokens of a chunk.
+    """
+
+    def rms_norm(self, x: Tensor, gain: Tensor) -> Tensor:
+        """x / rms(x) · (1 + gain), gain [D] (Gemma's form)."""
+        return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS) * (1.0 + gain)
+
+    def adaptive_rms_norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x / rms(x) · (1 + scale) + shift."""
+        return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS) * (1.0 + scale) + shift
+
+    def adaptive_layer_norm(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+        """(x - mean(x)) / deviation(x) · (1 + scale) + shift."""
+        return F.layer_norm(x, (x.shape[-1],), eps=eps) * (1.0 + scale) + shift
+
+    def add_gated(self, stream: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+        """stream + gate · branch, the residual of an adaptive layer."""
+        return stream + gate * branch
+
+    def gated_product(self, kind: Gate, gate: Tensor, up: Tensor) -> Tensor:
+        """activation(gate) · up."""
+        return (F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+    def gated_linears(
+        self, kind: Gate, x: Tensor, gate_proj: nn.Module, up_proj: nn.Module | None
+    ) -> Tensor:
+        """activation(gate_proj(x)) · up_proj(x); the two may be one fused module."""
+        gate, up = shared_input(x, gate_proj, up_proj)
+        return self.gated_product(kind, gate, up)
+
+
+TORCH = Elementwise()
+
+
+class ElementwiseModule(nn.Module):
+    """A layer that asks its ``elementwise``; no parameters or buffers of its own."""
+
+    elementwise: Elementwise = TORCH
+
+
+def use_elementwise(module: nn.Module, elementwise: Elementwise) -> None:
+    """Let every layer inside a module ask this one."""
+    for child in module.modules():
+        if isinstance(child, ElementwiseModule):
+            child.elementwise = elementwise
