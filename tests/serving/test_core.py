@@ -204,18 +204,22 @@ def test_the_deadline_follows_the_warm_up_unless_it_is_given() -> None:
     assert given.deadline_s == 0.5
 
 
-chunks = st.lists(st.floats(-2.0, 2.0, width=32), min_size=6, max_size=6)
+actions = st.floats(-2.0, 2.0, width=32) | st.sampled_from([np.nan, np.inf, -np.inf])
+chunks = st.lists(actions, min_size=6, max_size=6)
+bounds = st.floats(0.1, 2.0) | st.just(np.inf)
 
 
-@given(values=chunks, high=st.floats(0.1, 2.0), change=st.floats(0.1, 4.0))
+@given(values=chunks, high=bounds, change=st.floats(0.1, 4.0) | st.just(np.inf))
 def test_limits_let_pass_exactly_what_is_within_them(
     values: list[float], high: float, change: float
 ) -> None:
     limits = ActionLimits((-high,) * 2, (high,) * 2, (change, np.inf))
     chunk = np.array(values, np.float32).reshape(3, 2)
-    steps = np.abs(np.diff(chunk[:, 0].astype(float)))
-    slack = 1e-6 * (1 + high), 1e-6 * (1 + change)
-    safe = bool((np.abs(chunk) <= high + slack[0]).all() and (steps <= change + slack[1]).all())
+    safe = bool(np.isfinite(chunk).all())
+    if safe:
+        steps = np.abs(np.diff(chunk[:, 0].astype(float)))
+        slack = 1e-6 * (1 + high), 1e-6 * (1 + change)
+        safe = bool((np.abs(chunk) <= high + slack[0]).all() and (steps <= change + slack[1]).all())
     try:
         limits.check(chunk)
         passed = True

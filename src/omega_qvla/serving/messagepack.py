@@ -76,7 +76,7 @@ def read(data: bytes, bounds: Bounds, restore: Restore) -> Value:
     return value
 
 
-_FIXED: dict[int, struct.Struct] = {
+_NUMBERS: dict[int, struct.Struct] = {
     0xCA: struct.Struct(">f"),
     0xCB: struct.Struct(">d"),
     0xCC: struct.Struct(">B"),
@@ -103,64 +103,80 @@ _LENGTH_BYTES: dict[int, tuple[str, int]] = {
 }
 
 
+def _form(tag: int) -> tuple[str, int, int]:
+    """What a first byte announces: a kind, the length that is in it, and the bytes of the length
+    that follow it.
+    """
+    if tag <= 0x7F or tag >= 0xE0:
+        return "integer", 0, 0
+    if tag <= 0x8F:
+        return "map", tag & 0x0F, 0
+    if tag <= 0x9F:
+        return "list", tag & 0x0F, 0
+    if tag <= 0xBF:
+        return "text", tag & 0x1F, 0
+    if tag in _NUMBERS:
+        return "number", _NUMBERS[tag].size, 0
+    kind, size = _LENGTH_BYTES.get(tag, ("constant" if tag in _CONSTANTS else "refused", 0))
+    return kind, 0, size
+
+
+_FORMS = tuple(map(_form, range(256)))
+"""Looked up, because requests are read by code that has fallen out of the caches since the last."""
+
+
 class _Reader:
     """One pass over the bytes of a message."""
 
     def __init__(self, data: bytes, bounds: Bounds, restore: Restore) -> None:
         self._data, self._bounds, self._restore = data, bounds, restore
+        self._end, self._most = len(data), bounds.values
         self._values = 0
         self.position = 0
 
     def value(self, depth: int) -> Value:
         """The value that starts here."""
         self._values += 1
-        if self._values > self._bounds.values:
-            raise WireError(f"the message holds more than {self._bounds.values} values")
+        if self._values > self._most:
+            raise WireError(f"the message holds more than {self._most} values")
         where = self.position
-        tag = self._take(1)[0]
-        if tag <= 0x7F:
-            return tag
-        if tag >= 0xE0:
-            return tag - 0x100
-        if tag in _CONSTANTS:
-            return _CONSTANTS[tag]
-        if tag in _FIXED:
-            form = _FIXED[tag]
-            return form.unpack(self._take(form.size))[0]
-        kind, length = self._length(tag, where)
+        if where >= self._end:
+            raise self._cut_off(1)
+        tag = self._data[where]
+        self.position = where + 1
+        kind, length, size = _FORMS[tag]
+        if size:
+            length = int.from_bytes(self._take(size), "big")
         if kind == "text":
             return self._text(length, where)
         if kind == "bytes":
             return self._take(length)
+        if kind == "integer":
+            return tag if tag <= 0x7F else tag - 0x100
+        if kind == "constant":
+            return _CONSTANTS[tag]
+        if kind == "number":
+            return _NUMBERS[tag].unpack(self._take(length))[0]
+        if kind == "refused":
+            raise WireError(f"at byte {where} is a type that is not accepted (0x{tag:02x})")
         if depth >= self._bounds.depth:
             raise WireError(
                 f"at byte {where} containers are nested more than {self._bounds.depth} deep"
             )
         return self._list(length, depth) if kind == "list" else self._map(length, depth)
 
-    def _length(self, tag: int, where: int) -> tuple[str, int]:
-        """Kind and length of what has one."""
-        if tag <= 0x8F:
-            return "map", tag & 0x0F
-        if tag <= 0x9F:
-            return "list", tag & 0x0F
-        if tag <= 0xBF:
-            return "text", tag & 0x1F
-        if tag not in _LENGTH_BYTES:
-            raise WireError(f"at byte {where} is a type that is not accepted (0x{tag:02x})")
-        kind, size = _LENGTH_BYTES[tag]
-        return kind, int.from_bytes(self._take(size), "big")
-
     def _take(self, count: int) -> bytes:
-        end = self.position + count
-        if end > len(self._data):
-            raise WireError(
-                f"at byte {self.position} {count} bytes are announced, "
-                f"{len(self._data) - self.position} are left"
-            )
-        taken = self._data[self.position : end]
+        start, end = self.position, self.position + count
+        if end > self._end:
+            raise self._cut_off(count)
         self.position = end
-        return taken
+        return self._data[start:end]
+
+    def _cut_off(self, count: int) -> WireError:
+        return WireError(
+            f"at byte {self.position} {count} bytes are announced, "
+            f"{self._end - self.position} are left"
+        )
 
     def _text(self, length: int, where: int) -> str:
         if length > self._bounds.text_bytes:
@@ -192,7 +208,7 @@ class _Reader:
 
     def _announce(self, values: int) -> None:
         """Every value takes a byte at least: what cannot follow is refused before it is read."""
-        left = len(self._data) - self.position
+        left = self._end - self.position
         if values > left:
             raise WireError(
                 f"at byte {self.position} {values} values are announced, {left} bytes are left"
@@ -221,23 +237,23 @@ def write(value: Value, substitute: Substitute) -> bytes:
 
 
 def _write(value: Value, pieces: list[bytes], substitute: Substitute) -> None:
-    if value is None or isinstance(value, bool):
+    if isinstance(value, str):
+        data = _utf8(value)
+        pieces += _text_head(len(data)), data
+    elif isinstance(value, bytes | bytearray | memoryview):
+        data = bytes(cast(bytes, value))
+        pieces += _bytes_head(len(data)), data
+    elif value is None or isinstance(value, bool):
         pieces.append({None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value])
     elif isinstance(value, int):
         pieces.append(_integer(value))
     elif isinstance(value, float):
         pieces.append(b"\xcb" + struct.pack(">d", value))
-    elif isinstance(value, str):
-        data = _utf8(value)
-        pieces += _head(len(data), (0xA0, 31), {1: 0xD9, 2: 0xDA, 4: 0xDB}), data
-    elif isinstance(value, bytes | bytearray | memoryview):
-        data = bytes(cast(bytes, value))
-        pieces += _head(len(data), None, {1: 0xC4, 2: 0xC5, 4: 0xC6}), data
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict | Mapping):  # dict first: asking for a Mapping takes its time
         _write_map(cast(Mapping[Any, Any], value), pieces, substitute)
     elif isinstance(value, list | tuple):
         items = cast(Sequence[Any], value)
-        pieces.append(_head(len(items), (0x90, 15), {2: 0xDC, 4: 0xDD}))
+        pieces.append(_head(len(items), 0x90, {2: 0xDC, 4: 0xDD}))
         for item in items:
             _write(item, pieces, substitute)
     else:
@@ -245,7 +261,7 @@ def _write(value: Value, pieces: list[bytes], substitute: Substitute) -> None:
 
 
 def _write_map(mapping: Mapping[Any, Any], pieces: list[bytes], substitute: Substitute) -> None:
-    pieces.append(_head(len(mapping), (0x80, 15), {2: 0xDE, 4: 0xDF}))
+    pieces.append(_head(len(mapping), 0x80, {2: 0xDE, 4: 0xDF}))
     for key, item in mapping.items():
         if not isinstance(key, str | bytes):
             raise WireError(f"the key {shown(key)} is neither text nor bytes")
@@ -262,20 +278,33 @@ def _utf8(text: str) -> bytes:
 
 def _integer(value: int) -> bytes:
     if -0x20 <= value <= 0x7F:
-        return struct.pack("b", value)
+        return (value & 0xFF).to_bytes(1, "big")
     unsigned, signed = (0xCC, 0xCD, 0xCE, 0xCF), (0xD0, 0xD1, 0xD2, 0xD3)
     for tag in unsigned if value > 0 else signed:
         try:
-            return bytes([tag]) + _FIXED[tag].pack(value)
+            return bytes([tag]) + _NUMBERS[tag].pack(value)
         except struct.error:
             continue
     raise WireError(f"the integer {shown(value)} has more than 64 bits")
 
 
-def _head(length: int, short: tuple[int, int] | None, tags: Mapping[int, int]) -> bytes:
-    """Tag and length of a text, bytes, list or map; ``short`` is (tag, longest length in it)."""
-    if short is not None and length <= short[1]:
-        return bytes([short[0] | length])
+def _text_head(length: int) -> bytes:
+    if length < 32:
+        return (0xA0 | length).to_bytes(1, "big")
+    return _long_head(length, {1: 0xD9, 2: 0xDA, 4: 0xDB})
+
+
+def _bytes_head(length: int) -> bytes:
+    return _long_head(length, {1: 0xC4, 2: 0xC5, 4: 0xC6})
+
+
+def _head(length: int, short: int, tags: Mapping[int, int]) -> bytes:
+    """First bytes of a list or map; ``short`` is the tag that holds a length below 16 itself."""
+    return (short | length).to_bytes(1, "big") if length < 16 else _long_head(length, tags)
+
+
+def _long_head(length: int, tags: Mapping[int, int]) -> bytes:
+    """Tag and length, in as many bytes as it needs."""
     for size, tag in tags.items():
         if length < 1 << 8 * size:
             return bytes([tag]) + length.to_bytes(size, "big")
