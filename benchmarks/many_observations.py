@@ -22,8 +22,6 @@ import omega_qvla as oq
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.metaworld import MetaWorldEnv
 
-FIRST_SEED = 500_000
-
 
 @dataclass(frozen=True)
 class Options:
@@ -34,12 +32,14 @@ class Options:
         policy: an embedded policy.
         episodes: of each task.
         every: which of the observations it acted on are kept: all of them with 1.
+        first_seed: of the episodes; training and the benchmark use none from 500,000 on.
     """
 
     out: Path
     policy: str = "builtin:tiny-pi05"
     episodes: int = 50
     every: int = 2
+    first_seed: int = 500_000
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
             MetaWorldEnv(task),
             episodes=options.episodes,
             every=options.every,
-            seed=FIRST_SEED,
+            seed=options.first_seed,
         )
         kept += [{**item, "task": task, "split": "heldout"} for item in seen]
         print(f"{task}: {len(seen)} observations", flush=True)

@@ -184,7 +184,8 @@ class Stored:
 
     Attributes:
         precision: ``bf16`` or ``w4a4``.
-        held: bytes by path of the module that reads them; a fused site's by its first linear.
+        held: bytes that one call reads, by path of the module that does; a fused site's by its
+            first linear.  Of scales, offsets and biases per denoising step that is one row.
         quantized: paths of the linears that multiply integers.
     """
 
@@ -204,7 +205,7 @@ def in_bf16(policy: NativePolicy) -> Stored:
 
 def predicted(policy: NativePolicy, recipe: Recipe) -> Stored:
     """What quantizing with a recipe would store (an embedding's bits are moot: it is looked up)."""
-    sizes = site_bytes(policy, recipe)
+    sizes = site_bytes(policy, recipe, steps=1)
     sites = [site for site in sites_of(policy) if site.name in sizes]
     quantized = frozenset(path for site in sites for path in site.linears)
     rest = {path: size for path, size in in_bf16(policy).held.items() if path not in quantized}
@@ -217,8 +218,15 @@ def _in_artifact(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> St
     for name, tensor in tensors.items():
         owner = name.rpartition(".")[0]
         path = sites[owner][0] if owner in sites else owner
-        held[path] = held.get(path, 0) + tensor.nbytes
+        held[path] = held.get(path, 0) + tensor.nbytes // _rows_of_steps(name, tensor)
     return Stored("w4a4", held, frozenset(path for paths in sites.values() for path in paths))
+
+
+def _rows_of_steps(name: str, tensor: Tensor) -> int:
+    """How many denoising steps a tensor has values for; 1 where they are the same in all."""
+    kind = name.rpartition(".")[2]
+    per_step = kind.startswith("activation_") or (kind == "bias" and tensor.ndim == 2)
+    return tensor.shape[0] if per_step else 1
 
 
 def artifact_structure(directory: Path) -> tuple[NativePolicy, Stored]:

@@ -150,8 +150,13 @@ def predict(policy: Policy, recipe: Recipe) -> MemorySummary:
     return _summary(reference_parameters(policy), used)
 
 
-def site_bytes(policy: Policy, recipe: Recipe) -> dict[str, int]:
-    """Bytes that the tensors of each site a recipe quantizes will take, by site name."""
+def site_bytes(policy: Policy, recipe: Recipe, *, steps: int | None = None) -> dict[str, int]:
+    """Bytes that the tensors of each site a recipe quantizes will take, by site name.
+
+    Args:
+        steps: denoising steps that scales and offsets are for; the policy's own by default.
+    """
+    own = getattr(policy, "steps", 1) if steps is None else steps
     sizes: dict[str, int] = {}
     for site in sites_of(policy):
         scheme = recipe.scheme_of(site)
@@ -163,7 +168,7 @@ def site_bytes(policy: Policy, recipe: Recipe) -> dict[str, int]:
             linears[0].in_features,
             sum(linear.out_features for linear in linears),
             biased=any(linear.bias is not None for linear in linears),
-            steps=getattr(policy, "steps", 1) if site.per_step else 1,
+            steps=own if site.per_step else 1,
         )
     return sizes
 
