@@ -33,6 +33,7 @@ import http.client
 import os
 import resource
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -67,6 +68,8 @@ TURN_S = 5.0
 CLOSED_WITHIN_S = 15.0
 """The longest of its patience is 10 s for a message, looked after once a second."""
 MARKS = 100
+SWITCH_S = 0.0005
+"""How long one of the load's threads may keep Python's lock: the others have clocks to read."""
 ROBOTS = 8
 """At the same time, in the soak: a batch."""
 
@@ -96,6 +99,7 @@ class Crowd:
 
     def __init__(self, address: str, clients: int, pause_s: float) -> None:
         self.admitted: list[float] = []
+        self.in_server: list[float] = []
         self.refused: list[float] = []
         self.failures: list[str] = []
         self._address, self._clients, self._pause_s = address, clients, pause_s
@@ -126,11 +130,12 @@ class Crowd:
 
     def _ask(self, policy: RemotePolicy, observation: dict[str, Any]) -> list[float]:
         try:
-            policy.infer(observation)
+            timing = policy.infer(observation)["server_timing"]
         except ServingError as error:
             if error.code not in ("overloaded", "stale"):
                 raise
             return self.refused
+        self.in_server.append(1e-3 * (timing["queue_ms"] + timing["infer_ms"]))
         return self.admitted
 
 
@@ -165,6 +170,7 @@ def overload(artifact: Path, *, clients: int, seconds: float) -> dict[str, Any]:
         "seconds": took,
         "single": single,
         "admitted": admitted,
+        "admitted_in_server": quantiles(crowd.in_server),
         "refused": quantiles(crowd.refused),
         "health": quantiles(health),
         "longest_line": max(waiting),
@@ -387,6 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     allow_descriptors()
+    sys.setswitchinterval(SWITCH_S)
     short = options.short
     requests = min(options.requests, 100) if short else options.requests
     settings = {"short": short, "requests": requests, "steps": options.steps}

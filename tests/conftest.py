@@ -167,6 +167,6 @@ def noise() -> np.ndarray:
 
 
 @pytest.fixture
-def default_recipe() -> Recipe:
+def omega_recipe() -> Recipe:
     """The recipe users get."""
     return Recipe.load("omega-w4a4")

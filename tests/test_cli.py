@@ -162,7 +162,8 @@ def test_compare_without_episodes_writes_rows_table_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run("compare", POLICY, "--recipes", "rtn", "--episodes", "0", "--out", str(out)) == 0
+    few = ("--episodes", "0", "--held-out", "12", "--noises", "2")
+    assert run("compare", POLICY, "--recipes", "rtn", *few, "--out", str(out)) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["recipe"] for row in rows] == ["fp32", "rtn"]
     assert rows[1]["action_error"] > 0 and rows[1]["noise_floor"] > rows[1]["action_error"]

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from omega_qvla.errors import RecipeError
-from omega_qvla.recipe import Recipe, TransformScheme, ablation_names, recipe_names
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, TransformScheme, ablation_names, recipe_names
 
 NAMES = [
     "duquant",
@@ -18,6 +18,7 @@ NAMES = [
     "gptq",
     "omega-paper",
     "omega-w4a4",
+    "omega2-w4a4",
     "quantvla",
     "quarot",
     "rtn",
@@ -36,16 +37,14 @@ def test_the_builtin_recipes_are_known_and_load_under_their_own_name() -> None:
     assert [Recipe.load(name).name for name in NAMES] == NAMES
 
 
-def test_ablations_differ_from_what_their_name_begins_with_in_one_thing(
-    default_recipe: Recipe,
-) -> None:
+def test_ablations_differ_from_what_their_name_begins_with_in_one_thing() -> None:
     """Beside name and description, each changes one field, in one or in all components."""
     names = ablation_names()
     assert len(names) == len(set(names)) >= 13 and not set(names) & set(NAMES)
     for name in names:
         recipe = Recipe.load(name)
         assert recipe.name == name and recipe.realizable
-        begun = [known for known in (default_recipe.name, *names) if name.startswith(f"{known}-")]
+        begun = [known for known in (*NAMES, *names) if name.startswith(f"{known}-")]
         changed = Recipe.load(max(begun, key=len))
         fields = {path.rpartition(".")[2] for path in differences(changed, recipe)}
         assert len(fields) == 1, (name, fields)
@@ -82,6 +81,12 @@ def test_hashes_of_before_still_hold(name: str, expected: str) -> None:
         assert f"'{field}'" not in written
 
 
+def test_the_default_is_what_was_measured() -> None:
+    """Its rows in benchmarks/results carry this hash."""
+    expected = "c437db6ca8aeb86f211bee78a61e8d1fdd1d33cdb6c65e1672ef3d6161d4f4f0"
+    assert Recipe.load(DEFAULT_RECIPE).content_hash == expected
+
+
 def test_fields_added_later_are_written_when_they_are_used() -> None:
     svdquant, quantvla = Recipe.load("svdquant"), Recipe.load("quantvla")
     for recipe, field in ((svdquant, "low_rank"), (quantvla, "layers"), (quantvla, "magnitude")):
@@ -101,16 +106,16 @@ def test_recipes_say_what_they_leave_in_16_bits() -> None:
     assert "rank-32 branch of the action head" in Recipe.load("svdquant").left_in_16_bits
 
 
-def test_a_selective_layout_covers_no_attention(default_recipe: Recipe) -> None:
-    head = default_recipe.action_head
+def test_a_selective_layout_covers_no_attention(omega_recipe: Recipe) -> None:
+    head = omega_recipe.action_head
     assert head is not None
-    selective = default_recipe.model_copy(
+    selective = omega_recipe.model_copy(
         update={"action_head": head.model_copy(update={"layers": "mlp"})}
     )
     for attention in (True, False):
         site = SimpleNamespace(component="action_head", per_step=True, attention=attention)
         assert (selective.scheme_of(site) is None) is attention
-        assert default_recipe.scheme_of(site) is not None
+        assert omega_recipe.scheme_of(site) is not None
 
 
 def test_matching_attention_that_is_quantized_is_refused() -> None:
@@ -187,19 +192,19 @@ def test_a_block_that_is_not_a_power_of_two_is_fine_without_hadamard() -> None:
     assert TransformScheme(rotation="svd", block=48).block == 48
 
 
-def test_the_hash_depends_on_everything_but_the_description(default_recipe: Recipe) -> None:
+def test_the_hash_depends_on_everything_but_the_description(omega_recipe: Recipe) -> None:
     changed = [
-        default_recipe.model_copy(update={"seed": 1}),
-        default_recipe.model_copy(update={"cascade": not default_recipe.cascade}),
-        default_recipe.scoped("paper"),
+        omega_recipe.model_copy(update={"seed": 1}),
+        omega_recipe.model_copy(update={"cascade": not omega_recipe.cascade}),
+        omega_recipe.scoped("paper"),
         *(Recipe.load(name) for name in ("rtn", "omega-paper")),
     ]
-    hashes = {recipe.content_hash for recipe in (default_recipe, *changed)}
+    hashes = {recipe.content_hash for recipe in (omega_recipe, *changed)}
     assert len(hashes) == 1 + len(changed)
-    described = default_recipe.model_copy(update={"description": "other words"})
-    assert described.content_hash == default_recipe.content_hash
-    again = Recipe.model_validate(default_recipe.model_dump(mode="json"))
-    assert again == default_recipe and again.content_hash == default_recipe.content_hash
+    described = omega_recipe.model_copy(update={"description": "other words"})
+    assert described.content_hash == omega_recipe.content_hash
+    again = Recipe.model_validate(omega_recipe.model_dump(mode="json"))
+    assert again == omega_recipe and again.content_hash == omega_recipe.content_hash
 
 
 def test_only_the_papers_recipe_is_a_simulation() -> None:
@@ -218,18 +223,18 @@ def test_scales_per_channel_and_rotated_outputs_cannot_be_integers(scheme: dict[
     assert not Recipe.model_validate(content).realizable
 
 
-def test_paper_scope_keeps_backbone_and_action_head_alone(default_recipe: Recipe) -> None:
-    paper = default_recipe.scoped("paper")
-    assert paper.backbone == default_recipe.backbone
-    assert paper.action_head == default_recipe.action_head
+def test_paper_scope_keeps_backbone_and_action_head_alone(omega_recipe: Recipe) -> None:
+    paper = omega_recipe.scoped("paper")
+    assert paper.backbone == omega_recipe.backbone
+    assert paper.action_head == omega_recipe.action_head
     assert paper.vision is None and paper.projector is None
     assert paper.adaptive_norm == "keep" and paper.embedding_bits == 16
-    assert default_recipe.scoped("all") is default_recipe
+    assert omega_recipe.scoped("all") is omega_recipe
 
 
-def test_recipes_cannot_be_changed(default_recipe: Recipe) -> None:
+def test_recipes_cannot_be_changed(omega_recipe: Recipe) -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        default_recipe.seed = 3
+        omega_recipe.seed = 3
 
 
 @pytest.mark.parametrize(

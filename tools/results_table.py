@@ -54,11 +54,12 @@ MANY = """## {policy} on 800 more observations
 
 Open loop, from [`benchmarks/results/{name}`](../benchmarks/results/{name}): observations that full
 precision acted on in other episodes, two noises each, the same calibration
-(`benchmarks/many_observations.py`).
+(`benchmarks/many_observations.py --first-seed 600000`). No recipe was chosen on them.
 """
-ABLATIONS = """## Ablations of the default, {policy}, on 400 of these observations
+ABLATIONS = """## Ablations of `omega-w4a4`, {policy}, on 400 observations
 
-From [`benchmarks/results/{name}`](../benchmarks/results/{name}).
+From [`benchmarks/results/{name}`](../benchmarks/results/{name}), with seeds from 500,000 on.
+`omega-w4a4` was the default when they were measured: it is what ratios are to.
 """
 
 

@@ -34,7 +34,9 @@ from omega_qvla.errors import RecipeError
 Scope = Literal["all", "paper"]
 
 _COMPONENTS = ("vision", "projector", "backbone", "action_head")
-DEFAULT_RECIPE = "omega-w4a4"
+DEFAULT_RECIPE = "omega2-w4a4"
+"""What is taken when none is named: of the four-bit methods the one with the lowest action error
+(docs/methods.md)."""
 _METHODS, _ABLATIONS = "recipes", "recipes/ablations"
 """Folders of the package that hold the built-in recipes."""
 

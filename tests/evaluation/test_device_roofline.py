@@ -73,14 +73,15 @@ def test_an_artifact_reads_the_bytes_that_its_runtime_reads(
     assert 0.6 * theirs < ours < 1.2 * theirs
 
 
+@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4", "omega2-w4a4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_predicted_bytes_are_those_then_stored(
-    family: str, request: pytest.FixtureRequest, few: Observations, tmp_path: Path
+def test_predicted_bytes_are_those_that_a_call_then_reads(
+    family: str, recipe: str, request: pytest.FixtureRequest, few: Observations, tmp_path: Path
 ) -> None:
     policy = request.getfixturevalue(family)
-    oq.quantize(policy, few, "rtn").save_pretrained(tmp_path / "out")
+    oq.quantize(policy, few, recipe).save_pretrained(tmp_path / "out")
     _, stored = artifact_structure(tmp_path / "out")
-    expected = predicted(structure(policy), Recipe.load("rtn"))
+    expected = predicted(structure(policy), Recipe.load(recipe))
     assert stored.quantized == expected.quantized
     for path in stored.quantized & stored.held.keys():
         assert stored.held[path] == expected.held[path], path

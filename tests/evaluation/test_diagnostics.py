@@ -101,8 +101,8 @@ def test_the_first_site_has_no_error_but_its_own(document):
     assert first["error"][0] == pytest.approx(first["local_error"][0], rel=1e-4)
 
 
-def test_static_scales_show_what_they_reach(small_policy, few, default_recipe):
-    quantized = quantize(small_policy, few, default_recipe)
+def test_static_scales_show_what_they_reach(small_policy, few, omega_recipe):
+    quantized = quantize(small_policy, few, omega_recipe)
     document = diagnose(small_policy, quantized, few[:1])
     for entry in document["sites"]:
         assert (entry["limit"] is not None) == entry["per_step"]

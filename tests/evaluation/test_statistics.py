@@ -11,6 +11,7 @@ import pytest
 
 from omega_qvla.evaluation.statistics import (
     Z_95,
+    bootstrap_median_ratio,
     bootstrap_ratio,
     bootstrap_total,
     compare_paired,
@@ -157,3 +158,18 @@ def test_bootstrap_intervals_of_totals_and_ratios():
         bootstrap_ratio(values[:3], values)
     with pytest.raises(ValueError, match="above zero"):
         bootstrap_ratio(values[:3], [0, 0, 0])
+
+
+def test_the_ratio_of_medians_does_not_see_outliers():
+    values = np.random.default_rng(0).exponential(size=201)
+    spoilt = np.where(values > np.quantile(values, 0.9), 1e6, 2 * values)
+    found = bootstrap_median_ratio(spoilt, values)
+    assert found is not None
+    ratio, (below, above) = found
+    assert ratio == pytest.approx(2) and below == pytest.approx(2) and above == pytest.approx(2)
+    shuffled = bootstrap_median_ratio(np.random.default_rng(1).permutation(values), values)
+    assert shuffled is not None
+    assert shuffled[0] == pytest.approx(1) and shuffled[1][0] < 0.9 and shuffled[1][1] > 1.1
+    assert bootstrap_median_ratio([1.0, 2.0, 3.0], [0.0, 0.0, 3.0]) is None
+    with pytest.raises(ValueError, match="pairs"):
+        bootstrap_median_ratio(values[:3], values)

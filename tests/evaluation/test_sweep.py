@@ -173,7 +173,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json({}, target / "below-a-file.json")
 
 
-def test_errors_have_an_interval_and_are_paired_with_the_default_recipe(
+def test_errors_have_an_interval_and_are_paired_with_the_omega_recipe(
     environment, open_loop, point_policy
 ):
     """A row twice as wrong as the default is, observation by observation, four times its error."""
@@ -192,6 +192,8 @@ def test_errors_have_an_interval_and_are_paired_with_the_default_recipe(
     assert ours["error_vs_default"] is None
     assert other["error_vs_default"]["ratio"] == pytest.approx(4, rel=1e-4)
     assert other["error_vs_default"]["ci95"] == pytest.approx([4, 4], rel=1e-4)
+    assert other["error_vs_default"]["typical_ratio"] == pytest.approx(4, rel=1e-4)
+    assert other["error_vs_default"]["typical_ci95"] == pytest.approx([4, 4], rel=1e-4)
     assert full["action_errors"] is full["action_error_ci95"] is full["drift"] is None
     assert set(ours["drift"]) <= {"25", "50", "100"}
 

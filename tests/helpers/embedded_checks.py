@@ -23,7 +23,7 @@ from omega_qvla.evaluation.openloop import NOISES, draw_noises, relative_error, 
 from omega_qvla.evaluation.step_change import measure_step_change
 from omega_qvla.evaluation.twin import stress_twin
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.recipe import Recipe, Scope
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 
 MAGNITUDE = 30.0
 
@@ -54,13 +54,15 @@ def chunks_of_full_precision(name: str) -> np.ndarray:
 
 
 @cache
-def error(name: str, recipe: str, scope: Scope, *, stress: bool) -> float:
-    """Relative error of the chunks of a recipe against full precision."""
+def error(name: str, recipe: str, scope: Scope, *, stress: bool, every: int = 1) -> float:
+    """Relative error of the chunks of a recipe against full precision, on every so manieth
+    observation: where a bar is orders of magnitude away, some of them tell."""
     base = twin(name) if stress else policy(name)
     observations = oq.Observations.load(f"builtin:{name}")
     quantized = oq.quantize(base, observations, Recipe.load(recipe), scope=scope)
-    chunks = sample_chunks(quantized, held_out(name), noises(name), normalized=True)
-    return relative_error(chunks, chunks_of_full_precision(name))
+    kept = slice(None, None, every)
+    chunks = sample_chunks(quantized, held_out(name)[kept], noises(name)[kept], normalized=True)
+    return relative_error(chunks, chunks_of_full_precision(name)[kept])
 
 
 class EmbeddedPolicyChecks:
@@ -69,30 +71,41 @@ class EmbeddedPolicyChecks:
     name: str
 
     def test_the_stress_twin_computes_the_same_function(self) -> None:
+        kept = slice(None, None, 4)
         chunks = sample_chunks(
-            twin(self.name), held_out(self.name), noises(self.name), normalized=True
+            twin(self.name), held_out(self.name)[kept], noises(self.name)[kept], normalized=True
         )
-        assert relative_error(chunks, chunks_of_full_precision(self.name)) < 1e-9
+        assert relative_error(chunks, chunks_of_full_precision(self.name)[kept]) < 1e-9
 
     def test_stress_in_the_papers_scope_stays_below_a_hundredth_and_a_tenth_of_the_paper(
         self,
     ) -> None:
-        ours = error(self.name, "omega-w4a4", "paper", stress=True)
+        ours = error(self.name, DEFAULT_RECIPE, "paper", stress=True)
         assert ours <= 0.01
-        assert ours <= 0.1 * error(self.name, "omega-paper", "paper", stress=True)
+        assert ours <= 0.1 * error(self.name, "omega-paper", "paper", stress=True, every=6)
 
     @pytest.mark.slow
-    def test_plain_in_the_papers_scope_is_no_worse_than_the_paper_by_a_fifth(self) -> None:
-        assert error(self.name, "omega-w4a4", "paper", stress=False) <= 1.2 * error(
+    def test_stress_in_the_papers_scope_with_static_scales(self) -> None:
+        assert error(self.name, "omega-w4a4", "paper", stress=True) <= 0.01
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("recipe", [DEFAULT_RECIPE, "omega-w4a4"])
+    def test_plain_in_the_papers_scope_is_no_worse_than_the_paper_by_a_fifth(
+        self, recipe: str
+    ) -> None:
+        assert error(self.name, recipe, "paper", stress=False) <= 1.2 * error(
             self.name, "omega-paper", "paper", stress=False
         )
 
+    @pytest.mark.parametrize(
+        "recipe", [DEFAULT_RECIPE, pytest.param("omega-w4a4", marks=pytest.mark.slow)]
+    )
     @pytest.mark.parametrize("stress", [False, True])
-    def test_everything_quantized_stays_within_its_bar(self, stress: bool) -> None:
-        assert error(self.name, "omega-w4a4", "all", stress=stress) <= 0.015
+    def test_everything_quantized_stays_within_its_bar(self, recipe: str, stress: bool) -> None:
+        assert error(self.name, recipe, "all", stress=stress) <= 0.015
 
     def test_rounding_to_nearest_breaks_under_stress(self) -> None:
-        assert error(self.name, "rtn", "paper", stress=True) > 0.1
+        assert error(self.name, "rtn", "paper", stress=True, every=6) > 0.1
 
     @pytest.mark.slow
     def test_four_steps_calibrated_and_eight_run_cost_half_as_much_again_at_most(self) -> None:

@@ -187,8 +187,8 @@ def test_the_step_module_may_itself_be_a_quantized_linear(
 ) -> None:
     parts = {"action_head": r"exp\.0\.attn", "step_module": "exp.0.attn"}
     quantized = oq.quantize(wrap(Network(), without_clock, **parts), data)
-    scale = quantized.tensors()["exp.0.attn.activation_scale"]
-    assert scale.shape == (STEPS,)
+    assert quantized.tensors()["exp.0.attn.activation_step_times"].shape == (STEPS,)
+    assert quantized.tensors()["exp.0.attn.activation_offset"].shape[0] == STEPS
     quantized.save_pretrained(tmp_path / "out")
     loaded = oq.load(tmp_path / "out", policy=wrap(Network(3), without_clock, **parts))
     expected = quantized.sample_actions(data[0], start)

@@ -131,9 +131,9 @@ def test_every_covered_site_is_quantized_exactly_once(
 
 
 def test_paper_scope_covers_backbone_and_action_head_only(
-    policy: Pi05Policy, observations: Observations, default_recipe: Recipe
+    policy: Pi05Policy, observations: Observations, omega_recipe: Recipe
 ) -> None:
-    result = quantize_policy(policy, observations, default_recipe.scoped("paper"))
+    result = quantize_policy(policy, observations, omega_recipe.scoped("paper"))
     assert {site.site.component for site in result.sites} == {"backbone", "action_head"}
     assert result.embedding is None and result.step_table is None
 
@@ -150,10 +150,10 @@ def test_the_given_policy_is_not_modified(
 
 
 def test_cascade_changes_later_sites_but_not_the_first(
-    policy: Pi05Policy, observations: Observations, default_recipe: Recipe
+    policy: Pi05Policy, observations: Observations, omega_recipe: Recipe
 ) -> None:
-    cascade = default_recipe.model_copy(update={"cascade": True})
-    alone = default_recipe.model_copy(update={"cascade": False})
+    cascade = omega_recipe.model_copy(update={"cascade": True})
+    alone = omega_recipe.model_copy(update={"cascade": False})
     first = quantize_policy(policy, observations, cascade).sites
     second = quantize_policy(policy, observations, alone).sites
     assert torch.equal(first[0].weight.integers, second[0].weight.integers)
@@ -161,13 +161,13 @@ def test_cascade_changes_later_sites_but_not_the_first(
 
 
 def test_a_width_that_is_no_multiple_of_the_block_is_padded_and_matches(
-    policy: Pi05Policy, observations: Observations, noise: np.ndarray, default_recipe: Recipe
+    policy: Pi05Policy, observations: Observations, noise: np.ndarray, omega_recipe: Recipe
 ) -> None:
     """fc2 reads 72 channels: stored as 128, and the integers give what the simulation gives."""
-    result = quantize_policy(policy, observations, default_recipe)
+    result = quantize_policy(policy, observations, omega_recipe)
     (fc2,) = [site for site in result.sites if site.site.name.endswith("mlp.fc2")]
     assert fc2.in_features == 72 and fc2.weight.integers.shape == (64, 128)
-    quantized = oq.quantize(policy, observations, default_recipe)
+    quantized = oq.quantize(policy, observations, omega_recipe)
     integers = quantized.sample_actions(observations[0], noise)
     simulated = pipeline.simulate(policy, result).sample_actions(observations[0], noise)
     exact = policy.sample_actions(observations[0], noise)
@@ -370,7 +370,7 @@ def test_a_non_finite_activation_is_named_with_site_step_and_observation(
     observation: int,
     cascade: bool,
     policy: Pi05Policy,
-    default_recipe: Recipe,
+    omega_recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Observation numbers are the user's, although only some are used."""
@@ -383,7 +383,7 @@ def test_a_non_finite_activation_is_named_with_site_step_and_observation(
         }
         for _ in range(5)
     ]
-    recipe = default_recipe.model_copy(update={"observations": 3, "cascade": cascade})
+    recipe = omega_recipe.model_copy(update={"observations": 3, "cascade": cascade})
     used = [0, 2, 4]
     label = used[min(observation, 2)]
     clone = policy.clone
@@ -409,9 +409,9 @@ def test_a_non_finite_activation_is_named_with_site_step_and_observation(
         quantize_policy(policy, given, recipe)
 
 
-def test_no_observations_are_refused(policy: Pi05Policy, default_recipe: Recipe) -> None:
+def test_no_observations_are_refused(policy: Pi05Policy, omega_recipe: Recipe) -> None:
     with pytest.raises(ObservationError, match="no observations"):
-        quantize_policy(policy, [], default_recipe)
+        quantize_policy(policy, [], omega_recipe)
 
 
 @pytest.mark.parametrize("given", [5, [1], {"state": 1}])

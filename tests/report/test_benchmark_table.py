@@ -62,13 +62,19 @@ def test_errors_and_drift_have_their_intervals(row, save):
         "rtn",
         action_error=0.02,
         action_error_ci95=[0.01, 0.04],
-        error_vs_default={"ratio": 2.5, "ci95": [1.5, 4.0]},
+        error_vs_default={
+            "ratio": 2.5,
+            "ci95": [1.5, 4.0],
+            "typical_ratio": 3.5,
+            "typical_ci95": [2.5, 5.0],
+        },
         action_errors=[0.015, 0.001, 0.004],
         drift={"25": {"median_m": 0.0123, "p90_m": 0.05, "episodes": 90}},
     )
     results = load_results(save(row("fp32", action_error=0.0), measured, row("gptq", drift=None)))
     errors, drift = error_table(results), drift_table(results)
-    assert errors.rows[0] == ("rtn", "plain", "0.02", "[0.01, 0.04]", "2.50", "[1.5, 4]", "0.012")
-    assert errors.rows[1][3:] == ("–", "–", "–", "–")
+    assert errors.rows[0][:4] == ("rtn", "plain", "0.02", "[0.01, 0.04]")
+    assert errors.rows[0][4:] == ("2.50", "[1.5, 4]", "0.012", "3.50", "[2.5, 5]")
+    assert errors.rows[1][3:] == ("–",) * 6
     assert drift.header == ("recipe", "condition", "after 25 steps")
     assert drift.rows == (("rtn", "plain", "1.2 (5.0), 90 episodes"),)

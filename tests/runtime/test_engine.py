@@ -41,7 +41,7 @@ EMBEDDING = f"{LANGUAGE}.embed_tokens"
 
 @pytest.fixture(scope="module")
 def quantized(small_policy: Pi05Policy, few: Observations) -> QuantizedPolicy:
-    result = oq.quantize(small_policy, few)
+    result = oq.quantize(small_policy, few, "omega-w4a4")
     assert isinstance(result, QuantizedPolicy)
     return result
 
@@ -159,7 +159,7 @@ def test_the_integers_come_close_to_the_full_precision_policy(
     assert np.sqrt(np.square(ours - exact).mean()) < 0.1 * np.sqrt(np.square(exact).mean())
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4"])
+@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4", "omega2-w4a4"])
 @pytest.mark.parametrize("scope", ["all", "paper"])
 def test_the_predicted_memory_is_the_real_one_and_sums_to_the_tensors(
     recipe: str, scope: Any, small_policy: Pi05Policy, few: Observations
@@ -187,12 +187,12 @@ def test_odd_recipes_are_predicted_too(small_policy: Pi05Policy, few: Observatio
 
 
 def test_a_bfloat16_checkpoint_is_predicted_and_stored_in_16_bits(
-    policy: Pi05Policy, few: Observations, default_recipe: Recipe, tmp_path: Path
+    policy: Pi05Policy, few: Observations, omega_recipe: Recipe, tmp_path: Path
 ) -> None:
     for parameter in policy.module.parameters():
         parameter.copy_(parameter.bfloat16().float())
-    result = oq.quantize(policy, few)
-    assert result.memory_report() == predict(policy, default_recipe)
+    result = oq.quantize(policy, few, omega_recipe)
+    assert result.memory_report() == predict(policy, omega_recipe)
     assert result.tensors()["action_in_proj.weight"].dtype == torch.bfloat16
     result.save_pretrained(tmp_path / "out")
     loaded = oq.load(tmp_path / "out")

@@ -97,7 +97,7 @@ def test_cross_keys_and_values_scale_per_token_and_queries_per_step(
     assert tensors[f"{CROSS}.weight_shape"].tolist() == [128, 64]
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4"])
+@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4", "omega2-w4a4"])
 @pytest.mark.parametrize("scope", ["all", "paper"])
 def test_the_predicted_memory_is_the_real_one(
     recipe: str, scope: Any, small_gr00t: Gr00tN15Policy, few: Observations
@@ -114,11 +114,11 @@ def test_the_paper_s_recipe_runs_as_a_simulation(
 
 
 def test_every_site_is_quantized_once_with_and_without_cascade(
-    small_gr00t: Gr00tN15Policy, few: Observations, default_recipe: Recipe
+    small_gr00t: Gr00tN15Policy, few: Observations, omega_recipe: Recipe
 ) -> None:
     expected = [site.name for site in sites_of(small_gr00t)]
     for cascade in (True, False):
-        recipe = default_recipe.model_copy(update={"cascade": cascade})
+        recipe = omega_recipe.model_copy(update={"cascade": cascade})
         found = quantize_policy(small_gr00t, few, recipe).sites
         assert [site.site.name for site in found] == expected
     assert len(expected) == SITES
@@ -210,10 +210,10 @@ def test_a_streamed_policy_reads_only_the_kept_embodiments() -> None:
     [("gr00t-n1.5", 0.62, 0.72), ("gr00t-n1.5-libero", 0.75, 0.72)],
 )
 def test_full_size_reduction_counts_the_whole_checkpoint(
-    name: str, least: float, scope_least: float, default_recipe: Recipe
+    name: str, least: float, scope_least: float, omega_recipe: Recipe
 ) -> None:
     """32 embodiments in 16 bits are 634 MB of 4.83 GB; one of them is 23 MB."""
-    report = predict(policy_structure(f"random:{name}"), default_recipe)
+    report = predict(policy_structure(f"random:{name}"), omega_recipe)
     assert report["reference_bytes"] == 2 * 2_413_522_880
     assert report["reduction"] >= least
     assert report["paper_scope_reduction"] is not None

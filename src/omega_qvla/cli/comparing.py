@@ -32,7 +32,7 @@ from omega_qvla.evaluation.openloop import NOISES
 from omega_qvla.evaluation.sweep import OpenLoop, write_json
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
-from omega_qvla.recipe import Scope
+from omega_qvla.recipe import DEFAULT_RECIPE, Scope
 from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.table import comparison_table, task_table
 
@@ -40,6 +40,7 @@ _WIDE_COLUMNS = ("vs full precision", "noise floor", "resident")
 """Columns that are left to the JSON and the picture, so that the table fits a terminal."""
 
 DEMO_NOISES = 2
+DEMO_RECIPES = f"rtn,omega-paper,{DEFAULT_RECIPE}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
     policy: Positional[str] = tyro.MISSING
     recipes: Annotated[
         str, tyro.conf.arg(help="comma-separated names or YAML files; or: methods, ablations")
-    ] = "rtn,omega-paper,omega-w4a4"
+    ] = DEMO_RECIPES
     episodes: Annotated[int, tyro.conf.arg(help="per task; 0: open loop only")] = 20
     stress: Annotated[
         str, tyro.conf.arg(help="add stress conditions: magnitudes, comma-separated; 0: none")
@@ -147,7 +148,7 @@ class Demo(Simulation, Common):
     def run(self, screen: Screen) -> int:
         command = Compare(
             policy=f"builtin:{self.policy}",
-            recipes="rtn,omega-paper,omega-w4a4",
+            recipes=DEMO_RECIPES,
             episodes=self.episodes,
             stress="30",
             noises=DEMO_NOISES,
@@ -161,8 +162,7 @@ class Demo(Simulation, Common):
             ray=self.ray,
         )
         status = command.run(screen)
-        screen.say(f"\nthe W4A4 policy is in {self.out / 'artifacts' / 'omega-w4a4-plain'}")
-        screen.say(
-            f"look into it: omega-qvla inspect {self.out / 'artifacts' / 'omega-w4a4-plain'}"
-        )
+        artifact = self.out / "artifacts" / f"{DEFAULT_RECIPE}-plain"
+        screen.say(f"\nthe W4A4 policy is in {artifact}")
+        screen.say(f"look into it: omega-qvla inspect {artifact}")
         return status

@@ -15,6 +15,11 @@ import tyro
 from omega_qvla.cli.options import Common, Positional, save
 from omega_qvla.cli.screen import Screen
 
+_SWITCH_S = 0.0005
+"""How long a thread may keep Python's lock while others wait.  The policy's thread takes it again
+after every operation of a chunk; with the usual 5 ms a queue of requests to be refused, read by the
+other thread, makes it wait each time."""
+
 
 @dataclass(frozen=True)
 class Serve(Common):
@@ -60,6 +65,7 @@ class Serve(Common):
     def run(self, screen: Screen) -> int:
         from omega_qvla.serving.service import Service, Settings, run_until_signal
 
+        sys.setswitchinterval(_SWITCH_S)
         service = Service.build(
             self.directory,
             Settings(

@@ -18,7 +18,7 @@ from typing import Any
 from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.twin import condition_name
 from omega_qvla.policies.loading import builtin_directory
-from omega_qvla.recipe import ablation_names
+from omega_qvla.recipe import DEFAULT_RECIPE, ablation_names
 
 PROVENANCE = "provenance.json"
 
@@ -33,10 +33,11 @@ METHODS = (
     "foldquant",
     "omega-paper",
     "omega-w4a4",
+    "omega2-w4a4",
 )
 """All methods in the order of the tables; a new one is a recipe and a line here."""
 
-QUICK_METHODS = ("rtn", "quarot", "omega-w4a4")
+QUICK_METHODS = ("rtn", "quarot", DEFAULT_RECIPE)
 """Of the quick form, whose minutes are spent quantizing: nothing against outliers, a rotation, and
 the default."""
 

@@ -24,8 +24,9 @@ takes the same observations of both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -178,10 +179,32 @@ def bootstrap_ratio(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> tuple[float, 
     first, second = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
     if first.shape != second.shape or not second.sum() > 0:
         raise ValueError("a ratio needs pairs, and a second total above zero")
+    return _bootstrap_quotient(np.sum, first, second)
+
+
+def bootstrap_median_ratio(
+    ours: npt.ArrayLike, theirs: npt.ArrayLike
+) -> tuple[float, Interval] | None:
+    """As ``bootstrap_ratio``, of the medians: what is typical, whatever a few outliers do.
+
+    None where the median of ``theirs`` is zero.
+
+    Raises:
+        ValueError: different lengths.
+    """
+    first, second = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
+    if first.shape != second.shape:
+        raise ValueError("a ratio needs pairs")
+    return None if not np.median(second) > 0 else _bootstrap_quotient(np.median, first, second)
+
+
+def _bootstrap_quotient(
+    of: Callable[..., Any], first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]
+) -> tuple[float, Interval]:
     drawn = _resamples(len(first))
-    below = second[drawn].sum(axis=1)
-    ratios = first[drawn].sum(axis=1)[below > 0] / below[below > 0]
-    return float(first.sum() / second.sum()), _percentiles(ratios)
+    above, below = (of(values[drawn], axis=1) for values in (first, second))
+    ratios = above[below > 0] / below[below > 0]
+    return float(of(first) / of(second)), _percentiles(ratios)
 
 
 def _resamples(count: int) -> npt.NDArray[np.int64]:

@@ -42,6 +42,7 @@ from omega_qvla.evaluation.openloop import (
 from omega_qvla.evaluation.rollout import Transform, rollout
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.statistics import (
+    bootstrap_median_ratio,
     bootstrap_ratio,
     bootstrap_total,
     compare_paired,
@@ -349,9 +350,20 @@ def _versus_default(
     for other in plan.rows:
         same = (other.policy, other.condition) == (row.policy, row.condition)
         if same and other.recipe == DEFAULT_RECIPE and other is not row:
-            ratio, interval = bootstrap_ratio(shares, _shares(other, plan, outcomes))
-            return {"ratio": ratio, "ci95": list(interval)}
+            return error_ratios(shares, _shares(other, plan, outcomes))
     return None
+
+
+def error_ratios(shares: Array, theirs: Array) -> dict[str, Any]:
+    """What two rows' shares of one error say of each other; keys as in docs/json.md."""
+    ratio, interval = bootstrap_ratio(shares, theirs)
+    typical = bootstrap_median_ratio(shares, theirs)
+    return {
+        "ratio": ratio,
+        "ci95": list(interval),
+        "typical_ratio": None if typical is None else typical[0],
+        "typical_ci95": None if typical is None else list(typical[1]),
+    }
 
 
 def _file_name(label: str) -> str:

@@ -46,9 +46,11 @@ def error_table(results: Sequence[Result]) -> Table:
         "over default's",
         "95 %",
         "typical",
+        "over default's",
+        "95 %",
     )
     notes = (
-        "both intervals: bootstrap over observations, the second one paired; typical: if all "
+        "intervals: bootstrap over observations, those of ratios paired; typical: if all "
         "observations were as the median one",
     )
     rows = [
@@ -60,6 +62,8 @@ def error_table(results: Sequence[Result]) -> Table:
             MISSING if result.error_ratio is None else f"{result.error_ratio:.2f}",
             _interval(result.error_vs_default),
             MISSING if result.typical_error is None else error_text(result.typical_error),
+            MISSING if result.typical_ratio is None else f"{result.typical_ratio:.2f}",
+            _interval(result.typical_vs_default),
         )
         for result in results
         if not result.is_full_precision

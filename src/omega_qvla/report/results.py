@@ -32,8 +32,9 @@ class Result:
     ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``,
     ``error_ci95`` that of ``action_error``, ``error_vs_default`` that of ``error_ratio``, its ratio
     to the default recipe's; ``typical_error`` is the error if all observations were as the median
-    one; ``drift`` maps control steps to metres; ``source`` is the file's name
-    where several are read; ``unfinished`` rows come from a journal.
+    one, ``typical_ratio`` and ``typical_vs_default`` as those of the whole; ``drift`` maps control
+    steps to metres; ``source`` is the file's name where several are read; ``unfinished`` rows come
+    from a journal.
     """
 
     policy: str
@@ -57,6 +58,8 @@ class Result:
     error_ratio: float | None = None
     error_vs_default: tuple[float, float] | None = None
     typical_error: float | None = None
+    typical_ratio: float | None = None
+    typical_vs_default: tuple[float, float] | None = None
     drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     source: str = ""
     unfinished: bool = False
@@ -122,6 +125,7 @@ def _result(row: Any, where: str) -> Result:
         raise ReportError(f"{where}: expected a mapping, got {type(row).__name__}")
     given = cast(dict[str, Any], row)
     try:
+        versus = given.get("error_vs_default") or {}
         return Result(
             policy=str(given["policy"]),
             recipe=str(given["recipe"]),
@@ -141,9 +145,11 @@ def _result(row: Any, where: str) -> Result:
             paired=_paired(given.get("paired_vs_reference")),
             bits_per_weight=_number(given.get("bits_per_weight")),
             error_ci95=_optional_pair(given.get("action_error_ci95")),
-            error_ratio=_number((given.get("error_vs_default") or {}).get("ratio")),
-            error_vs_default=_optional_pair((given.get("error_vs_default") or {}).get("ci95")),
+            error_ratio=_number(versus.get("ratio")),
+            error_vs_default=_optional_pair(versus.get("ci95")),
             typical_error=_typical(given.get("action_errors")),
+            typical_ratio=_number(versus.get("typical_ratio")),
+            typical_vs_default=_optional_pair(versus.get("typical_ci95")),
             drift=_drift(given.get("drift")),
         )
     except KeyError as error:

@@ -34,7 +34,7 @@ from omega_qvla.quantization.low_rank import branch_rank
 from omega_qvla.quantization.pipeline import Quantization, simulate
 from omega_qvla.quantization.simulation import SimulatedLinear, install
 from omega_qvla.quantization.site import QuantizedSite
-from omega_qvla.recipe import Recipe, Scheme
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scheme
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
 from omega_qvla.runtime.fused import FusedElementwise
@@ -228,7 +228,7 @@ class SimulatedPolicy:
         """
         raise NotRealizableError(
             f"recipe {self.recipe.name!r} is a simulation and cannot be saved to {directory} as "
-            f"integers: {_obstacle(self.recipe)}. Use a realizable recipe such as 'omega-w4a4'"
+            f"integers: {_obstacle(self.recipe)}. Use a realizable one such as {DEFAULT_RECIPE!r}"
         )
 
     def resident_bytes(self) -> int:

@@ -23,6 +23,7 @@ from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock
 from omega_qvla.policies.elementwise import Gate
 from omega_qvla.quantization.site import QuantizedSite
+from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.runtime.kernels import cpu, reference, triton
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
 from omega_qvla.runtime.schedule import Schedule, StepValues
@@ -208,7 +209,7 @@ class QuantizedLinear(nn.Module):
         if obstacle is not None:
             raise PolicyError(
                 f"no GPU kernel for this layer: {obstacle}. Load it with device='cpu', or quantize "
-                "with a recipe such as 'omega-w4a4'"
+                f"with a recipe such as {DEFAULT_RECIPE!r}"
             )
         return triton.NAME
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from importlib.metadata import version
@@ -45,11 +46,14 @@ class Pending:
     """An answer that one loop waits for and any thread may bring."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self.future: asyncio.Future[Outcome] = self._loop.create_future()
 
     def deliver(self, outcome: Outcome) -> None:
         """From any thread."""
+        if threading.get_ident() == self._thread:  # refused at once: nobody has to be woken
+            self.settle(outcome)
+            return
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
             self._loop.call_soon_threadsafe(self.settle, outcome)
 
