@@ -28,7 +28,7 @@ import torch
 from random_artifact import random_artifact
 
 from omega_qvla.errors import OmegaError, ResourceError
-from omega_qvla.evaluation import gpu_quantizing, gpu_speed
+from omega_qvla.evaluation import gpu_checks, gpu_quantizing, gpu_speed
 from omega_qvla.evaluation.kernel_speed import SHAPES
 from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.policies.loading import stream_policy
@@ -53,8 +53,10 @@ class Part:
 
 
 def layers(send: Send, _: Path) -> None:
-    """Kernels against the reference, bit for bit."""
-    send("checks", gpu_speed.check_layers(DEVICE, torch.Generator().manual_seed(0)))
+    """Kernels against the reference, bit for bit, and what is between them against float64."""
+    generator = torch.Generator().manual_seed(0)
+    send("checks", gpu_checks.check_layers(DEVICE, generator))
+    send("checks", gpu_checks.check_elementwise(DEVICE, generator))
 
 
 def actions(send: Send, folder: Path) -> None:

@@ -15,9 +15,9 @@ import torch
 from graph_recorder import Recorder
 
 from omega_qvla.errors import ResourceError
+from omega_qvla.evaluation.gpu_checks import MismatchError
 from omega_qvla.evaluation.gpu_quantizing import compare_quantizing, measure_quantizing
 from omega_qvla.evaluation.gpu_speed import (
-    MismatchError,
     compare_actions,
     measure_chunks,
     time_chunk,

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from omega_qvla.evaluation import gpu_checks
 from omega_qvla.policies.elementwise import Gate, use_elementwise
 from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.fused import FusedElementwise
@@ -53,6 +54,15 @@ class Step:
     name: str
     arguments: dict[str, Any]
     slices: dict[str, tuple[slice, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check of ``gpu_checks``, by its name; ``spoil`` names a program that is off by 1 %."""
+
+    name: str
+    trials: int
+    spoil: str | None = None
 
 
 @dataclass
@@ -102,8 +112,20 @@ def step(call: Step) -> np.ndarray:
     return getattr(triton_elementwise, call.name)(**given).numpy()
 
 
-def answer(call: Call | Chunk | Step) -> Answer | np.ndarray:
+def check(call: Check) -> dict[str, int]:
+    """One check here, of the interpreted programs."""
+    generator = torch.Generator().manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        if call.spoil is not None:
+            right = getattr(gpu_checks, call.spoil)
+            patch.setattr(gpu_checks, call.spoil, lambda *a, **k: 1.01 * right(*a, **k))
+        return getattr(gpu_checks, call.name)("cpu", generator, call.trials)
+
+
+def answer(call: Call | Chunk | Step | Check) -> Answer | np.ndarray | dict[str, int]:
     """Run one call here."""
+    if isinstance(call, Check):
+        return check(call)
     if isinstance(call, Chunk):
         return chunk(call)
     if isinstance(call, Step):
@@ -159,7 +181,11 @@ class Interpreter:
         assert isinstance(found, np.ndarray), found
         return found
 
-    def _ask(self, call: Call | Chunk | Step) -> Any:
+    def check(self, call: Check) -> dict[str, int] | str:
+        """What a check counts, or how it fails."""
+        return self._ask(call)
+
+    def _ask(self, call: Call | Chunk | Step | Check) -> Any:
         self._connection.send(call)
         assert self._connection.poll(200), "the interpreter hangs"
         return self._connection.recv()

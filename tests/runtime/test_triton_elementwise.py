@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted_triton import Call, Interpreter, Step, numpy_operands
+from interpreted_triton import Call, Check, Interpreter, Step, numpy_operands
 from torch import Tensor, nn
 
 from omega_qvla.artifact.packing import pack_int4
@@ -214,6 +214,18 @@ def test_more_numbers_than_a_program_counts_are_refused() -> None:
         triton_elementwise.gated_product("silu", wide, wide)
     with pytest.raises(ObservationError, match="a gate of"):
         triton_elementwise.gated_product("silu", torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_what_checks_a_gpu_passes_the_interpreter_and_finds_what_is_wrong(
+    interpreted: Interpreter,
+) -> None:
+    """`make bench-gpu` begins with these."""
+    assert interpreted.check(Check("check_layers", 3)) == {"layers_equal_bit_for_bit": 3}
+    found = interpreted.check(Check("check_elementwise", 2))
+    assert found == {"elementwise_within_rounding": 6}
+    for program in ("normalize", "gated_product"):
+        told = interpreted.check(Check("check_elementwise", 1, spoil=program))
+        assert isinstance(told, str) and "MismatchError" in told and "roundings" in told
 
 
 class Recorded(Elementwise):

@@ -1,4 +1,4 @@
-"""The GPU kernels and policies checked and timed on the GPU at hand; ``benchmarks/gpu.py`` runs it.
+"""The GPU kernels and policies timed on the GPU at hand; ``benchmarks/gpu.py`` runs it.
 
 A layer is timed as it runs inside a graph: a number of calls are captured together, each on a
 weight of its own or all on one, and replayed, so that neither Python nor the driver is measured.
@@ -19,69 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.errors import OmegaError, PolicyError
+from omega_qvla.errors import PolicyError
+from omega_qvla.evaluation.gpu_checks import MismatchError
 from omega_qvla.evaluation.kernel_speed import Shape
 from omega_qvla.evaluation.policy_speed import PARTS, held_tensors
 from omega_qvla.policies.native import NativePolicy, Pass
 from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.graph import Capturing, use_graphs
-from omega_qvla.runtime.kernels import reference
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
 
 BF16 = "cuBLAS bf16"
 _L2_TIMES = 4
 _MOST_COPIES = 64
-
-
-class MismatchError(OmegaError):
-    """The GPU gave other integers or other actions than the reference."""
-
-    exit_status = 1
-
-
-def check_layers(device: str, generator: torch.Generator, trials: int = 120) -> dict[str, int]:
-    """Random layers on the GPU against the reference on the CPU, bit for bit.
-
-    Raises:
-        MismatchError: one differs; names its shape.
-    """
-    for trial in range(trials):
-        m, n, k = (
-            int(torch.randint(1, top, (1,), generator=generator)) for top in (200, 400, 1500)
-        )
-        if trial % 2:  # as in the policies: rows and outputs aligned
-            n, k = 16 * (n // 16 + 1), 16 * (k // 16 + 1)
-        group = 64 if trial % 4 == 3 else None
-        bits = 8 if trial % 5 == 0 else 4
-        weight = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
-        scales = (n,) if group is None else (n, -(-k // group))
-        weight_scale = torch.rand(scales, generator=generator) + 0.05
-        bias = torch.randn(n, generator=generator) if trial % 3 else None
-        rows = 3 * torch.randn((m, k), generator=generator)
-        static = torch.tensor(0.6) if trial % 7 < 3 else None
-        layer = gpu.PackedLinear(
-            pack_int4(weight).to(device),
-            weight_scale.to(device),
-            columns=k,
-            group=group,
-            bias=None if bias is None else bias.to(device),
-            activation_bits=bits,
-            processors=132,
-        )
-        found = layer(rows.to(device), None if static is None else static.to(device)).cpu()
-        scale = reference.row_scales(rows, bits) if static is None else static
-        q = reference.quantize_rows(rows, scale, bits)
-        wanted = reference.scaled_matmul(q, weight, weight_scale, group) * scale
-        wanted = wanted if bias is None else wanted + bias
-        if not torch.equal(found, wanted):
-            raise MismatchError(
-                f"layer {trial}, M {m}, N {n}, K {k}, group {group}, {bits}-bit activations: the "
-                f"GPU differs from the reference by {float((found - wanted).abs().max()):.3g}"
-            )
-    return {"layers_equal_bit_for_bit": trials}
 
 
 def measure_shape(

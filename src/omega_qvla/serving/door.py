@@ -200,12 +200,14 @@ class GuardedConnection(ServerConnection):
         """One more frame of a message; whether that was the last one."""
         if frame.opcode is not Opcode.CONT:
             self._opcode = frame.opcode
-        self._fragments += frame.data
-        if frame.fin:
-            self.guest.since = None
-            self.door.completes(self.guest, bytes(self._fragments))
-            self._fragments = bytearray()
-        return frame.fin
+        if not frame.fin:
+            self._fragments += frame.data
+            return False
+        whole = bytes(self._fragments + frame.data if self._fragments else frame.data)
+        self._fragments = bytearray()
+        self.guest.since = None
+        self.door.completes(self.guest, whole)
+        return True
 
     def _abort(self) -> None:
         self.transport.abort()

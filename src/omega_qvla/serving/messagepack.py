@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 from omega_qvla.errors import WireError
@@ -263,10 +264,18 @@ def _write(value: Value, pieces: list[bytes], substitute: Substitute) -> None:
 def _write_map(mapping: Mapping[Any, Any], pieces: list[bytes], substitute: Substitute) -> None:
     pieces.append(_head(len(mapping), 0x80, {2: 0xDE, 4: 0xDF}))
     for key, item in mapping.items():
-        if not isinstance(key, str | bytes):
-            raise WireError(f"the key {shown(key)} is neither text nor bytes")
-        _write(key, pieces, substitute)
+        pieces.append(_key(key))
         _write(item, pieces, substitute)
+
+
+@lru_cache(256)
+def _key(key: Any) -> bytes:
+    """Every message has the same few."""
+    if not isinstance(key, str | bytes):
+        raise WireError(f"the key {shown(key)} is neither text nor bytes")
+    data = _utf8(key) if isinstance(key, str) else key
+    head = _text_head if isinstance(key, str) else _bytes_head
+    return head(len(data)) + data
 
 
 def _utf8(text: str) -> bytes:
