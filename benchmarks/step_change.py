@@ -15,6 +15,7 @@ import tyro
 import omega_qvla as oq
 from omega_qvla.evaluation.step_change import measure_step_change
 from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.recipe import DEFAULT_RECIPE
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def main() -> None:
     )
     document = {
         "schema": 1,
+        "command": f"python benchmarks/step_change.py --policy {options.policy} --json FILE",
+        "recipe": DEFAULT_RECIPE,
         "policy": options.policy,
         "machine": f"{platform.machine()}, {torch.__version__}",
         "noises": options.noises,
