@@ -302,23 +302,20 @@ class QuantizedLinear(nn.Module):
             PolicyError: another layer; see ``can_gate``.
             ObservationError: x has another width.
         """
-        self.prepare()
-        if not self.can_gate() or not isinstance(self._packed, triton.PackedLinear):
+        if not self.can_gate():
             raise PolicyError("only a gate and an up projection on a GPU are multiplied as one")
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.stride(-1) != 1:
-            rows = rows.contiguous()
-        now = self._now()
-        y = self._packed.gated(rows, kind, now.scale, offset=now.offset, bias=now.bias)
+        y = self._multiply_gpu(x.reshape(-1, x.shape[-1]), kind)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _multiply_gpu(self, rows: Tensor) -> Tensor:
-        """Rows [M, K] → [M, N] of the same dtype, on the GPU."""
+    def _multiply_gpu(self, rows: Tensor, gate: Gate | None = None) -> Tensor:
+        """Rows [M, K] → [M, N] of the same dtype, on the GPU; [M, N/2] if they end in a gate."""
         self.prepare()
         assert isinstance(self._packed, triton.PackedLinear)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
         now = self._now()
+        if gate is not None:
+            return self._packed.gated(rows, gate, now.scale, offset=now.offset, bias=now.bias)
         return self._packed(rows, now.scale, offset=now.offset, bias=now.bias)
 
     def _multiply(self, rows: Tensor) -> Tensor:

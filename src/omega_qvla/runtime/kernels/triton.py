@@ -294,17 +294,8 @@ class PackedLinear:
         self._check_input(x)
         if residual is not None:
             self._check_residual(x, residual)
-        out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype, device=x.device)
-        if not x.shape[0]:
-            return out
-        with torch.cuda.device_of(x):  # Triton starts programs on the current device
-            integers, scales = self.quantize(x, static_scale, offset)
-            epilogue = Epilogue(self.bias if bias is None else bias, residual)
-            if self.group is None:
-                self.multiply(integers, scales, out, epilogue)
-            else:
-                self._multiply_grouped(integers, scales, out, epilogue)
-        return out
+        epilogue = Epilogue(self.bias if bias is None else bias, residual)
+        return self._compute(x, self.out_features, static_scale, offset, epilogue)
 
     def gated(
         self,
@@ -330,13 +321,27 @@ class PackedLinear:
                 f"{self.out_features} outputs, group {self.group}"
             )
         self._check_input(x)
-        out = torch.empty((x.shape[0], self.out_features // 2), dtype=x.dtype, device=x.device)
+        epilogue = Epilogue(self.bias if bias is None else bias, gate=kind)
+        return self._compute(x, self.out_features // 2, static_scale, offset, epilogue)
+
+    def _compute(
+        self,
+        x: Tensor,
+        outputs: int,
+        static_scale: Tensor | None,
+        offset: Tensor | None,
+        epilogue: Epilogue,
+    ) -> Tensor:
+        """Checked rows [M, K] → [M, outputs] of the same dtype."""
+        out = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
         if not x.shape[0]:
             return out
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(x):  # Triton starts programs on the current device
             integers, scales = self.quantize(x, static_scale, offset)
-            epilogue = Epilogue(self.bias if bias is None else bias, gate=kind)
-            self.multiply(integers, scales, out, epilogue)
+            if self.group is None:
+                self.multiply(integers, scales, out, epilogue)
+            else:
+                self._multiply_grouped(integers, scales, out, epilogue)
         return out
 
     def quantize(
