@@ -12,7 +12,7 @@ The three parts are written as they finish, and the same command continues with 
   come within 50 ms, admitted requests within twice the p99 of a single client, and the line must
   stay as short as it is bounded.  That the load really was ten times the capacity is a bar too.
 * ``slow_clients``: one good client, alone and beside a thousand half-open sockets, in turns as
-  short as a server waits for a handshake, so that the sockets are there whenever it is measured.
+  long as a server takes to let so many in, so that the sockets are there whenever it is measured.
   A third of them say nothing, a third half a request, a third open a websocket and then send half
   a message.  The good client's p99 must move less than 10 %, and every socket must be closed.
 * ``soak``: robots that ask one request after the other, of many observations, all at the same time,
@@ -27,9 +27,11 @@ Times mean something on a quiet machine only; the JSON says what the load averag
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import contextlib
 import http.client
+import json
 import multiprocessing
 import os
 import resource
@@ -57,17 +59,19 @@ from serving_kit import (
     say,
     served,
 )
+from websockets.asyncio.client import connect
 
 from omega_qvla.errors import ServingError
 from omega_qvla.serving.client import RemotePolicy
+from omega_qvla.serving.wire import decode_map, encode
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TIMES_CAPACITY = 10
 DRAIN_S = 5.0
-TURN_S = 5.0
-"""How long a server waits for a handshake (``door.Listening``)."""
-CLOSED_WITHIN_S = 15.0
-"""The longest of its patience is 10 s for a message, looked after once a second."""
+TURN_S = 10.0
+"""How long a server takes to let a thousand connections in (``door.Listening``)."""
+CLOSED_WITHIN_S = 30.0
+"""The last comes in after those 10 s, and the longest patience is 10 s for a message."""
 MARKS = 100
 SWITCH_S = 0.0005
 """How long one of the load's threads may keep Python's lock: the others have clocks to read."""
@@ -92,52 +96,60 @@ def ask_for(policy: RemotePolicy, observation: dict[str, Any], seconds: float) -
 class Crowd:
     """Robots that ask at fixed intervals, and what they heard.
 
+    One event loop asks for all of them, with a message that is encoded once: on a machine of two
+    cores a robot's own work is time that the server lacks.
+
     Args:
-        address: of the server.
+        port: of the server.
         clients: how many robots.
         pause_s: between one request of a robot and the next.
     """
 
-    def __init__(self, address: str, clients: int, pause_s: float) -> None:
+    def __init__(self, port: int, clients: int, pause_s: float) -> None:
         self.admitted: list[float] = []
         self.in_server: list[float] = []
         self.refused: list[float] = []
         self.failures: list[str] = []
-        self._address, self._clients, self._pause_s = address, clients, pause_s
+        self._address = f"ws://127.0.0.1:{port}"
+        self._clients, self._pause_s = clients, pause_s
+        self._message = encode(robot_observations()[0])
 
-    def run(self, seconds: float) -> list[threading.Thread]:
-        """Start every robot; returns their threads."""
-        end = time.monotonic() + seconds
-        robots = [
-            threading.Thread(target=self._robot, args=(number, end), daemon=True)
-            for number in range(self._clients)
-        ]
-        for one in robots:
-            one.start()
-        return robots
+    def start(self, seconds: float) -> threading.Thread:
+        """Let every robot ask for so long, once all are connected; returns what waits for them."""
+        crowd = threading.Thread(target=lambda: asyncio.run(self._all(seconds)), daemon=True)
+        crowd.start()
+        return crowd
 
-    def _robot(self, number: int, end: float) -> None:
-        observation = robot_observations()[0]
+    async def _all(self, seconds: float) -> None:
+        ready = asyncio.Barrier(self._clients)
+        await asyncio.gather(*(self._robot(n, ready, seconds) for n in range(self._clients)))
+
+    async def _robot(self, number: int, ready: asyncio.Barrier, seconds: float) -> None:
         try:
-            with RemotePolicy(self._address) as policy:
-                time.sleep(self._pause_s * number / self._clients)
+            async with connect(self._address, compression=None) as connection:
+                await connection.recv()
+                await ready.wait()
+                end = time.monotonic() + seconds
+                await asyncio.sleep(self._pause_s * number / self._clients)
                 while time.monotonic() < end:
                     started = time.perf_counter()
-                    heard = self._ask(policy, observation)
-                    heard.append(time.perf_counter() - started)
-                    time.sleep(max(0.0, started + self._pause_s - time.perf_counter()))
-        except Exception as error:  # a thread's end would go unnoticed
+                    await connection.send(self._message)
+                    heard = self._understood(await connection.recv())
+                    took = time.perf_counter() - started
+                    heard.append(took)
+                    await asyncio.sleep(max(0.0, self._pause_s - took))
+        except Exception as error:  # the others go on
             self.failures.append(f"{type(error).__name__}: {error}")
 
-    def _ask(self, policy: RemotePolicy, observation: dict[str, Any]) -> list[float]:
-        try:
-            timing = policy.infer(observation)["server_timing"]
-        except ServingError as error:
-            if error.code not in ("overloaded", "stale"):
-                raise
-            return self.refused
-        self.in_server.append(1e-3 * (timing["queue_ms"] + timing["infer_ms"]))
-        return self.admitted
+    def _understood(self, answer: str | bytes) -> list[float]:
+        if isinstance(answer, bytes):
+            timing = decode_map(answer)["server_timing"]
+            self.in_server.append(1e-3 * (timing["queue_ms"] + timing["infer_ms"]))
+            return self.admitted
+        code = json.loads(answer)["error"]
+        if code not in ("overloaded", "stale"):
+            raise ServingError(code, answer)
+        return self.refused
 
 
 def overload(artifact: Path, *, clients: int, seconds: float) -> dict[str, Any]:
@@ -145,14 +157,13 @@ def overload(artifact: Path, *, clients: int, seconds: float) -> dict[str, Any]:
     health: list[float] = []
     waiting: list[float] = []
     with served(artifact, "--batch", "1", "--limits", "none") as server:
-        address = f"ws://127.0.0.1:{server.port}"
-        with RemotePolicy(address) as policy:
+        with RemotePolicy(f"ws://127.0.0.1:{server.port}") as policy:
             alone = ask_for(policy, robot_observations()[0], max(2.0, seconds / 10))
         median = float(np.median(alone))
-        crowd = Crowd(address, clients, clients * median / TIMES_CAPACITY)
+        crowd = Crowd(server.port, clients, clients * median / TIMES_CAPACITY)
         began, resident = time.monotonic(), resident_bytes(server.pid)
-        robots = crowd.run(seconds)
-        while any(one.is_alive() for one in robots):
+        asking = crowd.start(seconds)
+        while asking.is_alive():
             started = time.perf_counter()
             status, _ = get(server.port, "/healthz")
             health.append(time.perf_counter() - started)
@@ -412,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         artifact = options.artifact or build_artifact(Path(folder))
         clients, seconds = (16, 6.0) if short else (64, 60 * options.overload_minutes)
-        sockets, turns = (200, 1) if short else (1000, 24)
+        sockets, turns = (200, 1) if short else (1000, 16)
         experiments = {
             "overload": lambda: overload(artifact, clients=clients, seconds=seconds),
             "slow_clients": lambda: slow_clients(artifact, sockets=sockets, turns=turns),

@@ -44,16 +44,53 @@ def test_a_full_line_refuses_the_newcomer_and_a_late_request_makes_room() -> Non
     assert len(line) == 1 and not line.withdraw(1) and line.withdraw(3) and len(line) == 0
 
 
+def test_in_a_full_line_who_has_just_come_gives_way_and_who_has_waited_does_not() -> None:
+    line: Admission[Any, Any] = Admission(3, yields_s=0.02)
+    first, second, third = ticket(1), ticket(2), ticket(3)
+    for one, now in ((first, 0.0), (second, 0.05), (third, 0.06)):
+        line.offer(one, now)
+    newest = ticket(4)
+    ((left, error),) = line.offer(newest, 0.065)
+    assert left is second and error.code == "overloaded" and "3 other requests" in str(error)
+    again = ticket(3)
+    ((left, error),) = line.offer(again, 0.07)  # its client keeps place and time
+    assert left is third and error.code == "superseded"
+    late = ticket(5)
+    ((left, _),) = line.offer(late, 0.09)
+    assert left is late
+    assert line.take(3, 0.1)[0] == [first, again, newest]
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 0.05), st.integers(0, 9)), max_size=60))
+def test_nobody_hears_late_that_there_was_no_room(events: list[tuple[float, int]]) -> None:
+    """A refusal for want of room comes within the moment in which a place may be lost."""
+    line: Admission[Any, Any] = Admission(2, yields_s=0.02)
+    came: dict[int, float] = {}
+    now = 0.0
+    for passes, client in events:
+        now += passes
+        if client == 9:
+            line.take(1, now)
+            continue
+        leaving = line.offer(ticket(client, now, now + 10.0), now)
+        if not any(error.code == "superseded" for _, error in leaving):
+            came[client] = now
+        for left, error in leaving:
+            if error.code == "overloaded":
+                assert now - came.pop(left.client) < 0.02
+
+
 @given(
     places=st.integers(1, 4),
     limit=st.integers(1, 4),
+    yields_s=st.sampled_from([0.0, 1.5, 10.0]),
     events=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=60),
 )
 def test_every_ticket_leaves_the_line_exactly_once(
-    places: int, limit: int, events: list[tuple[int, bool]]
+    places: int, limit: int, yields_s: float, events: list[tuple[int, bool]]
 ) -> None:
     """Whatever comes: bounded, one per client, nothing lost, nothing twice."""
-    line: Admission[Any, Any] = Admission(places)
+    line: Admission[Any, Any] = Admission(places, yields_s)
     entered, left = [], []
     for now, (client, taking) in enumerate(events):
         if taking:
@@ -90,7 +127,7 @@ def test_noise_comes_from_the_request_or_from_the_generator(engine: FakeEngine) 
 
 
 def test_what_waits_is_computed_together_and_every_robot_gets_its_own(engine: FakeEngine) -> None:
-    core = make_core(engine, rules=Rules(batch=3, waiting=4, deadline_s=5.0))
+    core = make_core(engine, rules=Rules(batch=3, waiting=4, deadline_s=5.0, yields_s=0.0))
     engine.gate.clear()
     core.start()
     first = submit(core, 0, value=0.0)

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import NonFiniteError, OmegaError, ResourceError, ServingError
-from omega_qvla.serving.admission import Admission, Ticket, stale
+from omega_qvla.serving.admission import YIELDS_S, Admission, Ticket, stale
 from omega_qvla.serving.engine import Engine
 from omega_qvla.serving.metrics import Metrics
 from omega_qvla.serving.safety import ActionLimits, UnsafeActionError
@@ -73,11 +73,13 @@ class Rules:
         waiting: clients that may wait.
         deadline_s: how old an observation may be when its actions leave; None: four times the
             longest batch of the warm-up, and at least a second.
+        yields_s: for how long a place in a full line is given up to a newcomer.
     """
 
     batch: int = 8
     waiting: int = 8
     deadline_s: float | None = None
+    yields_s: float = YIELDS_S
 
 
 class Core:
@@ -111,7 +113,7 @@ class Core:
         self.metrics.gauge("waiting", lambda: float(self.waiting))
         self.deadline_s = rules.deadline_s or _SHORTEST_DEADLINE_S
         self._engine, self._generator = engine, generator
-        self._line: Admission[Request, Reply] = Admission(rules.waiting)
+        self._line: Admission[Request, Reply] = Admission(rules.waiting, rules.yields_s)
         self._changed = threading.Condition()
         self._draining = self._stopped = self._busy = False
         self._numbered = 0

@@ -1,10 +1,11 @@
 """The bounds of every connection that speaks HTTP or a websocket, before anything is understood.
 
-A connection that has not finished its handshake is *silent*: there are so many at most, and the
-oldest makes room for the next.  Bytes that do not complete a message are counted over all
-connections together, and a message that takes too long ends its connection.  Complete messages are
-counted together too, until they are answered (``backlog.py``).  What a connection may say once it
-is through the door is its front's business.
+A connection that has not sent the head of its request waits on the doorstep, and those that have
+come in at a bounded rate (``listener.py``).  One that has come in and not finished its handshake is
+*silent* as those outside are: there are so many at most, and the oldest makes room for the next.
+Bytes that do not complete a message are counted over all connections together, and a message that
+takes too long ends its connection.  Complete messages are counted together too, until they are
+answered (``backlog.py``).  What a connection may say once it is in is its front's business.
 
 The websocket library queues what arrived for each connection on its own.  Here it queues *tokens*,
 empty messages that say that one more can be taken from the inbox: so it still stops reading from a
@@ -24,10 +25,11 @@ from typing import Any, cast
 from omega_qvla.errors import ResourceError
 from omega_qvla.serving.backlog import DEFAULT_LIMIT_BYTES, Backlog, Inbox
 from omega_qvla.serving.core import Core
+from omega_qvla.serving.listener import Doorstep, Pace, bind
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds
 
 try:
-    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.asyncio.server import Server, ServerConnection, serve
     from websockets.exceptions import ConnectionClosed as ConnectionClosed  # for the fronts
     from websockets.frames import DATA_OPCODES, Frame, Opcode
     from websockets.http11 import Request as HttpRequest
@@ -44,6 +46,13 @@ _UNREAD_MESSAGES = 256
 """Of one connection at most.  The library stops reading far below; one piece of the network's can
 hold tens of thousands of messages of a few bytes."""
 
+_QUEUED = 1024
+"""Connections that the kernel keeps until they may come in, where it lets a process say so."""
+
+_SWEEP_S = 0.1
+"""Between two looks for messages that take too long: those that began together end a few at a time,
+and a robot's reply does not wait for all of them."""
+
 
 @dataclass(frozen=True)
 class Listening:
@@ -55,7 +64,10 @@ class Listening:
         tls: or None for plain TCP.
         bounds: of one message.
         connections: open at the same time at most.
-        silent: connections that have not finished their handshake at most.
+        silent: connections that have not finished their handshake at most; so many on the
+            doorstep, and so many that have come in.
+        arrivals_per_s: connections that come in per second in the long run.
+        arrivals: connections that come in at once at most.
         handshake_s, message_s: how long a handshake and one message may take to arrive.
         unfinished_bytes: of incomplete messages, all connections together.
         waiting_bytes: of complete messages that are not answered, all connections together.
@@ -70,6 +82,8 @@ class Listening:
     bounds: Bounds = DEFAULT_BOUNDS
     connections: int = 256
     silent: int = 64
+    arrivals_per_s: float = 50.0
+    arrivals: int = 64
     handshake_s: float = 5.0
     message_s: float = 10.0
     unfinished_bytes: int = 256 << 20
@@ -230,35 +244,50 @@ async def guarded(door: Door, talk: Talk, admit: Admit) -> AsyncGenerator[int, N
         return GuardedConnection(door, *arguments, **options)
 
     listening = door.listening
-    server = await serve(
-        talk,
-        listening.host,
-        listening.port,
-        ssl=listening.tls,
-        origins=[None],
-        compression=None,
-        max_size=listening.bounds.message_bytes,
-        max_queue=listening.pipeline,
-        open_timeout=listening.handshake_s,
-        close_timeout=1.0,
-        process_request=admit,
-        server_header=None,
-        logger=_quiet(door.core),
-        create_connection=cast(Any, connect),
+    pace = Pace(listening.arrivals_per_s, listening.arrivals, door.core.clock)
+    doorstep = Doorstep(
+        pace,
+        listening.silent,
+        listening.handshake_s,
+        listening.tls is not None,
+        lambda: door.core.metrics.count("connections_total", "event", "silent"),
     )
-    sweeper = asyncio.create_task(_sweep(door))
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        sweeper.cancel()
-        server.close()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(server.wait_closed(), 1.0)
+    async with contextlib.AsyncExitStack() as stack:
+        sockets = await bind(listening.host, listening.port, doorstep)
+        for one in sockets:
+            stack.callback(one.close)
+        for one in sockets:
+            server = await serve(
+                talk,
+                sock=one,
+                backlog=_QUEUED,
+                ssl=listening.tls,
+                origins=[None],
+                compression=None,
+                max_size=listening.bounds.message_bytes,
+                max_queue=listening.pipeline,
+                open_timeout=listening.handshake_s,
+                close_timeout=1.0,
+                process_request=admit,
+                server_header=None,
+                logger=_quiet(door.core),
+                create_connection=cast(Any, connect),
+            )
+            stack.push_async_callback(_close, server)
+        sweeper = asyncio.create_task(_sweep(door))
+        stack.callback(sweeper.cancel)
+        yield sockets[0].getsockname()[1]
+
+
+async def _close(server: Server) -> None:
+    server.close()
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(server.wait_closed(), 1.0)
 
 
 async def _sweep(door: Door) -> None:
     while True:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(_SWEEP_S)
         door.sweep()
 
 
