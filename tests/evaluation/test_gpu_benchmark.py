@@ -27,7 +27,7 @@ from omega_qvla.evaluation.policy_speed import PARTS
 from omega_qvla.policies.native import NativePolicy, Pass
 from omega_qvla.runtime.bfloat16 import bfloat16_pass, in_bfloat16
 from omega_qvla.runtime.graph import GraphWarning
-from omega_qvla.runtime.kernels import triton as gpu
+from omega_qvla.runtime.kernels import triton_gpu as gpu
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

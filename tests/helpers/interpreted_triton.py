@@ -25,6 +25,7 @@ from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels import triton_elementwise
+from omega_qvla.runtime.kernels.triton_layout import spread_offset
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 from omega_qvla.runtime.linear import QuantizedLinear
 from omega_qvla.runtime.schedule import Schedule
@@ -138,7 +139,7 @@ def answer(call: Call | Chunk | Step | Check) -> Answer | np.ndarray | dict[str,
     if call.stream is not None:
         gain = None if call.gain is None else torch.from_numpy(call.gain)
         residual = gpu.Residual(torch.from_numpy(call.stream).to(x.dtype), gain)
-    offset = None if call.offset is None else gpu.spread_offset(torch.from_numpy(call.offset))
+    offset = None if call.offset is None else spread_offset(torch.from_numpy(call.offset))
     bias = None if call.bias is None else torch.from_numpy(call.bias)
     integers, scales = layer.quantize(x, scale, offset)
     epilogue = gpu.Epilogue(layer.bias if bias is None else bias, residual, call.gate)

@@ -25,7 +25,7 @@ from omega_qvla.policies.elementwise import ElementwiseModule
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import engine
 from omega_qvla.runtime.fused import FusedElementwise
-from omega_qvla.runtime.kernels import triton as gpu
+from omega_qvla.runtime.kernels import triton_gpu as gpu
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear
 
 H200 = gpu.Gpu("cuda:0", "NVIDIA H200", (9, 0), 132, 141 << 30)

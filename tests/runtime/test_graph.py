@@ -30,7 +30,7 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import engine
 from omega_qvla.runtime import graph as module
 from omega_qvla.runtime.graph import ChunkGraphs, GraphWarning, use_graphs
-from omega_qvla.runtime.kernels import triton as gpu
+from omega_qvla.runtime.kernels import triton_gpu as gpu
 from omega_qvla.runtime.linear import QuantizedLinear
 
 

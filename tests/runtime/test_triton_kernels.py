@@ -25,6 +25,7 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.runtime.kernels import reference
 from omega_qvla.runtime.kernels import triton as gpu
+from omega_qvla.runtime.kernels import triton_layout as layout
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 
 needs_triton = pytest.mark.usefixtures("interpreted")
@@ -324,8 +325,8 @@ def test_the_interpreter_does_not_leak_into_other_tests() -> None:
 def test_packed_bytes_hold_the_words_and_give_them_back(n: int, k: int, seed: int) -> None:
     weight = integers(n, k, torch.Generator().manual_seed(seed))
     words = pack_int4(weight)
-    packed = gpu.pack(words, k)
-    assert torch.equal(gpu.unpack(packed, k), words)
+    packed = layout.pack(words, k)
+    assert torch.equal(layout.unpack(packed, k), words)
     for row, column in ((0, 0), (n - 1, k - 1), (n // 2, k // 3)):
         byte = packed[row, column // 128 * 64 + column % 64]
         nibble = byte if column % 128 >= 64 else byte << 4
@@ -335,10 +336,10 @@ def test_packed_bytes_hold_the_words_and_give_them_back(n: int, k: int, seed: in
 def test_packing_needs_no_more_memory_than_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows converted together do not see each other: the result is that of all at once."""
     weight = integers(2100, 200, torch.Generator().manual_seed(1))
-    whole = gpu.pack(pack_int4(weight), 200)
-    monkeypatch.setattr(gpu, "_ROWS_AT_ONCE", 7)
-    assert torch.equal(gpu.pack(pack_int4(weight), 200), whole)
-    assert torch.equal(gpu.unpack(whole, 200), pack_int4(weight))
+    whole = layout.pack(pack_int4(weight), 200)
+    monkeypatch.setattr(layout, "_ROWS_AT_ONCE", 7)
+    assert torch.equal(layout.pack(pack_int4(weight), 200), whole)
+    assert torch.equal(layout.unpack(whole, 200), pack_int4(weight))
 
 
 def small(**changes: Any) -> gpu.PackedLinear:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from omega_qvla.errors import ResourceError
-from omega_qvla.runtime.kernels import triton as gpu
+from omega_qvla.runtime.kernels import triton_gpu as gpu
 
 CAPABILITIES = (80, 87, 89, 90, 100, 120)
 """A100, Orin, RTX 4090, H200, B200, RTX 5090; Thor (110) reads like 100."""

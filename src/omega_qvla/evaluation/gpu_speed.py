@@ -28,6 +28,7 @@ from omega_qvla.policies.native import NativePolicy, Pass
 from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.graph import Capturing, use_graphs
 from omega_qvla.runtime.kernels import triton as gpu
+from omega_qvla.runtime.kernels.triton_layout import BLOCK
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
 
 BF16 = "cuBLAS bf16"
@@ -81,13 +82,13 @@ def _ours(
     tuner: Tuner | None,
     generator: torch.Generator,
 ) -> list[Callable[[], Tensor]]:
-    blocks = -(-shape.K // gpu.BLOCK)
-    width = blocks * gpu.BLOCK
+    blocks = -(-shape.K // BLOCK)
+    width = blocks * BLOCK
     words = torch.randint(
         -(2**31), 2**31, (shape.N, width // 8), generator=generator, dtype=torch.int64
     ).to(torch.int32)
     scales = (shape.N,) if shape.group is None else (shape.N, blocks)
-    transform = torch.randn((blocks, gpu.BLOCK, gpu.BLOCK), generator=generator).bfloat16()
+    transform = torch.randn((blocks, BLOCK, BLOCK), generator=generator).bfloat16()
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     layers = [
         gpu.PackedLinear(

@@ -39,7 +39,7 @@ from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.graph import use_graphs
-from omega_qvla.runtime.kernels import triton
+from omega_qvla.runtime.kernels import triton_gpu
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear
 from omega_qvla.runtime.memory import (
     kept_linears,
@@ -342,8 +342,8 @@ class _Run:
 
 
 def _gpu_run(device: str, tuning: str | Path | None) -> GpuRun:
-    gpu = triton.find(device)
-    return GpuRun(gpu, None if tuning is None else triton.tuner(gpu, Path(tuning)))
+    gpu = triton_gpu.find(device)
+    return GpuRun(gpu, None if tuning is None else triton_gpu.tuner(gpu, Path(tuning)))
 
 
 def _require_native(config: Mapping[str, Any], device: str) -> None:

@@ -25,6 +25,7 @@ from omega_qvla.policies.elementwise import Gate
 from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.runtime.kernels import cpu, reference, triton
+from omega_qvla.runtime.kernels.triton_layout import spread_offset
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
 from omega_qvla.runtime.schedule import Schedule, StepValues
 
@@ -155,7 +156,7 @@ class QuantizedLinear(nn.Module):
         offset, bias = self.activation_offset.to(torch.float32), self.bias
         assert bias is not None
         if self.kernel == triton.NAME:
-            offset = triton.spread_offset(offset)
+            offset = spread_offset(offset)
         elif self.kernel != REFERENCE:
             bias = torch.stack([cpu.spread_bias(row) for row in bias])
         return StepValues(self.activation_scale, offset, bias)

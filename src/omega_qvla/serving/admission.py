@@ -26,8 +26,8 @@ from omega_qvla.errors import ServingError
 Content = TypeVar("Content")
 Answer = TypeVar("Answer")
 
-YIELDS_S = 0.02
-"""Well inside the 50 ms in which a refusal must have come."""
+YIELDS_S = 0.04
+"""Inside the 50 ms in which a refusal must have come."""
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,8 @@ class Listening:
     bounds: Bounds = DEFAULT_BOUNDS
     connections: int = 256
     silent: int = 64
-    arrivals_per_s: float = 50.0
-    arrivals: int = 64
+    arrivals_per_s: float = 100.0
+    arrivals: int = 16
     handshake_s: float = 5.0
     message_s: float = 10.0
     unfinished_bytes: int = 256 << 20
@@ -98,14 +98,12 @@ class Guest:
 
     Attributes:
         abort: ends it.
-        opened: whether its handshake is over.
         unfinished: bytes held of a message that is not complete, finished fragments included.
         since: when that message began, or None.
         inbox: its complete messages.
     """
 
     abort: Callable[[], None]
-    opened: bool = False
     unfinished: int = 0
     since: float | None = None
     inbox: Inbox = field(default_factory=Inbox)
@@ -127,34 +125,44 @@ class Door:
         self.core, self.listening = core, listening
         self.guests: dict[Guest, None] = {}
         self.backlog = Backlog(listening.waiting_bytes)
+        self._silent: dict[Guest, None] = {}
+        self._unfinished = 0
 
     @property
     def opened(self) -> int:
         """Connections past their handshake; metrics may be read from any thread."""
-        return sum(guest.opened for guest in tuple(self.guests))
+        return len(self.guests) - len(self._silent)
 
     def enter(self, guest: Guest) -> None:
         """A connection came; if too many say nothing, the oldest of those goes."""
-        self.guests[guest] = None
-        silent = [other for other in self.guests if not other.opened]
-        if len(silent) > self.listening.silent:
-            self._close(silent[0], "silent")
+        self.guests[guest] = self._silent[guest] = None
+        if len(self._silent) > self.listening.silent:
+            self._close(next(iter(self._silent)), "silent")
+
+    def opens(self, guest: Guest) -> None:
+        """A connection's handshake is over."""
+        self._silent.pop(guest, None)
 
     def leave(self, guest: Guest) -> None:
         """A connection is gone."""
         self.guests.pop(guest, None)
+        self._silent.pop(guest, None)
+        self._unfinished -= guest.unfinished
+        guest.unfinished = 0
         self.backlog.leave(guest.inbox)
 
     def holds(self, guest: Guest, count: int) -> None:
         """So many bytes of a connection's present message have come, and more are to come."""
+        if guest not in self.guests:  # closed, with more to read in the same piece
+            return
+        self._unfinished += count - guest.unfinished
         guest.unfinished = count
         if not count:
             guest.since = None
             return
         if guest.since is None:
             guest.since = self.core.clock()
-        held = sum(other.unfinished for other in self.guests)
-        if held > self.listening.unfinished_bytes:
+        if self._unfinished > self.listening.unfinished_bytes:
             self._close(guest, "unfinished_bytes")
 
     def completes(self, guest: Guest, data: bytes) -> None:
@@ -169,7 +177,8 @@ class Door:
         """Close the connections whose message takes too long."""
         limit = self.core.clock() - self.listening.message_s
         for guest in list(self.guests):
-            if guest.opened and guest.since is not None and guest.since < limit:
+            silent = guest in self._silent
+            if not silent and guest.since is not None and guest.since < limit:
                 self._close(guest, "slow_message")
 
     def _close(self, guest: Guest, reason: str) -> None:

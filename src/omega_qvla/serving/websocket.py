@@ -92,7 +92,7 @@ class WebsocketFront:
         """Serve one client until it is gone."""
         core = self._core
         guest = cast(GuardedConnection, connection).guest
-        guest.opened = True
+        self._door.opens(guest)
         core.metrics.count("connections_total", "event", "opened")
         answers: asyncio.Queue[_Answer] = asyncio.Queue(self._listening.pipeline)
         writer = asyncio.create_task(self._write(connection, answers))

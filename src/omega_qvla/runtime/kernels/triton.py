@@ -1,42 +1,27 @@
 """The GPU kernels: NVIDIA tensor cores multiply int8, weights stay in 4 bits.
 
-``triton_device.py`` has the programs and their layouts, ``triton_tuning.py`` how products are cut.
+``triton_device.py`` has the programs, ``triton_layout.py`` how they read a weight,
+``triton_tuning.py`` how products are cut, ``triton_gpu.py`` whether there is a GPU for them.
 This module adds what a tensor knows and a program does not: dtypes, shapes, devices, how many
 programs to start.  A call is two to four launches: quantize (preceded by row maxima where the scale
 is dynamic), multiply (followed by a sum where K was cut).  Nothing waits for the GPU, nothing is
 read back, and a static scale is read from the device, so a captured graph may hold the calls.
-
-Without Triton, without a CUDA build of PyTorch, or without a GPU of compute capability 8.0,
-``find`` says which of them is missing and callers have no GPU; nothing here pretends otherwise.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from omega_qvla.devices import Gpu, find_gpu
-from omega_qvla.errors import ObservationError, PolicyError, ResourceError
+from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.elementwise import Gate
+from omega_qvla.runtime.kernels.triton_gpu import programs
+from omega_qvla.runtime.kernels.triton_layout import BLOCK, pack, padded_width, unpack
 from omega_qvla.runtime.kernels.triton_tuning import SPLIT_ROWS, Tiling, Tuner, first_guess
 
 NAME = "triton"
-BLOCK = 64
-"""Inputs per transform block, and per weight scale where there are groups."""
-LEAST_CAPABILITY = (8, 0)
-"""int8 tensor cores as used here, and asynchronous copies, begin with Ampere."""
-LEAST_TRITON = (3, 6)
-_PACKED = 2 * BLOCK
-_ROWS_AT_ONCE = 1024
-"""Rows of weight that are converted at a time: what the conversion needs beside its result."""
 _MAXIMA_PARTS = 8
 _MOST_COLUMNS = 1 << 17
 """16 · 128 · 8 · K must stay below 2³¹."""
@@ -77,65 +62,6 @@ class Epilogue:
         return (None, None) if self.residual is None else (self.residual.gain, self.residual.stream)
 
 
-def find(device: str) -> Gpu:
-    """The GPU behind ``cuda`` or ``cuda:N``, if the kernels run there.
-
-    Raises:
-        ResourceError: no such device, no GPU, a GPU that is too old, or Triton is missing or too
-            old.
-    """
-    gpu = find_gpu(device)
-    programs()
-    return check_capability(gpu)
-
-
-def check_capability(gpu: Gpu) -> Gpu:
-    """The GPU, if it has the instructions the kernels are made of.
-
-    Raises:
-        ResourceError: it is older than Ampere.
-    """
-    if gpu.capability < LEAST_CAPABILITY:
-        found, least = (".".join(map(str, pair)) for pair in (gpu.capability, LEAST_CAPABILITY))
-        raise ResourceError(
-            f"{gpu.name} has compute capability {found}; the kernels need {least} (Ampere) or "
-            "later. Use device='cpu'"
-        )
-    return gpu
-
-
-def programs() -> ModuleType:
-    """The module with the GPU programs.
-
-    Raises:
-        ResourceError: Triton is not installed, or too old.
-    """
-    try:
-        triton = importlib.import_module("triton")
-    except ImportError as error:
-        raise ResourceError(
-            "the GPU kernels need Triton: pip install 'omega-qvla[gpu]' (PyTorch's CUDA builds "
-            "bring it)"
-        ) from error
-    check_version(triton.__version__)
-    return importlib.import_module("omega_qvla.runtime.kernels.triton_device")
-
-
-def check_version(found: str) -> None:
-    """Refuse a Triton that cannot compile the programs.
-
-    Raises:
-        ResourceError: it is older than the oldest that was tried.
-    """
-    major, minor = (int(part) for part in found.split(".")[:2])
-    if (major, minor) < LEAST_TRITON:
-        least = ".".join(map(str, LEAST_TRITON))
-        raise ResourceError(
-            f"Triton {found} is too old, the GPU kernels need {least} or later: upgrade PyTorch, "
-            "which brings its own, or pip install -U triton"
-        )
-
-
 def supports(
     group: int | None, weight_bits: int, activation_bits: int, block: int | None, permuted: bool
 ) -> str | None:
@@ -157,46 +83,6 @@ def supports(
     if permuted:
         return "its transform permutes the inputs"
     return None
-
-
-def pack(words: Tensor, columns: int) -> Tensor:
-    """Row-major words int32 [N, ⌈K/8⌉] → the kernels' bytes, int8 [N, width/2], on one device.
-
-    The integers exist one to a byte only for some rows at a time.
-    """
-    width = padded_width(columns)
-    out = torch.empty((words.shape[0], width // 2), dtype=torch.int8, device=words.device)
-    for part, target in zip(words.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
-        octets = part.contiguous().view(torch.uint8)
-        nibbles = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)[:, :columns] ^ 8
-        nibbles = torch.nn.functional.pad(nibbles, (0, width - columns))
-        low, high = nibbles.view(len(part), -1, 2, BLOCK).unbind(2)
-        target.copy_((low | (high << 4)).flatten(1).view(torch.int8))
-    return out
-
-
-def unpack(packed: Tensor, columns: int) -> Tensor:
-    """The inverse of ``pack``; fillers past the last word's values are zero bits again."""
-    words = torch.empty(
-        (packed.shape[0], -(-columns // 8)), dtype=torch.int32, device=packed.device
-    )
-    for part, target in zip(packed.split(_ROWS_AT_ONCE), words.split(_ROWS_AT_ONCE), strict=True):
-        octets = part.view(torch.uint8).view(len(part), -1, BLOCK)
-        nibbles = torch.stack((octets & 15, octets >> 4), dim=2).flatten(1)[:, :columns] ^ 8
-        nibbles = torch.nn.functional.pad(nibbles, (0, -columns % 8))
-        target.copy_((nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(torch.int32))
-    return words
-
-
-def spread_offset(offset: Tensor) -> Tensor:
-    """Offsets [..., K'] as the kernels read them: filled up with zeros to whole pairs of blocks."""
-    missing = padded_width(offset.shape[-1]) - offset.shape[-1]
-    return torch.nn.functional.pad(offset, (0, missing)).contiguous()
-
-
-def padded_width(columns: int) -> int:
-    """Inputs per row of packed weight: whole pairs of blocks."""
-    return -(-columns // _PACKED) * _PACKED
 
 
 class PackedLinear:
@@ -501,32 +387,3 @@ class PackedLinear:
 def _per_row(scales: Tensor) -> int:
     """Distance of one row's scale from the next: none where all rows share one."""
     return 0 if scales.ndim == 0 else 1
-
-
-def tuner(gpu: Gpu, folder: Path) -> Tuner:
-    """A tuner that measures on this GPU.
-
-    Raises:
-        ResourceError: no Triton, or nothing can be written to the folder.
-    """
-    source = Path(str(programs().__file__)).read_bytes()
-    identity = {
-        "gpu": gpu.name,
-        "triton": str(importlib.import_module("triton").__version__),
-        "programs": hashlib.sha256(source).hexdigest()[:16],
-    }
-    return Tuner(folder, identity, gpu.processors, lambda call: seconds(call, gpu.device))
-
-
-def seconds(call: Callable[[], object], device: str, rounds: int = 15) -> float:
-    """Median seconds of a call on the GPU, by CUDA events; compiled and warmed up before."""
-    with torch.cuda.device(device):
-        for _ in range(3):
-            call()
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-        for begin, end in pairs:
-            begin.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return 1e-3 * median(begin.elapsed_time(end) for begin, end in pairs)

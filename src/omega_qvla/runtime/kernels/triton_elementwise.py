@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.elementwise import Gate
-from omega_qvla.runtime.kernels.triton import programs
+from omega_qvla.runtime.kernels.triton_gpu import programs
 
 _PIECE = 1024
 """Columns per program of a gated product."""
