@@ -50,6 +50,7 @@ from omega_qvla.errors import ServingError
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.rollout import rollout
 from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.serving.client import RemotePolicy
 from omega_qvla.serving.wire import decode_map, encode, gr00t_array
 
@@ -254,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", default=POLICY, help="builtin:NAME")
     parser.add_argument("--artifact", type=Path, help="of it; quantized first if absent")
-    parser.add_argument("--recipe", default="omega-w4a4")
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     parser.add_argument("--tasks", nargs="+", help="by default all of the policy's")
     parser.add_argument("--episodes", type=int, default=100, help="per task")
     parser.add_argument("--robots", type=int, default=4, help="at the same time")

@@ -325,6 +325,8 @@ def soak(artifact: Path, *, requests: int, steps: int, minutes: float) -> dict[s
             marks.append((done, resident_bytes(server.pid), descriptors))
             if len(marks) % 5 == 0:
                 say(f"soak: {done} of {requests} requests, {marks[-1][1] >> 20} MB")
+    if not marks:
+        raise SystemExit("the soak ended before its first round did: give it more --minutes")
     counts, resident, opened = (np.array(column) for column in zip(*marks, strict=True))
     settled = slice(len(marks) // 5, None)  # allocators fill their pools first
     slope = np.polyfit(counts[settled], resident[settled], 1)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import socket
 import time
@@ -233,17 +234,24 @@ def test_what_wants_to_come_in_waits_for_a_token_and_wakes_nobody_meanwhile(
 
 
 @ONLY_WITH_EPOLL
-def test_what_there_is_no_room_for_stays_with_the_kernel_and_comes_in_later() -> None:
-    """More heads than are looked at before one comes in: nobody is lost, and nothing spins."""
+@pytest.mark.parametrize("pause_s", [0.0, 0.002])
+def test_what_there_is_no_room_for_stays_with_the_kernel_and_comes_in_later(
+    pause_s: float,
+) -> None:
+    """More heads than may wait, at once and one by one: nobody is lost, and nothing spins."""
 
     async def scenario() -> None:
         pace = Taps(1, wait_s=0.02)
         guests = Guests(pace)
         async with guests.listening() as connect:
+            descriptors = len(os.listdir("/proc/self/fd"))
             for _ in range(300):
                 connect(HEAD)
-            await asyncio.sleep(0.3)
+                await asyncio.sleep(pause_s)
+            await asyncio.sleep(0.5)
             assert not guests.came
+            accepted = len(os.listdir("/proc/self/fd")) - descriptors - 300
+            assert 100 < accepted < 160
             spent = time.process_time()
             await asyncio.sleep(0.3)
             assert time.process_time() - spent < 0.15

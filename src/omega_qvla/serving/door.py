@@ -82,7 +82,7 @@ class Listening:
     bounds: Bounds = DEFAULT_BOUNDS
     connections: int = 256
     silent: int = 64
-    arrivals_per_s: float = 100.0
+    arrivals_per_s: float = 50.0
     arrivals: int = 16
     handshake_s: float = 5.0
     message_s: float = 10.0

@@ -35,8 +35,9 @@ _HAS_EPOLL = hasattr(select, "epoll")
 _LONGEST_HEAD = 16384
 """Bytes after which a head is not waited for: whether it is too long is for HTTP to say."""
 
-_AT_ONCE = 16
-"""Connections taken from the kernel in one turn of the loop."""
+_AT_ONCE, _REST_S = 16, 0.02
+"""Connections taken from the kernel, and the pause before the next ones: a thousand that come
+together take a twentieth of a processor for a second, not a whole one for a moment."""
 
 _ANNOUNCED = 128
 """Connections that have sent a head and wait for a token; the kernel keeps the rest."""
@@ -126,8 +127,9 @@ class DoorstepSocket(socket.socket):
         self._watched.register(super().fileno(), select.EPOLLIN)
         self._watched.register(self._bell, select.EPOLLIN)
         self._rings: asyncio.TimerHandle | None = None
+        self._rests: asyncio.TimerHandle | None = None
         self._sweeps: asyncio.TimerHandle | None = None
-        self._full = False
+        self._watches_kernel = True
 
     def fileno(self) -> int:
         """What to watch: readable while ``accept`` has something to do; -1 once closed."""
@@ -149,14 +151,14 @@ class DoorstepSocket(socket.socket):
                 self._rings = loop.call_later(self._doorstep.pace.wait_s, self._ring)
             raise BlockingIOError(errno.EAGAIN, "nobody may come in yet")
         first = self._announced.popleft()
-        self._invite()
+        self._watch_kernel()
         return first
 
     def close(self) -> None:
         """Stop listening, and send away who has not come in."""
         if self._watched.closed:
             return
-        for timer in (self._rings, self._sweeps):
+        for timer in (self._rings, self._rests, self._sweeps):
             if timer is not None:
                 timer.cancel()
         self._watched.close()
@@ -185,7 +187,7 @@ class DoorstepSocket(socket.socket):
             try:
                 one, address = super().accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
+                break
             one.setblocking(False)
             descriptor = one.fileno()
             self._waiting[descriptor] = (one, address), asyncio.get_running_loop().time()
@@ -195,8 +197,9 @@ class DoorstepSocket(socket.socket):
             if len(self._waiting) > self._doorstep.silent:
                 self._send_away(next(iter(self._waiting)))
             self._sweep_later()
-            if self._invite():
-                return
+        else:
+            self._rests = asyncio.get_running_loop().call_later(_REST_S, self._rested)
+        self._watch_kernel()
 
     def _listen_to(self, descriptor: int) -> None:
         """Look at a connection's first bytes."""
@@ -221,14 +224,16 @@ class DoorstepSocket(socket.socket):
         self._forget(descriptor).close()
         self._doorstep.sent_away()
 
-    def _invite(self) -> bool:
-        """Watch the kernel's queue, or leave it alone; whether there is no room for more."""
-        full = len(self._announced) >= _ANNOUNCED
-        if full != self._full:
-            self._full = full
-            events = 0 if full else select.EPOLLIN
-            self._watched.modify(super().fileno(), events)
-        return full
+    def _watch_kernel(self) -> None:
+        """Look at the kernel's queue, unless that has just been done or there is no room."""
+        watches = self._rests is None and len(self._announced) < _ANNOUNCED
+        if watches != self._watches_kernel:
+            self._watches_kernel = watches
+            self._watched.modify(super().fileno(), select.EPOLLIN if watches else 0)
+
+    def _rested(self) -> None:
+        self._rests = None
+        self._watch_kernel()
 
     def _ring(self) -> None:
         self._rings = None
