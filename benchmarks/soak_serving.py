@@ -75,7 +75,6 @@ TURN_S = 10.0
 """How long a server takes to let a thousand connections in (``door.Listening``)."""
 CLOSED_WITHIN_S = 30.0
 """The last comes in after those 10 s, and the longest patience is 10 s for a message."""
-PARTS = ("overload", "slow_clients", "soak")
 MARKS = 100
 SWITCH_S = 0.0005
 """How long one of the load's threads may keep Python's lock: the others have clocks to read."""
@@ -142,7 +141,8 @@ class Crowd:
                     took = time.perf_counter() - started
                     heard.append(took)
                     await asyncio.sleep(max(0.0, self._pause_s - took))
-        except Exception as error:  # the others go on
+        except Exception as error:  # the others go on, or end too where they wait for this one
+            await ready.abort()
             self.failures.append(f"{type(error).__name__}: {error}")
 
     def _understood(self, answer: str | bytes) -> list[float]:
@@ -371,11 +371,8 @@ def bars_of(name: str, part: dict[str, Any], requests: int | None) -> list[Bar]:
             only what can be counted must hold.
     """
     drain = part["drain"]
-    bars = {"overload": overload_bars, "slow_clients": slow_bars, "soak": soak_bars}[name](
-        part, requests
-    )
     return [
-        *bars,
+        *BARS[name](part, requests),
         at_most(f"{name}: drain s", drain["seconds"], DRAIN_S),
         at_most(f"{name}: exit status", drain["status"], 0),
     ]
@@ -432,6 +429,10 @@ def soak_bars(part: dict[str, Any], requests: int | None) -> list[Bar]:
     ]
 
 
+BARS = {"overload": overload_bars, "slow_clients": slow_bars, "soak": soak_bars}
+"""Of each part."""
+
+
 def allow_descriptors() -> None:
     """As many sockets as the system lets this process have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -446,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="of the soak, at most")
     parser.add_argument("--overload-minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=int, default=1, help="denoising steps of the soak")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=list(BARS), default=list(BARS))
     parser.add_argument("--short", action="store_true", help="seconds instead of hours")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
