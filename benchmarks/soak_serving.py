@@ -44,7 +44,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ CLOSED_WITHIN_S = 30.0
 MARKS = 100
 SWITCH_S = 0.0005
 """How long one of the load's threads may keep Python's lock: the others have clocks to read."""
-ROBOTS = 8
+ROBOTS = 16
 """At the same time, in the soak: a batch."""
 
 
@@ -304,26 +304,13 @@ def soak(artifact: Path, *, requests: int, steps: int, minutes: float) -> dict[s
     every = max(2 * ROBOTS, requests // MARKS)
     end = time.monotonic() + 60 * minutes
     relaxed = ("--limits", "none", "--deadline-ms", "60000")
-    with (
-        served(artifact, "--steps", str(steps), *relaxed) as server,
-        ThreadPoolExecutor(ROBOTS) as threads,
-    ):
+    together = ("--steps", str(steps), "--batch", str(ROBOTS))
+    with served(artifact, *together, *relaxed) as server:
         address = f"ws://127.0.0.1:{server.port}"
-
-        def robot(numbers: range) -> int:
-            """How many of these requests were answered before the time was over."""
-            with RemotePolicy(address) as policy:
-                for answered, number in enumerate(numbers):
-                    if time.monotonic() >= end:
-                        return answered
-                    observation = observations[number % len(observations)]
-                    policy.infer(observation, request_id=number)
-            return len(numbers)
-
         canary, _ = ask_canary(address, observations[0], server.pid)
         while done < requests and time.monotonic() < end:
             numbers = range(done, min(done + every, requests))
-            done += sum(threads.map(robot, (numbers[first::ROBOTS] for first in range(ROBOTS))))
+            done += asyncio.run(ask_all(address, observations, numbers, end))
             actions, descriptors = ask_canary(address, observations[0], server.pid)
             differing += not np.array_equal(actions, canary)
             marks.append((done, resident_bytes(server.pid), descriptors))
@@ -346,6 +333,30 @@ def soak(artifact: Path, *, requests: int, steps: int, minutes: float) -> dict[s
         "canaries_differing": differing,
         "drain": {"status": server.status, "seconds": server.drain_s},
     }
+
+
+async def ask_all(
+    address: str, observations: Sequence[dict[str, Any]], numbers: range, end: float
+) -> int:
+    """Requests of these numbers by robots with a connection each; how many were answered in time.
+
+    One event loop for all robots: their own work is time that the server lacks.
+    """
+
+    async def robot(numbers: range) -> int:
+        async with connect(address, compression=None) as connection:
+            await connection.recv()
+            for answered, number in enumerate(numbers):
+                if time.monotonic() >= end:
+                    return answered
+                observation = observations[number % len(observations)]
+                await connection.send(encode({**observation, "request_id": number}))
+                answer = await connection.recv()
+                if isinstance(answer, str) or decode_map(answer)["request_id"] != number:
+                    raise ServingError("soak", f"request {number} was answered by {answer!r:.300}")
+        return len(numbers)
+
+    return sum(await asyncio.gather(*(robot(numbers[first::ROBOTS]) for first in range(ROBOTS))))
 
 
 def ask_canary(address: str, observation: dict[str, Any], pid: int) -> tuple[np.ndarray, int]:

@@ -203,6 +203,7 @@ struct Avx2 {
 };
 
 #include "driver.h"
+#include "elementwise_driver.h"
 
 bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -223,6 +224,7 @@ double peak(double seconds) {
 
 }  // namespace
 
-extern const Path kAvx2{"avx2", runs_here, quantize_rows<Avx2>, multiply_panels<Avx2>, peak};
+extern const Path kAvx2{"avx2", runs_here, quantize_rows<Avx2>, multiply_panels<Avx2>,
+                      gate_rows, normalize_rows, rotate_rows, peak};
 
 }  // namespace w4a4

@@ -170,6 +170,7 @@ struct Avx512Vnni {
 };
 
 #include "driver.h"
+#include "elementwise_driver.h"
 
 bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -194,7 +195,7 @@ double peak(double seconds) {
 
 }  // namespace
 
-extern const Path kAvx512Vnni{"avx512-vnni", runs_here, quantize_rows<Avx512Vnni>,
-                              multiply_panels<Avx512Vnni>, peak};
+extern const Path kAvx512Vnni{"avx512-vnni", runs_here, quantize_rows<Avx512Vnni>, multiply_panels<Avx512Vnni>,
+                      gate_rows, normalize_rows, rotate_rows, peak};
 
 }  // namespace w4a4

@@ -89,6 +89,7 @@ struct Generic {
 };
 
 #include "driver.h"
+#include "elementwise_driver.h"
 
 bool runs_here() { return true; }
 
@@ -109,6 +110,7 @@ double peak(double seconds) {
 
 }  // namespace
 
-extern const Path kGeneric{"generic", runs_here, quantize_rows<Generic>, multiply_panels<Generic>, peak};
+extern const Path kGeneric{"generic", runs_here, quantize_rows<Generic>, multiply_panels<Generic>,
+                      gate_rows, normalize_rows, rotate_rows, peak};
 
 }  // namespace w4a4

@@ -1,4 +1,4 @@
-// One call: split it into items, run both phases, and the conversion of weights to panels.
+// One call: split it into items and run its phases; and the conversion of weights to panels.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kItemMacs = 1 << 21;   // about 10 microseconds: long against claiming an item
 constexpr int64_t kBriefMacs = 1 << 28;  // one or two milliseconds: less than a time slice
+constexpr int64_t kItemElements = 1 << 15;   // the same of what is done number by number
+constexpr int64_t kBriefElements = 1 << 21;
 
 struct Freer {
   void operator()(void* p) const { std::free(p); }
@@ -77,6 +79,27 @@ void run(const Path& path, const Problem& given, int threads) {
        }},
   };
   run_phases(phases, 2, threads, p.M * p.N * p.K < kBriefMacs);
+}
+
+// Rows of `width` numbers, in items that are long against claiming one.
+template <class Problem, class Rows>
+static void run_rows(const Problem& problem, Rows rows_of_path, int64_t rows, int64_t width, int threads) {
+  const int64_t per_item = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, width));
+  if (rows <= per_item) return rows_of_path(problem, 0, rows);
+  const Phase phase{(rows + per_item - 1) / per_item, [&](int64_t item) {
+                      rows_of_path(problem, item * per_item, std::min(rows, (item + 1) * per_item));
+                    }};
+  run_phases(&phase, 1, threads, rows * width < kBriefElements);
+}
+
+void run(const Path& path, const Gated& p, int threads) { run_rows(p, path.gate, p.M, p.N, threads); }
+
+void run(const Path& path, const Normalized& p, int threads) {
+  run_rows(p, path.normalize, p.M, p.N, threads);
+}
+
+void run(const Path& path, const Rotated& p, int threads) {
+  run_rows(p, path.rotate, p.B * p.T, p.H * 2 * p.half, threads);
 }
 
 // Eight nibbles of a word to eight bytes.

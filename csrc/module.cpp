@@ -54,20 +54,48 @@ PyObject* translate_exception() {
   return nullptr;
 }
 
+PyObject* sizes_do_not_fit() {
+  PyErr_SetString(PyExc_ValueError, "sizes do not fit together");
+  return nullptr;
+}
+
+int64_t number(PyObject* o) { return PyLong_AsLongLong(o); }
+
+// The path that a call names first, or null with an exception set.
+const Path* path_of_call(PyObject* const* a, Py_ssize_t count, Py_ssize_t wanted, const char* complaint) {
+  if (count == wanted) return path_of(a[0]);
+  PyErr_SetString(PyExc_TypeError, complaint);
+  return nullptr;
+}
+
+// Run a problem without Python's lock; None, or null with an exception set.
+template <class Problem>
+PyObject* run_released(const Path& path, const Problem& problem, int threads) {
+  std::exception_ptr error;
+  Py_BEGIN_ALLOW_THREADS
+  try {
+    w4a4::run(path, problem, threads);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  Py_END_ALLOW_THREADS
+  if (!error) Py_RETURN_NONE;
+  try {
+    std::rethrow_exception(error);
+  } catch (...) {
+    return translate_exception();
+  }
+}
+
 // linear(path, threads, x, ldx, transform, offset, static_scale, weight, weight_scale, bias, out, ldo,
 //        M, N, K, padded, group, groups, bits, clip)
 PyObject* linear(PyObject*, PyObject* const* a, Py_ssize_t count) {
-  if (count != 20) {
-    PyErr_SetString(PyExc_TypeError, "linear takes 20 arguments");
-    return nullptr;
-  }
-  const Path* path = path_of(a[0]);
+  const Path* path = path_of_call(a, count, 20, "linear takes 20 arguments");
   if (!path) return nullptr;
-  const auto number = [&](int i) { return static_cast<int64_t>(PyLong_AsLongLong(a[i])); };
   w4a4::Problem p{};
-  const int threads = static_cast<int>(number(1));
+  const int threads = static_cast<int>(number(a[1]));
   p.x = address<const float>(a[2]);
-  p.ldx = number(3);
+  p.ldx = number(a[3]);
   p.transform = address<const uint16_t>(a[4]);
   p.offset = address<const float>(a[5]);
   p.static_scale = address<const float>(a[6]);
@@ -75,42 +103,88 @@ PyObject* linear(PyObject*, PyObject* const* a, Py_ssize_t count) {
   p.weight_scale = address<const float>(a[8]);
   p.bias = address<const float>(a[9]);
   p.out = address<float>(a[10]);
-  p.ldo = number(11);
-  p.M = number(12);
-  p.N = number(13);
-  p.K = number(14);
-  p.padded = number(15);
-  p.group = number(16);
-  p.groups = number(17);
-  const int64_t bits = number(18);
+  p.ldo = number(a[11]);
+  p.M = number(a[12]);
+  p.N = number(a[13]);
+  p.K = number(a[14]);
+  p.padded = number(a[15]);
+  p.group = number(a[16]);
+  p.groups = number(a[17]);
+  const int64_t bits = number(a[18]);
   p.clip = static_cast<float>(PyFloat_AsDouble(a[19]));
   if (PyErr_Occurred()) return nullptr;
   if (threads < 1 || p.M < 0 || p.N < 0 || p.K < 1 || p.padded < p.K || p.padded % w4a4::kRowAlign ||
       p.group < 4 || p.group % 4 || p.groups < 1 || p.groups * p.group > p.padded || (bits != 4 && bits != 8) ||
       !(p.clip > 0.0f && p.clip <= 1.0f)) {
-    PyErr_SetString(PyExc_ValueError, "sizes do not fit together");
-    return nullptr;
+    return sizes_do_not_fit();
   }
   p.high = (1 << (bits - 1)) - 1;
   p.low = -p.high - 1;
-  bool failed = false;
-  std::exception_ptr error;
-  Py_BEGIN_ALLOW_THREADS
-  try {
-    w4a4::run(*path, p, threads);
-  } catch (...) {
-    failed = true;
-    error = std::current_exception();
-  }
-  Py_END_ALLOW_THREADS
-  if (failed) {
-    try {
-      std::rethrow_exception(error);
-    } catch (...) {
-      return translate_exception();
-    }
-  }
-  Py_RETURN_NONE;
+  return run_released(*path, p, threads);
+}
+
+// gate(path, threads, gate, ldg, up, ldu, out, M, N, silu)
+PyObject* gate(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  const Path* path = path_of_call(a, count, 10, "gate takes 10 arguments");
+  if (!path) return nullptr;
+  w4a4::Gated p{};
+  const int threads = static_cast<int>(number(a[1]));
+  p.gate = address<const float>(a[2]);
+  p.ldg = number(a[3]);
+  p.up = address<const float>(a[4]);
+  p.ldu = number(a[5]);
+  p.out = address<float>(a[6]);
+  p.M = number(a[7]);
+  p.N = number(a[8]);
+  p.silu = number(a[9]) != 0;
+  if (PyErr_Occurred()) return nullptr;
+  if (threads < 1 || p.M < 0 || p.N < 0) return sizes_do_not_fit();
+  return run_released(*path, p, threads);
+}
+
+// normalize(path, threads, x, ldx, scale, shift, lds, share, out, M, N, eps, centred)
+PyObject* normalize(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  const Path* path = path_of_call(a, count, 13, "normalize takes 13 arguments");
+  if (!path) return nullptr;
+  w4a4::Normalized p{};
+  const int threads = static_cast<int>(number(a[1]));
+  p.x = address<const float>(a[2]);
+  p.ldx = number(a[3]);
+  p.scale = address<const float>(a[4]);
+  p.shift = address<const float>(a[5]);
+  p.lds = number(a[6]);
+  p.share = number(a[7]);
+  p.out = address<float>(a[8]);
+  p.M = number(a[9]);
+  p.N = number(a[10]);
+  p.eps = static_cast<float>(PyFloat_AsDouble(a[11]));
+  p.centred = number(a[12]) != 0;
+  if (PyErr_Occurred()) return nullptr;
+  if (threads < 1 || p.M < 0 || p.N < 0 || p.share < 1) return sizes_do_not_fit();
+  return run_released(*path, p, threads);
+}
+
+// rotate(path, threads, x, xb, xt, xh, cosine, sine, table, out, B, T, H, half)
+PyObject* rotate(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  const Path* path = path_of_call(a, count, 14, "rotate takes 14 arguments");
+  if (!path) return nullptr;
+  w4a4::Rotated p{};
+  const int threads = static_cast<int>(number(a[1]));
+  p.x = address<const float>(a[2]);
+  p.xb = number(a[3]);
+  p.xt = number(a[4]);
+  p.xh = number(a[5]);
+  p.cosine = address<const float>(a[6]);
+  p.sine = address<const float>(a[7]);
+  p.table = number(a[8]);
+  p.out = address<float>(a[9]);
+  p.B = number(a[10]);
+  p.T = number(a[11]);
+  p.H = number(a[12]);
+  p.half = number(a[13]);
+  if (PyErr_Occurred()) return nullptr;
+  if (threads < 1 || p.B < 0 || p.T < 0 || p.H < 0 || p.half < 0) return sizes_do_not_fit();
+  return run_released(*path, p, threads);
 }
 
 template <void (*convert)(const void*, int64_t, int64_t, int64_t, int, void*)>
@@ -125,8 +199,7 @@ PyObject* conversion(PyObject*, PyObject* const* a, Py_ssize_t count) {
   void* target = address<void>(a[5]);
   if (PyErr_Occurred()) return nullptr;
   if (threads < 1 || N < 0 || K < 0 || padded < K || padded % w4a4::kRowAlign) {
-    PyErr_SetString(PyExc_ValueError, "sizes do not fit together");
-    return nullptr;
+    return sizes_do_not_fit();
   }
   Py_BEGIN_ALLOW_THREADS
   convert(source, N, K, padded, threads, target);
@@ -180,6 +253,9 @@ PyCFunction method(F* f) {
 
 PyMethodDef methods[] = {
     {"linear", method(linear), METH_FASTCALL, "One W4A4 linear layer on raw addresses."},
+    {"gate", method(gate), METH_FASTCALL, "An activation, times another tensor if there is one."},
+    {"normalize", method(normalize), METH_FASTCALL, "A norm with its modulation."},
+    {"rotate", method(rotate), METH_FASTCALL, "Rotary positions."},
     {"pack", method(conversion<pack>), METH_FASTCALL, "Row-major words to panels."},
     {"unpack", method(conversion<unpack>), METH_FASTCALL, "Panels to row-major words."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Paths as (name, runs here), best first."},

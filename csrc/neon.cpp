@@ -152,6 +152,7 @@ struct NeonDot {
 };
 
 #include "driver.h"
+#include "elementwise_driver.h"
 
 bool runs_here() {
 #if defined(__linux__)
@@ -182,6 +183,7 @@ double peak(double seconds) {
 
 }  // namespace
 
-extern const Path kNeonDot{"neon-dotprod", runs_here, quantize_rows<NeonDot>, multiply_panels<NeonDot>, peak};
+extern const Path kNeonDot{"neon-dotprod", runs_here, quantize_rows<NeonDot>, multiply_panels<NeonDot>,
+                      gate_rows, normalize_rows, rotate_rows, peak};
 
 }  // namespace w4a4

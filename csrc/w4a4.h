@@ -23,6 +23,8 @@
 #pragma once
 #include <cstdint>
 
+#include "elementwise.h"
+
 namespace w4a4 {
 
 constexpr int64_t kPanel = 32;       // outputs per panel
@@ -66,6 +68,10 @@ struct Path {
   // unpacked: kUnpackedBytes.
   void (*multiply)(const Problem&, int64_t p0, int64_t p1, int32_t* accumulators, float* sums,
                    uint8_t* unpacked);
+  // What lies between linears (elementwise.h), rows [m0, m1).
+  void (*gate)(const Gated&, int64_t m0, int64_t m1);
+  void (*normalize)(const Normalized&, int64_t m0, int64_t m1);
+  void (*rotate)(const Rotated&, int64_t m0, int64_t m1);
   // Multiply-adds per second of the inner instructions alone, operands in registers.
   double (*peak)(double seconds);
 };
@@ -93,6 +99,9 @@ extern const Path kNeonDot;
 
 // Run one problem on `threads` threads (the caller is one of them).
 void run(const Path& path, const Problem& problem, int threads);
+void run(const Path& path, const Gated& problem, int threads);
+void run(const Path& path, const Normalized& problem, int threads);
+void run(const Path& path, const Rotated& problem, int threads);
 
 // Row-major words of eight nibbles [N, ceil(K/8)] to panels and back; `padded` as in Problem.
 void to_panels(const uint32_t* words, int64_t N, int64_t K, int64_t padded, int threads, uint8_t* panels);

@@ -1,4 +1,4 @@
-// Every path this processor runs against plain C++, bit for bit, on random layers.
+// Every path this processor runs against plain C++, bit for bit, on random layers and what lies between.
 //
 // For processors that the Python tests do not run on: compiled with the kernels into a program of
 // its own, it runs under an emulator.  Prints "<path> <layers>" for each path, or what differed.
@@ -76,6 +76,49 @@ std::vector<float> result(const Path& path, Layer& layer, bool is_static, bool b
   return out;
 }
 
+// Rows of an odd length with gaps, some of them modulated together.
+bool elementwise_differs(const Path& path, std::mt19937& random) {
+  const auto number = [&](int low, int high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random);
+  };
+  std::normal_distribution<float> normal(0.0f, 8.0f);
+  const int64_t share = number(1, 3), M = share * number(1, 4), N = number(1, 90), gap = number(0, 5);
+  std::vector<float> x(M * (N + gap)), y(x.size()), wanted(M * N, -1.0f), found(M * N, -2.0f);
+  for (auto& v : x) v = normal(random);
+  for (auto& v : y) v = normal(random);
+  const auto differs = [&] { return std::memcmp(wanted.data(), found.data(), M * N * 4) != 0; };
+
+  w4a4::Gated g{x.data(), N + gap, number(0, 1) ? y.data() : nullptr, N + gap, wanted.data(), M, N, number(0, 1) == 1};
+  w4a4::run(w4a4::kGeneric, g, 1);
+  g.out = found.data();
+  w4a4::run(path, g, 2);
+  if (differs()) return true;
+
+  w4a4::Normalized z{};
+  z.x = x.data();
+  z.ldx = N + gap;
+  z.scale = number(0, 2) ? y.data() : nullptr;
+  z.shift = number(0, 2) ? y.data() + gap : nullptr;
+  z.lds = N;
+  z.share = share;
+  z.out = wanted.data();
+  z.M = M;
+  z.N = N;
+  z.eps = 1e-6f;
+  z.centred = number(0, 1) == 1;
+  w4a4::run(w4a4::kGeneric, z, 1);
+  z.out = found.data();
+  w4a4::run(path, z, 2);
+  if (differs()) return true;
+
+  if (N % 2) return false;
+  w4a4::Rotated r{x.data(), share * (N + gap), N + gap, 0, y.data(), y.data() + gap, 0, wanted.data(), M / share, share, 1, N / 2};
+  w4a4::run(w4a4::kGeneric, r, 1);
+  r.out = found.data();
+  w4a4::run(path, r, 2);
+  return differs();
+}
+
 }  // namespace
 
 int main() {
@@ -99,6 +142,10 @@ int main() {
         std::printf("%s differs in layer %d: M=%lld N=%lld K=%lld\n", path->name, trial,
                     static_cast<long long>(layer.problem.M), static_cast<long long>(layer.problem.N),
                     static_cast<long long>(layer.problem.K));
+        return 1;
+      }
+      if (elementwise_differs(*path, random)) {
+        std::printf("%s differs between linears in trial %d\n", path->name, trial);
         return 1;
       }
     }

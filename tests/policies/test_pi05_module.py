@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.policies.base import FlowClock, euler_times, shared_input
-from omega_qvla.policies.layers import KeyValue, adaptive_rms_norm, attend, rotate, split_heads
+from omega_qvla.policies.elementwise import TORCH
+from omega_qvla.policies.layers import KeyValue, adaptive_rms_norm, attend, split_heads
 from omega_qvla.policies.pi05 import (
     GemmaConfig,
     Pi05Config,
@@ -203,7 +204,7 @@ def joint_velocity(module: Pi05Module, prefix: Tensor, x_t: Tensor, time: float)
         if not last:
             asked = backbone.self_attn.q_proj(ours)
         query = split_heads(torch.cat((asked, query), dim=1), head_dim)
-        out = attend(rotate(query, rotary), rotate(key, rotary), value, may_see)
+        out = attend(TORCH.rotate(query, rotary), TORCH.rotate(key, rotary), value, may_see)
         if not last:
             prefix = prefix + backbone.self_attn.o_proj(out[:, :length])
             prefix = prefix + backbone.mlp(backbone.post_attention_layernorm(prefix))

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,9 +30,10 @@ from omega_qvla.policies.elementwise import Elementwise
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import engine
 from omega_qvla.runtime import graph as module
+from omega_qvla.runtime.fused import CpuElementwise
 from omega_qvla.runtime.graph import ChunkGraphs, GraphWarning, use_graphs
 from omega_qvla.runtime.kernels import triton_gpu as gpu
-from omega_qvla.runtime.linear import QuantizedLinear
+from omega_qvla.runtime.linear import REFERENCE, QuantizedLinear, best_kernel
 
 
 def double(inputs: Any, noise: Tensor, steps: int) -> Tensor:
@@ -245,7 +247,8 @@ def test_a_gpu_policy_is_loaded_with_graphs_unless_asked_not_to(
 ) -> None:
     """The processor in the place of a GPU, a recorder in that of CUDA, PyTorch in Triton's."""
     recorder = Recorder()
-    monkeypatch.setattr(engine, "FusedElementwise", Elementwise)
+    own = Elementwise if best_kernel() == REFERENCE else partial(CpuElementwise, best_kernel())
+    monkeypatch.setattr(engine, "FusedElementwise", own)
     monkeypatch.setattr(gpu, "find", lambda _: gpu.Gpu("cpu", "None", (9, 0), 1, 1 << 40))
     monkeypatch.setattr(module, "CudaGraphs", lambda _: recorder)
     oq.quantize(small_policy, few, "rtn").save_pretrained(tmp_path / "out")

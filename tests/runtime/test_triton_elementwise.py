@@ -1,8 +1,4 @@
-"""What the GPU computes between two products, under Triton's interpreter, against float64.
-
-Norms and gated products are not the definition's bit for bit (a sum is made in another order, an
-exponential is the device's own), so each is held to a few roundings of float32 of its terms.
-"""
+"""What the GPU computes between two products, under Triton's interpreter, against float64."""
 
 from __future__ import annotations
 
@@ -11,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from elementwise_oracles import activation, check_close, drawn, gated, normed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreted_triton import Call, Check, Interpreter, Step, numpy_operands
-from torch import Tensor, nn
+from torch import Tensor
 
 from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.errors import ObservationError, PolicyError
@@ -32,24 +29,11 @@ from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-ROUNDINGS = 8 * 2**-24
-"""Relative error of what is computed in a few float32 operations."""
 TILINGS = (
     Tiling(rows=16, outputs=64, bytes=64, parts=3, warps=4, stages=2),
     Tiling(rows=32, outputs=64, bytes=128, parts=1, warps=4, stages=4),
 )
 kinds = st.sampled_from(["gelu_tanh", "silu"])
-
-
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def check_close(found: np.ndarray, wanted: Tensor, size: Tensor) -> None:
-    """Within some roundings of the terms it was added up from."""
-    assert found.shape == tuple(wanted.shape)
-    distance = (torch.from_numpy(found).double() - wanted).abs()
-    assert bool((distance <= ROUNDINGS * (size.double() + 1e-30)).all())
 
 
 @settings(relaxed, max_examples=12)
@@ -83,21 +67,8 @@ def test_norms_with_their_modulation(
         arguments |= {"scale": table.numpy(), "shift": table.numpy()}
         slices = {"scale": np.s_[:, None, 0], "shift": np.s_[:, None, 1]}
     found = interpreted.array(Step("normalize", arguments, slices))
-    values = x.double()
-    values = values - values.mean(-1, keepdim=True) if centred else values
-    # What is left of a row of one number, or of equal ones, is rounding: as large as the row was.
-    size = x.double().abs().amax(-1, keepdim=True).expand_as(values)
-    inverse = (values.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    normed = values * inverse
-    wanted = normed * (1.0 + scale.double()) + shift.double()
-    terms = (normed.abs() + size * inverse) * (1.0 + scale.double().abs()) + shift.double().abs()
-    check_close(found, wanted, terms)
-
-
-def activation(kind: str, gate: Tensor) -> Tensor:
-    if kind == "silu":
-        return nn.functional.silu(gate)
-    return nn.functional.gelu(gate, approximate="tanh")
+    wanted, terms = normed(x, scale, shift, eps=1e-6, centred=centred)
+    check_close(torch.from_numpy(found), wanted, terms)
 
 
 @settings(relaxed, max_examples=12)
@@ -112,11 +83,7 @@ def test_gated_products(
     arguments = {"kind": kind, "gate": both.numpy(), "up": both.numpy()}
     slices = {"gate": np.s_[..., :width], "up": np.s_[..., width:]}
     found = interpreted.array(Step("gated_product", arguments, slices))
-    gate, up = both.double().split(width, dim=-1)
-    passed = activation(kind, gate)
-    # Far below zero what passes is 0 and the exponent's own rounding is all there is.
-    size = (passed.abs() * (4.0 + gate.abs())) * up.abs() + 1e-30
-    check_close(found, passed * up, size)
+    check_close(torch.from_numpy(found), *gated(kind, *both.split(width, dim=-1)))
 
 
 def integers(rows: int, columns: int, seed: int) -> Tensor:
@@ -174,7 +141,7 @@ def test_a_product_that_ends_in_its_gate(
     passed = activation(kind, gate)
     size = (passed.abs() * (4.0 + gate.abs()) + 2.0 * largest[0]) * (up.abs() + largest[1])
     for output in (found.output, *found.tiled):
-        check_close(output, passed * up, size)
+        check_close(torch.from_numpy(output), passed * up, size)
 
 
 def test_a_gate_needs_two_halves_and_one_scale_per_output() -> None:
@@ -243,8 +210,14 @@ class Recorded(Elementwise):
 @pytest.mark.parametrize(
     ("family", "wanted"),
     [
-        ("small_policy", {"rms_norm", "adaptive_rms_norm", "add_gated", "gated_linears"}),
-        ("small_gr00t", {"adaptive_layer_norm", "gated_linears"}),
+        (
+            "small_policy",
+            {"rms_norm", "adaptive_rms_norm", "add_gated", "gated_linears", "activate", "rotate"},
+        ),
+        (
+            "small_gr00t",
+            {"adaptive_layer_norm", "layer_norm", "gated_linears", "activate", "rotate"},
+        ),
     ],
 )
 def test_every_layer_of_a_policy_asks_what_it_is_given(
@@ -265,6 +238,8 @@ def test_every_layer_of_a_policy_asks_what_it_is_given(
 
 
 def test_fusing_leaves_nothing_out() -> None:
-    """Whatever a layer may ask for, the GPU has its own of."""
+    """What a layer may ask for and the GPU has nothing of its own for is named."""
     methods = {name for name in vars(Elementwise) if not name.startswith("_")}
-    assert methods == {name for name in vars(FusedElementwise) if not name.startswith("_")}
+    assert methods - {"activate", "layer_norm", "rotate"} == {
+        name for name in vars(FusedElementwise) if not name.startswith("_")
+    }

@@ -1,16 +1,17 @@
 """What layers compute between their linears: a method for each thing a runtime may do at once.
 
-PyTorch starts a program per operation.  On a processor that is nothing; on a GPU a norm with its
-modulation is four programs where one would do, thousands of times a chunk.  So layers do not spell
-these out but ask the ``Elementwise`` they hold, which is ``TORCH`` until a runtime puts its own in
-its place (``use_elementwise``).  What is here is the definition: another one may round differently,
-not compute something else.
+PyTorch takes a pass over memory per operation, and on a GPU a program: a norm with its modulation
+is four where one would do, thousands of times a chunk.  So layers do not spell these out but ask
+the ``Elementwise`` they hold, which is ``TORCH`` until a runtime puts its own in its place
+(``use_elementwise``).  What is here is the definition: another one may round differently, not
+compute something else.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from omega_qvla.policies.base import shared_input
 RMS_EPS = 1e-6
 Gate = Literal["gelu_tanh", "silu"]
 """The nonlinearity of a gated product."""
+RotaryTable = tuple[Tensor, Tensor]
+"""Cosines and sines, each [B or 1, 1, T, d/2]."""
 
 
 class Elementwise:
@@ -39,13 +42,27 @@ class Elementwise:
         """(x - mean(x)) / deviation(x) · (1 + scale) + shift."""
         return F.layer_norm(x, (x.shape[-1],), eps=eps) * (1.0 + scale) + shift
 
+    def layer_norm(self, x: Tensor, eps: float) -> Tensor:
+        """(x - mean(x)) / deviation(x)."""
+        return F.layer_norm(x, (x.shape[-1],), eps=eps)
+
     def add_gated(self, stream: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         """stream + gate · branch, the residual of an adaptive layer."""
         return stream + gate * branch
 
+    def activate(self, kind: Gate, x: Tensor) -> Tensor:
+        """activation(x)."""
+        return F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh")
+
     def gated_product(self, kind: Gate, gate: Tensor, up: Tensor) -> Tensor:
         """activation(gate) · up."""
-        return (F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")) * up
+        return self.activate(kind, gate) * up
+
+    def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
+        """Rotary embedding of x [B, h, T, d]."""
+        cos, sin = table
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     def gated_linears(
         self, kind: Gate, x: Tensor, gate_proj: nn.Module, up_proj: nn.Module | None

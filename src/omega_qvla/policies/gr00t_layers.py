@@ -22,14 +22,20 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import shared_input
-from omega_qvla.policies.elementwise import RMS_EPS, TORCH, Elementwise, ElementwiseModule, Gate
+from omega_qvla.policies.elementwise import (
+    RMS_EPS,
+    TORCH,
+    Elementwise,
+    ElementwiseModule,
+    Gate,
+    RotaryTable,
+)
 from omega_qvla.policies.layers import (
     GatedMLP,
     KeyValue,
     Node,
     attend,
     attention_logits,
-    rotate,
     split_heads,
 )
 
@@ -53,7 +59,7 @@ class QwenMLP(GatedMLP):
     gate: Gate = "silu"
 
 
-class QwenAttention(nn.Module):
+class QwenAttention(ElementwiseModule):
     """Causal grouped-query attention with normalized queries and keys."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -66,12 +72,13 @@ class QwenAttention(nn.Module):
         self.q_norm = QwenRMSNorm(head_dim)
         self.k_norm = QwenRMSNorm(head_dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTable) -> Tensor:
         """x [B, T, D] → [B, T, D]; a token attends to itself and to those before it."""
         q, k, v = (
             split_heads(y, self.head_dim)
             for y in shared_input(x, self.q_proj, self.k_proj, self.v_proj)
         )
+        rotate = self.elementwise.rotate
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         causal = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril()
         return self.o_proj(attend(q, k, v, causal))
@@ -87,7 +94,7 @@ class QwenLayer(nn.Module):
         self.post_attention_layernorm = QwenRMSNorm(width)
         self.mlp = QwenMLP(width, hidden)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTable) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -144,7 +151,7 @@ class CrossAttention(nn.Module):
         return attention_logits(split_heads(self.to_q(x), self.head_dim), cross[0], mask)
 
 
-class FeedForward(nn.Module):
+class FeedForward(ElementwiseModule):
     """net.2(gelu_tanh(net.0.proj(x))), four times as wide inside."""
 
     def __init__(self, width: int) -> None:
@@ -155,8 +162,8 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.net[0].get_submodule("proj")(x), approximate="tanh")
-        return self.net[2](hidden)
+        hidden = self.net[0].get_submodule("proj")(x)
+        return self.net[2](self.elementwise.activate("gelu_tanh", hidden))
 
 
 class FeatureBlock(nn.Module):
@@ -203,7 +210,7 @@ def adaptive_layer_norm(
     return elementwise.adaptive_layer_norm(x, scale, shift, eps)
 
 
-class _HeadBlock(nn.Module):
+class _HeadBlock(ElementwiseModule):
     """What the two kinds of blocks of the diffusion transformer share."""
 
     def __init__(self, width: int) -> None:
@@ -212,7 +219,7 @@ class _HeadBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.ff(F.layer_norm(x, (x.shape[-1],), eps=LAYER_NORM_EPS))
+        return x + self.ff(self.elementwise.layer_norm(x, LAYER_NORM_EPS))
 
 
 class CrossBlock(_HeadBlock):

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import shared_input
-from omega_qvla.policies.elementwise import TORCH, Elementwise, ElementwiseModule, Gate
+from omega_qvla.policies.elementwise import (
+    TORCH,
+    Elementwise,
+    ElementwiseModule,
+    Gate,
+    RotaryTable,
+)
 
 KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of one layer, each [B, kv_heads, T, d]."""
@@ -92,21 +98,12 @@ def adaptive_rms_norm(
     return elementwise.adaptive_rms_norm(x, scale, shift), gate
 
 
-def rotary_table(
-    positions: Tensor, head_dim: int, theta: float = 10_000.0
-) -> tuple[Tensor, Tensor]:
+def rotary_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> RotaryTable:
     """Cosines and sines for positions [B, T], each [B, 1, T, head_dim/2] (the 1 is for heads)."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = theta ** (-exponent / head_dim)
     angle = positions.to(torch.float32).unsqueeze(-1) * frequency
     return angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x [B, h, T, d]."""
-    cos, sin = table
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def embedding(count: int, width: int) -> nn.Embedding:
@@ -164,7 +161,7 @@ class GatedMLP(ElementwiseModule):
         return self.down_proj(hidden)
 
 
-class RotaryAttention(nn.Module):
+class RotaryAttention(ElementwiseModule):
     """Grouped-query attention with rotary positions and an optional cached prefix."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -178,7 +175,7 @@ class RotaryAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: RotaryTable,
         past: KeyValue | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
@@ -189,7 +186,7 @@ class RotaryAttention(nn.Module):
     def logits(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: RotaryTable,
         past: KeyValue | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -197,12 +194,13 @@ class RotaryAttention(nn.Module):
         q, own = self._project(x, rotary)
         return attention_logits(q, _after(past, own)[0], mask)
 
-    def _project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, KeyValue]:
+    def _project(self, x: Tensor, rotary: RotaryTable) -> tuple[Tensor, KeyValue]:
         """Queries, and keys and values."""
         q, k, v = (
             split_heads(y, self.head_dim)
             for y in shared_input(x, self.q_proj, self.k_proj, self.v_proj)
         )
+        rotate = self.elementwise.rotate
         return rotate(q, rotary), (rotate(k, rotary), v)
 
 
@@ -213,7 +211,7 @@ def _after(past: KeyValue | None, own: KeyValue) -> KeyValue:
     return torch.cat((past[0], own[0]), dim=-2), torch.cat((past[1], own[1]), dim=-2)
 
 
-class KeyValueProjection(nn.Module):
+class KeyValueProjection(ElementwiseModule):
     """Only the keys and values of an attention layer whose output nobody reads."""
 
     def __init__(self, width: int, kv_heads: int, head_dim: int) -> None:
@@ -222,9 +220,9 @@ class KeyValueProjection(nn.Module):
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> KeyValue:
+    def forward(self, x: Tensor, rotary: RotaryTable) -> KeyValue:
         k, v = (split_heads(y, self.head_dim) for y in shared_input(x, self.k_proj, self.v_proj))
-        return rotate(k, rotary), v
+        return self.elementwise.rotate(k, rotary), v
 
 
 class SiglipAttention(nn.Module):
@@ -246,7 +244,7 @@ class SiglipAttention(nn.Module):
         return self.out_proj(attend(q, k, v))
 
 
-class SiglipMLP(nn.Module):
+class SiglipMLP(ElementwiseModule):
     """fc2(gelu_tanh(fc1(x)))."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -255,7 +253,7 @@ class SiglipMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.elementwise.activate("gelu_tanh", self.fc1(x)))
 
 
 class SiglipLayer(nn.Module):

@@ -37,10 +37,10 @@ from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scheme
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
-from omega_qvla.runtime.fused import FusedElementwise
+from omega_qvla.runtime.fused import CpuElementwise, FusedElementwise
 from omega_qvla.runtime.graph import use_graphs
 from omega_qvla.runtime.kernels import triton_gpu
-from omega_qvla.runtime.linear import GpuRun, QuantizedLinear
+from omega_qvla.runtime.linear import REFERENCE, GpuRun, QuantizedLinear, best_kernel
 from omega_qvla.runtime.memory import (
     kept_linears,
     memory_report,
@@ -261,6 +261,7 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
     if target.store is not None:
         materialize(target.module, target.store)
         target.store = None
+    _use_cpu_elementwise(target.module, best_kernel())
     return QuantizedPolicy(target, config)
 
 
@@ -321,11 +322,19 @@ def load(
             f"{directory}: omega_config.json does not fit the tensors: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if gpu is not None:
+    if gpu is None:
+        _use_cpu_elementwise(loaded.policy.module, kernel or best_kernel(), threads)
+    else:
         use_elementwise(loaded.policy.module, FusedElementwise())
         if graph and isinstance(loaded.policy, NativePolicy):
             use_graphs(loaded.policy)
     return loaded
+
+
+def _use_cpu_elementwise(module: nn.Module, kernel: str, threads: int | None = None) -> None:
+    """What lies between linears by C++ too, where they are; the reference kernel has PyTorch's."""
+    if kernel != REFERENCE:
+        use_elementwise(module, CpuElementwise(kernel, threads))
 
 
 @dataclass(frozen=True)

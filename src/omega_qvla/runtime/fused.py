@@ -1,9 +1,11 @@
-"""What a policy on a GPU computes between its linears, one launch each.
+"""What a loaded policy computes between its linears: one launch each on a GPU, one pass on a CPU.
 
-Takes the place of ``policies.elementwise.TORCH`` in a policy that was loaded onto a GPU.  Four
+Either takes the place of ``policies.elementwise.TORCH`` when an artifact is loaded.  On a GPU four
 launches of an adaptive norm become one; a gate, its activation and its product become the end of
 the multiplication that made them, where the two linears are one fused module of integers, and one
-launch elsewhere; a gated residual is one operation of PyTorch's.
+launch elsewhere; a gated residual, a plain norm and an activation are one operation of PyTorch's,
+and a rotation still several.  On a processor norms, activations
+with their product, and rotations are one pass over memory each; residuals stay PyTorch's.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.policies.elementwise import RMS_EPS, Elementwise, Gate
+from omega_qvla.policies.elementwise import RMS_EPS, Elementwise, Gate, RotaryTable
+from omega_qvla.runtime.kernels import cpu, cpu_elementwise
 from omega_qvla.runtime.kernels.triton_elementwise import gated_product, normalize
 from omega_qvla.runtime.linear import QuantizedLinear
 
@@ -40,3 +43,65 @@ class FusedElementwise(Elementwise):
         if up_proj is None and isinstance(gate_proj, QuantizedLinear) and gate_proj.can_gate():
             return gate_proj.gated(x, kind)
         return super().gated_linears(kind, x, gate_proj, up_proj)
+
+
+class CpuElementwise(Elementwise):
+    """By the C++ kernels, for float32 on the CPU.
+
+    Other tensors, and a policy that ``torch.compile`` traces, are computed as defined.
+
+    Args:
+        path: name of the instruction set.
+        threads: as for linears; None follows ``torch.get_num_threads()``.
+
+    Raises:
+        ResourceError: no C++ kernels, or a path this processor cannot run.
+    """
+
+    def __init__(self, path: str, threads: int | None = None) -> None:
+        self._path, self._threads = cpu.path_number(path), threads
+
+    def rms_norm(self, x: Tensor, gain: Tensor) -> Tensor:
+        if not _can(x, gain):
+            return super().rms_norm(x, gain)
+        return cpu_elementwise.normalize(*self._run(), x, gain, eps=RMS_EPS, centred=False)
+
+    def adaptive_rms_norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        if not _can(x, scale, shift):
+            return super().adaptive_rms_norm(x, scale, shift)
+        return cpu_elementwise.normalize(*self._run(), x, scale, shift, eps=RMS_EPS, centred=False)
+
+    def adaptive_layer_norm(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+        if not _can(x, scale, shift):
+            return super().adaptive_layer_norm(x, scale, shift, eps)
+        return cpu_elementwise.normalize(*self._run(), x, scale, shift, eps=eps, centred=True)
+
+    def layer_norm(self, x: Tensor, eps: float) -> Tensor:
+        if not _can(x):
+            return super().layer_norm(x, eps)
+        return cpu_elementwise.normalize(*self._run(), x, eps=eps, centred=True)
+
+    def activate(self, kind: Gate, x: Tensor) -> Tensor:
+        if not _can(x):
+            return super().activate(kind, x)
+        return cpu_elementwise.gate(*self._run(), kind, x)
+
+    def gated_product(self, kind: Gate, gate: Tensor, up: Tensor) -> Tensor:
+        if not _can(gate, up):
+            return super().gated_product(kind, gate, up)
+        return cpu_elementwise.gate(*self._run(), kind, gate, up)
+
+    def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
+        if not _can(x, *table) or x.ndim != 4:
+            return super().rotate(x, table)
+        return cpu_elementwise.rotate(*self._run(), x, *table)
+
+    def _run(self) -> tuple[int, int]:
+        threads = torch.get_num_threads() if self._threads is None else self._threads
+        return self._path, min(threads, cpu.available_cores())
+
+
+def _can(*tensors: Tensor) -> bool:
+    """Whether the C++ kernels can read these."""
+    float32 = all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
+    return float32 and not torch.compiler.is_compiling()

@@ -77,9 +77,9 @@ def peak_macs(name: str, threads: int = 1, seconds: float = 0.05) -> float:
     Raises:
         ResourceError: this processor cannot run that path, or has fewer cores.
     """
-    extension, path, count = _require(), path_number(name), check_threads(threads)
+    module, path, count = extension(), path_number(name), check_threads(threads)
     with ThreadPoolExecutor(count) as pool:
-        return sum(pool.map(lambda _: extension.peak(path, seconds), range(count)))
+        return sum(pool.map(lambda _: module.peak(path, seconds), range(count)))
 
 
 def padded_width(columns: int, group: int | None) -> int:
@@ -127,7 +127,7 @@ class PackedLinear:
         activation_clip: float = 1.0,
         path: str | None = None,
     ) -> None:
-        self._extension = _require()
+        self._extension = extension()
         self._path = path_number(path or instruction_set() or "")
         self.out_features, self.columns = words.shape[0], columns
         self.activation_bits, self.activation_clip = activation_bits, activation_clip
@@ -210,7 +210,7 @@ def pack_panels(words: Tensor, columns: int, padded: int) -> Tensor:
     panels = -(-words.shape[0] // PANEL)
     out = torch.empty((panels, padded // 4, _UNIT), dtype=torch.uint8)
     threads = available_cores()  # once per layer and load: it cannot be in anybody's way for long
-    _require().pack(words.data_ptr(), words.shape[0], columns, padded, threads, out.data_ptr())
+    extension().pack(words.data_ptr(), words.shape[0], columns, padded, threads, out.data_ptr())
     return out
 
 
@@ -218,11 +218,16 @@ def unpack_panels(panels: Tensor, rows: int, columns: int, padded: int) -> Tenso
     """The inverse of ``pack_panels``."""
     out = torch.empty((rows, -(-columns // 8)), dtype=torch.int32)
     threads = available_cores()
-    _require().unpack(panels.data_ptr(), rows, columns, padded, threads, out.data_ptr())
+    extension().unpack(panels.data_ptr(), rows, columns, padded, threads, out.data_ptr())
     return out
 
 
-def _require() -> ModuleType:
+def extension() -> ModuleType:
+    """The C++ module.
+
+    Raises:
+        ResourceError: it was not built.
+    """
     if _extension is None:
         raise ResourceError(
             "the C++ kernels are not installed: install a C++ compiler (apt-get install g++) and "
@@ -237,7 +242,7 @@ def path_number(name: str) -> int:
     Raises:
         ResourceError: no extension, or a path this processor cannot run.
     """
-    known = [(number, *path) for number, path in enumerate(_require().instruction_sets())]
+    known = [(number, *path) for number, path in enumerate(extension().instruction_sets())]
     for number, candidate, runs in known:
         if candidate == name and runs:
             return number
@@ -304,7 +309,7 @@ def _linear_operator(
     _check_input(x, x.shape[1])
     padded = panels.shape[1] * 4
     out = torch.empty((x.shape[0], out_features))
-    _require().linear(
+    extension().linear(
         path, threads, x.data_ptr(), x.stride(0), _address(transform), _address(offset),
         _address(static_scale), panels.data_ptr(), weight_scale.data_ptr(), _address(bias),
         out.data_ptr(), out_features,
