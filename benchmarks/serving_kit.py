@@ -68,7 +68,11 @@ class Served:
 
 @contextlib.contextmanager
 def served(artifact: Path, *arguments: str) -> Iterator[Served]:
-    """``omega-qvla serve`` for the length of a block, ended with SIGTERM."""
+    """``omega-qvla serve`` for the length of a block, ended with SIGTERM.
+
+    Whoever ends this process with SIGTERM ends the server with it.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     command = [sys.executable, "-m", "omega_qvla.cli", "serve", str(artifact), "--port", "0"]
     process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -89,6 +93,7 @@ def served(artifact: Path, *arguments: str) -> Iterator[Served]:
     finally:
         process.kill()
         process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:

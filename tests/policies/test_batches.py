@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
@@ -51,15 +53,28 @@ def test_observations_of_unequal_length_are_not_padded(
         np.testing.assert_allclose(chunk, family.sample_actions(observation, noise), atol=1e-4)
 
 
-def test_a_quantized_policy_runs_batches_on_its_integers(
-    small_policy: NativePolicy, few: Observations
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_a_robot_gets_does_not_depend_on_who_else_is_served(
+    family: NativePolicy, few: Observations
 ) -> None:
-    """Rounding to integers makes jumps of float noise: one step of 4 bits is far above 1e-4."""
-    quantized = oq.quantize(small_policy, few, recipe="rtn")
-    together = quantized.sample_batch(encoded(quantized, few), noises(3))
-    for chunk, observation, noise in zip(together, few, noises(3), strict=True):
-        alone = quantized.sample_actions(observation, noise)
-        assert np.square(chunk - alone).mean() < 1e-3 * np.square(alone).mean()
+    """Bit for bit, on one thread: rounding would make a step of 4 bits of the smallest noise."""
+    quantized = oq.quantize(family, few, recipe="rtn")
+    several = [few[number % 3] for number in range(9)]
+    alone = [
+        quantized.sample_actions(one, noise) for one, noise in zip(several, noises(9), strict=True)
+    ]
+    for count in (2, 4, 5, 9):
+        together = quantized.sample_batch(encoded(quantized, several[:count]), noises(count))
+        for chunk, single in zip(together, alone, strict=False):
+            assert np.array_equal(chunk, single)
 
 
 def test_a_batch_of_one_is_bit_for_bit_the_single_observation(

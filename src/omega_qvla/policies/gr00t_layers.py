@@ -274,8 +274,12 @@ class EmbodimentLinear(nn.Module):
         return self._widened[1:]
 
     def forward(self, x: Tensor, row: int) -> Tensor:
-        """x [..., in] → [..., out] with the matrix in this row of the stack."""
+        """x [B, T, in] → [B, T, out] with the matrix in this row of the stack."""
         weight, bias = self.matrix(row)
+        if x.shape[-2] == 1:
+            # One product per chunk: as one matrix of B rows it would be summed in another order
+            # from some B on, and a robot's actions depend on how many others are served with it.
+            return torch.bmm(x, weight.expand(x.shape[0], -1, -1)) + bias
         return x @ weight + bias
 
 
