@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from omega_qvla.policies.base import FlowClock, euler_times, shared_input
 from omega_qvla.policies.elementwise import TORCH
-from omega_qvla.policies.layers import KeyValue, adaptive_rms_norm, attend, split_heads
+from omega_qvla.policies.layers import KeyValue, Roomy, adaptive_rms_norm, attend, split_heads
 from omega_qvla.policies.pi05 import (
     GemmaConfig,
     Pi05Config,
@@ -441,3 +441,12 @@ def test_fusing_every_site_without_bias_leaves_the_actions_unchanged() -> None:
                 setattr(module.get_submodule(parent), leaf, None)
     assert not torch.equal(before, noise)
     torch.testing.assert_close(chunk(), before, rtol=0, atol=TOLERANCE)
+
+
+def test_a_roomy_cache_gives_what_putting_side_by_side_gives_again_and_again() -> None:
+    past = (torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 4))
+    roomy = Roomy.behind(past, 3)
+    for _ in range(2):
+        own = (torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4))
+        for whole, before, behind in zip(roomy.filled(own), past, own, strict=True):
+            assert torch.equal(whole, torch.cat((before, behind), dim=-2))

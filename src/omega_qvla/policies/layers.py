@@ -14,7 +14,7 @@ shrunken size in ``tests/parity``); parameter names are the official state-dict 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -176,7 +176,7 @@ class RotaryAttention(ElementwiseModule):
         self,
         x: Tensor,
         rotary: RotaryTable,
-        past: KeyValue | None = None,
+        past: KeyValue | Roomy | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """x [B, T, D] → ([B, T, D], this call's own keys and values)."""
@@ -187,7 +187,7 @@ class RotaryAttention(ElementwiseModule):
         self,
         x: Tensor,
         rotary: RotaryTable,
-        past: KeyValue | None = None,
+        past: KeyValue | Roomy | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """What the softmax of ``forward`` sees, [B, h, T, S]."""
@@ -204,10 +204,36 @@ class RotaryAttention(ElementwiseModule):
         return rotate(q, rotary), (rotate(k, rotary), v)
 
 
-def _after(past: KeyValue | None, own: KeyValue) -> KeyValue:
+class Roomy(NamedTuple):
+    """A prefix's keys and values with room behind them, [B, kv_heads, P + T, d].
+
+    What denoises asks the same prefix at every step, and only its own T rows change: they are
+    written where the last step's were, and the prefix is not copied again.
+    """
+
+    keys: Tensor
+    values: Tensor
+    prefix: int
+
+    @classmethod
+    def behind(cls, past: KeyValue, tokens: int) -> Roomy:
+        """Keys and values of a prefix, copied once, with room for so many tokens."""
+        keys, values = (F.pad(one, (0, 0, 0, tokens)) for one in past)
+        return cls(keys, values, past[0].shape[-2])
+
+    def filled(self, own: KeyValue) -> KeyValue:
+        """All keys and values, these behind the prefix; valid until the next call."""
+        for whole, part in zip(self[:2], own, strict=True):
+            whole[..., self.prefix :, :] = part
+        return self.keys, self.values
+
+
+def _after(past: KeyValue | Roomy | None, own: KeyValue) -> KeyValue:
     """Cached keys and values, then one's own."""
     if past is None:
         return own
+    if isinstance(past, Roomy):
+        return past.filled(own)
     return torch.cat((past[0], own[0]), dim=-2), torch.cat((past[1], own[1]), dim=-2)
 
 

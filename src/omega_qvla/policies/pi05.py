@@ -34,7 +34,7 @@ from omega_qvla.policies.base import (
     FlowClock,
     euler_times,
 )
-from omega_qvla.policies.elementwise import ElementwiseModule
+from omega_qvla.policies.elementwise import ElementwiseModule, RotaryTable
 from omega_qvla.policies.images import ImageFit
 from omega_qvla.policies.layers import (
     AdaptiveRMSNorm,
@@ -43,6 +43,7 @@ from omega_qvla.policies.layers import (
     KeyValueProjection,
     Node,
     RMSNorm,
+    Roomy,
     RotaryAttention,
     SiglipVisionModel,
     VisionConfig,
@@ -171,7 +172,7 @@ class BackboneLayer(nn.Module):
         self.mlp = GatedMLP(config.width, config.hidden)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None
+        self, x: Tensor, rotary: RotaryTable, mask: Tensor | None = None
     ) -> tuple[Tensor, KeyValue]:
         attended, kv = self.self_attn(self.input_layernorm(x), rotary, mask=mask)
         x = x + attended
@@ -187,7 +188,7 @@ class LastBackboneLayer(nn.Module):
         self.self_attn = KeyValueProjection(config.width, config.kv_heads, config.head_dim)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None
+        self, x: Tensor, rotary: RotaryTable, mask: Tensor | None = None
     ) -> tuple[Tensor, KeyValue]:
         return x, self.self_attn(self.input_layernorm(x), rotary)
 
@@ -208,8 +209,8 @@ class ExpertLayer(ElementwiseModule):
         self,
         x: Tensor,
         modulation: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        past: KeyValue,
+        rotary: RotaryTable,
+        past: KeyValue | Roomy,
         mask: Tensor | None = None,
     ) -> Tensor:
         """x [B, H, D], modulation [B, 2, 3, D] → [B, H, D]."""
@@ -292,7 +293,7 @@ class Pi05Module(nn.Module):
         """Images then text, [B, V·patches + T, D]."""
         return torch.cat((self.embed_images(pixels), self.embed_text(token_ids)), dim=1)
 
-    def prefix_rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def prefix_rotary(self, positions: Tensor) -> RotaryTable:
         """Rotary table of positions [B, T]."""
         return rotary_table(positions, self.config.backbone.head_dim)
 
@@ -336,7 +337,7 @@ class Pi05Module(nn.Module):
         norms = self.adaptive_norms()
         return torch.stack([norm.modulation(condition) for norm in norms], dim=-3)
 
-    def suffix_rotary(self, offset: Tensor | int) -> tuple[Tensor, Tensor]:
+    def suffix_rotary(self, offset: Tensor | int) -> RotaryTable:
         """Rotary table of the action tokens; ``offset`` [B, 1] or int is the prefix length."""
         positions = torch.arange(self.config.horizon, device=self.action_in_proj.weight.device)
         positions = positions.unsqueeze(0) + offset
@@ -346,8 +347,8 @@ class Pi05Module(nn.Module):
         self,
         x_t: Tensor,
         modulation: Tensor,
-        cache: Sequence[KeyValue],
-        rotary: tuple[Tensor, Tensor],
+        cache: Sequence[KeyValue | Roomy],
+        rotary: RotaryTable,
         mask: Tensor | None = None,
     ) -> Tensor:
         """The learned velocity at one flow time.
@@ -392,10 +393,11 @@ def sample_chunk(
     """
     steps = modulation.shape[0]
     rotary = module.suffix_rotary(prefix_length)
+    roomy = [Roomy.behind(kv, noise.shape[-2]) for kv in cache]
     x = noise
     for i, t in enumerate(euler_times(steps)):
         with clock.step(i, t):
-            x = x - module.velocity(x, modulation[i : i + 1], cache, rotary) / steps
+            x = x - module.velocity(x, modulation[i : i + 1], roomy, rotary) / steps
     return x
 
 
