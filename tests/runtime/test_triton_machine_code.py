@@ -28,7 +28,9 @@ TYPES = {
     "weights": "*i8",
     "partial": "*i32",
     **dict.fromkeys(("scale", "scales", "maxima", "weight_scale", "bias", "out"), "*fp32"),
-    **dict.fromkeys(("gain", "residual", "offset", "gate", "up", "shift"), "*fp32"),
+    **dict.fromkeys(
+        ("gain", "residual", "offset", "gate", "up", "shift", "cosine", "sine"), "*fp32"
+    ),
 }
 ALIGNED = {*TYPES, "width", "size", "half", "stride", "share"}
 """Arguments that are multiples of 16 in every layer of the policies."""
@@ -65,6 +67,7 @@ PROGRAMS = (
 BETWEEN: dict[str, dict[str, Any]] = {
     "normalize": {"EPS": 1e-6, "CENTRED": True, "WIDTH": 2048},
     "gated_product": {"KIND": "gelu_tanh", "WIDTH": 1024},
+    "rotate": {"HALF": 128},
 }
 """Programs between two products."""
 

@@ -14,7 +14,7 @@ from omega_qvla.errors import OmegaError
 from omega_qvla.policies.elementwise import RMS_EPS, TORCH, Gate
 from omega_qvla.runtime.kernels import reference
 from omega_qvla.runtime.kernels import triton as gpu
-from omega_qvla.runtime.kernels.triton_elementwise import gated_product, normalize
+from omega_qvla.runtime.kernels.triton_elementwise import gated_product, normalize, rotate
 
 _GATES: tuple[Gate, Gate] = ("gelu_tanh", "silu")
 _ROUNDINGS = 64 * 2**-24
@@ -81,8 +81,23 @@ def check_layers(device: str, generator: torch.Generator, trials: int = 120) -> 
     return {"layers_equal_bit_for_bit": trials}
 
 
+def _check_rotation(device: str, heads: Tensor, shape: str) -> int:
+    """Heads [B, h, T, d], rotated by themselves; how many were compared."""
+    table = tuple(part[:, :1] for part in heads.chunk(2, dim=-1))
+    if not table[0].numel():
+        return 0
+    found = rotate(heads.to(device), *(part.to(device) for part in table)).cpu()
+    wanted = TORCH.rotate(heads, (table[0], table[1]))
+    if not torch.equal(found, wanted):
+        raise MismatchError(
+            f"rotation {shape}: the GPU is off by {float((found - wanted).abs().max()):.3g} where "
+            "it should give the same bits"
+        )
+    return 1
+
+
 def check_elementwise(device: str, generator: torch.Generator, trials: int = 60) -> dict[str, int]:
-    """Norms and gated products on the GPU against float64 on the CPU.
+    """Norms and gated products on the GPU against float64 on the CPU; rotations bit for bit.
 
     Raises:
         MismatchError: one is further off than float32 explains; names its shape.
@@ -111,6 +126,7 @@ def check_elementwise(device: str, generator: torch.Generator, trials: int = 60)
         bound = (x.double().abs() + x.double().square()) * other.double().abs()
         _require_close(f"gated product {shape}", product, wanted, bound)
         compared += 3 if width > 8 else 2
+        compared += _check_rotation(device, x[..., : width - width % 2].unsqueeze(1), shape)
     return {"elementwise_within_rounding": compared}
 
 

@@ -3,9 +3,9 @@
 Either takes the place of ``policies.elementwise.TORCH`` when an artifact is loaded.  On a GPU four
 launches of an adaptive norm become one; a gate, its activation and its product become the end of
 the multiplication that made them, where the two linears are one fused module of integers, and one
-launch elsewhere; a gated residual, a plain norm and an activation are one operation of PyTorch's,
-and a rotation still several.  On a processor norms, activations
-with their product, and rotations are one pass over memory each; residuals stay PyTorch's.
+launch elsewhere; a rotation is one launch; a gated residual, a plain norm and an activation alone
+are one operation of PyTorch's.  On a processor norms, activations with their product, and rotations
+are one pass over memory each; residuals stay PyTorch's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from omega_qvla.policies.elementwise import RMS_EPS, Elementwise, Gate, RotaryTable
 from omega_qvla.runtime.kernels import cpu, cpu_elementwise
-from omega_qvla.runtime.kernels.triton_elementwise import gated_product, normalize
+from omega_qvla.runtime.kernels.triton_elementwise import gated_product, normalize, rotate
 from omega_qvla.runtime.linear import QuantizedLinear
 
 
@@ -36,6 +36,9 @@ class FusedElementwise(Elementwise):
 
     def gated_product(self, kind: Gate, gate: Tensor, up: Tensor) -> Tensor:
         return gated_product(kind, gate, up)
+
+    def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
+        return super().rotate(x, table) if x.ndim != 4 else rotate(x, *table)
 
     def gated_linears(
         self, kind: Gate, x: Tensor, gate_proj: nn.Module, up_proj: nn.Module | None

@@ -9,6 +9,12 @@ from torch import Tensor
 
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.elementwise import Gate
+from omega_qvla.runtime.kernels.operand_rows import (
+    as_rows,
+    check_same_shape,
+    modulation,
+    rotary_stride,
+)
 from omega_qvla.runtime.kernels.triton_gpu import programs
 
 _PIECE = 1024
@@ -35,23 +41,14 @@ def normalize(
     Raises:
         ObservationError: 2³¹ numbers or more, or a modulation that does not fit.
     """
-    width = x.shape[-1]
-    rows, scales = _rows(x), _rows(scale)
-    shifts = None if shift is None else _rows(shift)
-    count = rows.shape[0]
-    fits = scales.shape[1] == width and len(scales) > 0 and count % len(scales) == 0
-    alike = shifts is None or (shifts.shape, shifts.stride()) == (scales.shape, scales.stride())
-    if not fits or not alike:
-        raise ObservationError(
-            f"a norm of {list(x.shape)} cannot be modulated by a scale of {list(scale.shape)} and "
-            f"a shift of {None if shift is None else list(shift.shape)}"
-        )
+    width, rows = x.shape[-1], _counted(x)
+    given = modulation(x, rows.shape[0], scale, shift)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         with torch.cuda.device_of(x):
-            _programs().normalize[(count,)](
-                rows, scales, shifts, out, width, rows.stride(0), count // len(scales),
-                scales.stride(0), EPS=eps, CENTRED=centred, WIDTH=_power_of_two(width),
+            _programs().normalize[(rows.shape[0],)](
+                rows, given.scale, given.shift, out, width, rows.stride(0), given.share,
+                given.stride, EPS=eps, CENTRED=centred, WIDTH=_power_of_two(width),
                 enable_fp_fusion=False,
             )  # fmt: skip
     return out
@@ -63,9 +60,8 @@ def gated_product(kind: Gate, gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ObservationError: two shapes, or 2³¹ numbers or more.
     """
-    if gate.shape != up.shape:
-        raise ObservationError(f"a gate of {list(gate.shape)} for {list(up.shape)}")
-    left, right = _rows(gate), _rows(up)
+    check_same_shape(gate, up)
+    left, right = _counted(gate), _counted(up)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if out.numel():
         count, width = left.shape
@@ -78,13 +74,45 @@ def gated_product(kind: Gate, gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., D] → [rows, D], a view where there can be one; neighbours are next to each other."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    if rows.shape[0] * max(rows.shape[1], abs(rows.stride(0))) >= _MOST_ELEMENTS:
-        raise ObservationError(f"{list(x.shape)} are more numbers than a GPU program counts, 2³¹")
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding in one launch.
+
+    Args:
+        x: [B, h, T, d], floating point.
+        cosine, sine: [B or 1, 1, T, d/2].
+
+    Returns:
+        [B, h, T, d], contiguous, of the dtype that x and the tables are promoted to.
+
+    Raises:
+        ObservationError: 2³¹ numbers or more, or tables that do not fit.
+    """
+    table = rotary_stride(x, cosine, sine)
+    batch, heads, tokens, width = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    reach = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    _check_count(x, max(x.numel(), reach))
+    cosine, sine = cosine.contiguous(), sine.contiguous()
+    out = torch.empty(x.shape, dtype=torch.result_type(x, cosine), device=x.device)
+    if out.numel():
+        with torch.cuda.device_of(x):
+            _programs().rotate[(batch * heads * tokens,)](
+                x, cosine, sine, out, heads, tokens, width // 2, *x.stride()[:3], table,
+                HALF=_power_of_two(width // 2), enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+def _counted(x: Tensor) -> Tensor:
+    """Rows whose numbers a GPU program can count."""
+    rows = as_rows(x)
+    _check_count(x, rows.shape[0] * max(rows.shape[1], abs(rows.stride(0))))
     return rows
+
+
+def _check_count(x: Tensor, count: int) -> None:
+    if count >= _MOST_ELEMENTS:
+        raise ObservationError(f"{list(x.shape)} are more numbers than a GPU program counts, 2³¹")
 
 
 def _power_of_two(width: int) -> int:

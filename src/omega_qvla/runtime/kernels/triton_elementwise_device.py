@@ -1,4 +1,5 @@
-"""The GPU programs between two products: norms with their modulation, gated products.
+"""The GPU programs between two products: norms with their modulation, gated products,
+rotary positions.
 
 Each is one pass over rows that are read once and written once.  Sums are float32; a row is reduced
 by one program, in the compiler's order, so results are those of ``policies/elementwise.py`` up to
@@ -9,6 +10,8 @@ the rounding of a sum, not bit for bit.
   for all (a stride of 0).
 * gated product: activation(gate) · up, with gelu_tanh(g) = g · σ(2 √(2/π) (g + 0.044715 g³)), since
   (1 + tanh u)/2 = σ(2u), and silu(g) = g · σ(g).
+* rotate: the halves u and v of a head become u cos - v sin and v cos + u sin, products and sums
+  rounded one by one, so that these are the definition's bits.
 """
 
 from __future__ import annotations
@@ -80,3 +83,34 @@ def gated_product(
     right = tl.load(up + row * up_stride + lane, mask=inside, other=0.0).to(tl.float32)
     y = activated(left, KIND) * right
     tl.store(out + row * columns + lane, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens"])
+def rotate(
+    x,
+    cosine,
+    sine,
+    out,
+    heads,
+    tokens,
+    half,
+    chunk_stride,
+    head_stride,
+    token_stride,
+    table_stride,
+    HALF: tl.constexpr,
+):
+    """One head of one token, in the order of the output [chunks, heads, tokens, 2 · half]."""
+    row = tl.program_id(0)
+    token, head, chunk = row % tokens, row // tokens % heads, row // tokens // heads
+    lane = tl.arange(0, HALF)
+    inside = lane < half
+    at = x + chunk * chunk_stride + head * head_stride + token * token_stride + lane
+    place = chunk * table_stride + token * half + lane
+    u = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cosine + place, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sine + place, mask=inside, other=0.0).to(tl.float32)
+    to = out + row * 2 * half + lane
+    tl.store(to, (u * c - v * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + half, (v * c + u * s).to(out.dtype.element_ty), mask=inside)
