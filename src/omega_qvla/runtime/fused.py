@@ -100,11 +100,12 @@ class CpuElementwise(Elementwise):
         return cpu_elementwise.rotate(*self._run(), x, *table)
 
     def _run(self) -> tuple[int, int]:
-        threads = torch.get_num_threads() if self._threads is None else self._threads
-        return self._path, min(threads, cpu.available_cores())
+        return self._path, cpu.usable_threads(self._threads)
 
 
 def _can(*tensors: Tensor) -> bool:
     """Whether the C++ kernels can read these."""
-    float32 = all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
-    return float32 and not torch.compiler.is_compiling()
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            return False
+    return not torch.compiler.is_compiling()

@@ -121,6 +121,7 @@ class QuantizedLinear(nn.Module):
         self._gpu = gpu
         self.kernel = self._choose_gpu(kernel) if device.type == "cuda" else self._choose(kernel)
         self._packed: cpu.PackedLinear | triton.PackedLinear | None = None
+        self._whole: cpu.PackedLinear | None = None  # the C++ call that is all of this layer
         self._schedule = Schedule(activation_step_times, self._step_table())
 
     @classmethod
@@ -219,7 +220,11 @@ class QuantizedLinear(nn.Module):
         if self.kernel == REFERENCE or self._packed is not None:
             return
         assert self.weight_packed is not None
-        self._packed = self._pack_gpu() if self.kernel == triton.NAME else self._pack()
+        if self.kernel == triton.NAME:
+            self._packed = self._pack_gpu()
+        else:
+            self._packed = packed = self._pack()
+            self._whole = packed if self._fused() and self.low_rank_down is None else None
         self.weight_packed = None
 
     def _pack(self) -> cpu.PackedLinear:
@@ -278,6 +283,10 @@ class QuantizedLinear(nn.Module):
             raise ObservationError(
                 f"a quantized linear of {self.in_features} inputs got {list(x.shape)}"
             )
+        whole = self._whole
+        if whole is not None and x.dtype is torch.float32 and x.stride(-1) == 1:
+            now = self._now()
+            return whole(x, now.scale, self._threads_now(), offset=now.offset, bias=now.bias)
         rows = x.reshape(-1, self.in_features)
         if self.kernel == triton.NAME:
             y = self._multiply_gpu(rows)
@@ -330,9 +339,10 @@ class QuantizedLinear(nn.Module):
             rows = self.transform_input(rows)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
-        threads = torch.get_num_threads() if self.threads is None else self.threads
-        threads = min(threads, cpu.available_cores())
-        return self._packed(rows, now.scale, threads, offset=offset, bias=now.bias)
+        return self._packed(rows, now.scale, self._threads_now(), offset=offset, bias=now.bias)
+
+    def _threads_now(self) -> int:
+        return cpu.usable_threads(self.threads)
 
     def _multiply_reference(self, rows: Tensor) -> Tensor:
         q, scale = self.quantize_input(rows)

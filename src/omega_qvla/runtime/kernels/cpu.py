@@ -56,6 +56,12 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def usable_threads(threads: int | None) -> int:
+    """Threads of a call; None follows ``torch.get_num_threads()``, up to the cores there are."""
+    wanted = torch.get_num_threads() if threads is None else threads
+    return wanted if wanted == 1 else min(wanted, available_cores())
+
+
 def check_threads(threads: int) -> int:
     """The number of threads, if that many make sense here.
 
@@ -173,10 +179,10 @@ class PackedLinear:
         offset: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """x [M, K] float32 → [M, N] float32.
+        """x [..., K] float32 → [..., N] float32.
 
         Args:
-            x: on the CPU, rows contiguous (any distance apart).
+            x: on the CPU, rows contiguous (and, of two dimensions, any distance apart).
             static_scale: float32, one number; None for one dynamic scale per row.
             threads: the caller and up to ``threads - 1`` helpers.
             offset: float32 [K'], subtracted from the transformed rows before they are rounded.
@@ -185,21 +191,21 @@ class PackedLinear:
         Raises:
             ObservationError: x has another dtype, device, shape or stride.
         """
+        rows = x if x.ndim <= 2 else x.flatten(0, -2)
         if torch.compiler.is_compiling():
             return torch.ops.omega_qvla.w4a4_linear(
-                x, self.panels, self.weight_scale, self.bias if bias is None else bias,
+                rows, self.panels, self.weight_scale, self.bias if bias is None else bias,
                 self.transform, offset, static_scale,
                 self.out_features, self.group, self.activation_bits, self.activation_clip,
                 self._path, threads,
-            )  # fmt: skip
-        _check_input(x, self.columns)
-        rows = x.shape[0]
-        out = torch.empty((rows, self.out_features))
+            ).view(*x.shape[:-1], self.out_features)  # fmt: skip
+        _check_input(rows, self.columns)
+        out = torch.empty(*x.shape[:-1], self.out_features)
         self._extension.linear(
-            self._path, threads, x.data_ptr(), x.stride(0), self._transform_pointer,
+            self._path, threads, rows.data_ptr(), rows.stride(0), self._transform_pointer,
             _address(offset), _address(static_scale), *self._pointers,
             self._bias_pointer if bias is None else bias.data_ptr(),
-            out.data_ptr(), self.out_features, rows, self.out_features, self.columns,
+            out.data_ptr(), self.out_features, rows.shape[0], self.out_features, self.columns,
             self.padded, self.group, self.groups, self.activation_bits, self.activation_clip,
         )  # fmt: skip
         return out

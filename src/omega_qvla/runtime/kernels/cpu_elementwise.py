@@ -37,7 +37,7 @@ def gate(path: int, threads: int, kind: Gate, x: Tensor, up: Tensor | None = Non
         ObservationError: two shapes.
     """
     left = as_rows(x)
-    out = torch.empty(x.shape)
+    out = _room(x)
     right, distance = 0, 0
     if up is not None:
         check_same_shape(x, up)
@@ -79,7 +79,7 @@ def normalize(
     """
     rows = as_rows(x)
     given = modulation(x, rows.shape[0], scale, shift)
-    out = torch.empty(x.shape)
+    out = _room(x)
     extension().normalize(
         path, threads, rows.data_ptr(), rows.stride(0), _address(given.scale),
         _address(given.shift), given.stride, given.share, out.data_ptr(), *rows.shape,
@@ -107,13 +107,18 @@ def rotate(path: int, threads: int, x: Tensor, cosine: Tensor, sine: Tensor) -> 
     batch, heads, tokens, width = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     cosine, sine = cosine.contiguous(), sine.contiguous()
-    out = torch.empty(x.shape)
+    out = _room(x)
     extension().rotate(
         path, threads, x.data_ptr(), x.stride(0), x.stride(2), x.stride(1),
         cosine.data_ptr(), sine.data_ptr(), table, out.data_ptr(),
         batch, tokens, heads, width // 2,
     )  # fmt: skip
     return out
+
+
+def _room(x: Tensor) -> Tensor:
+    """For a result of this shape, without gaps."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,8 +15,7 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-@dataclass(frozen=True)
-class Modulation:
+class Modulation(NamedTuple):
     """Scale and shift of a norm, as rows.
 
     Attributes:
@@ -44,10 +43,12 @@ def modulation(x: Tensor, count: int, scale: Tensor | None, shift: Tensor | None
     """
     scales = None if scale is None else as_rows(scale)
     shifts = None if shift is None else as_rows(shift)
-    given = [one for one in (scales, shifts) if one is not None]
-    several, stride = (given[0].shape[0], given[0].stride(0)) if given else (1, 0)
-    alike = all((*one.shape, one.stride(0)) == (several, x.shape[-1], stride) for one in given)
-    if not alike or several == 0 or count % several:
+    first = shifts if scales is None else scales
+    if first is None:
+        return Modulation(None, None, 0, 1)
+    several, stride, width = first.shape[0], first.stride(0), x.shape[-1]
+    alike = shifts is None or (shifts.shape == first.shape and shifts.stride(0) == stride)
+    if not alike or first.shape[1] != width or several == 0 or count % several:
         raise ObservationError(
             f"a norm of {list(x.shape)} cannot be modulated by a scale of "
             f"{None if scale is None else list(scale.shape)} and a shift of "
