@@ -113,6 +113,7 @@ class Crowd:
         self.in_server: list[float] = []
         self.refused: list[float] = []
         self.failures: list[str] = []
+        self._connected = 0
         self._address = f"ws://127.0.0.1:{port}"
         self._clients, self._pause_s = clients, pause_s
         self._message = encode(robot_observations()[0])
@@ -124,13 +125,16 @@ class Crowd:
         return crowd
 
     async def _all(self, seconds: float) -> None:
-        ready = asyncio.Barrier(self._clients)
+        ready = asyncio.Event()
         await asyncio.gather(*(self._robot(n, ready, seconds) for n in range(self._clients)))
 
-    async def _robot(self, number: int, ready: asyncio.Barrier, seconds: float) -> None:
+    async def _robot(self, number: int, ready: asyncio.Event, seconds: float) -> None:
         try:
             async with connect(self._address, compression=None) as connection:
                 await connection.recv()
+                self._connected += 1
+                if self._connected == self._clients:
+                    ready.set()
                 await ready.wait()
                 end = time.monotonic() + seconds
                 await asyncio.sleep(self._pause_s * number / self._clients)
@@ -141,8 +145,8 @@ class Crowd:
                     took = time.perf_counter() - started
                     heard.append(took)
                     await asyncio.sleep(max(0.0, self._pause_s - took))
-        except Exception as error:  # the others go on, or end too where they wait for this one
-            await ready.abort()
+        except Exception as error:  # the others go on, without this one where they waited for it
+            ready.set()
             self.failures.append(f"{type(error).__name__}: {error}")
 
     def _understood(self, answer: str | bytes) -> list[float]:

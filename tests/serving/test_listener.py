@@ -9,13 +9,15 @@ import select
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omega_qvla.serving.listener import Doorstep, DoorstepSocket, Pace, bind
+from omega_qvla.serving.arrivals import Pace, Turnstile
+from omega_qvla.serving.listener import Doorstep, DoorstepSocket, bind
 
 ONLY_WITH_EPOLL = pytest.mark.skipif(not hasattr(select, "epoll"), reason="needs epoll")
 HEAD = b"GET / HTTP/1.1\r\nHost: robot\r\n\r\n"
@@ -23,7 +25,7 @@ CLIENT_HELLO = b"\x16\x03\x01\x00\x05hello"
 
 
 class Taps:
-    """A pace of so many tokens."""
+    """So many may come in."""
 
     def __init__(self, tokens: int, wait_s: float) -> None:
         self.tokens, self.wait_s = tokens, wait_s
@@ -39,7 +41,7 @@ class Guests:
     def __init__(self, pace: Taps, *, silent: int = 64, patience_s: float = 5.0, tls: bool = False):
         self.came: list[asyncio.StreamWriter] = []
         self.sent_away = 0
-        self.doorstep = Doorstep(cast(Pace, pace), silent, patience_s, tls, self._count)
+        self.doorstep = Doorstep(pace, silent, patience_s, tls, self._count)
 
     def _count(self) -> None:
         self.sent_away += 1
@@ -74,9 +76,10 @@ class Guests:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that must happen."""
-        async with asyncio.timeout(10):
-            while not condition():
-                await asyncio.sleep(0.005)
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end, "it did not happen"
+            await asyncio.sleep(0.005)
 
 
 def is_closed(one: socket.socket) -> bool:
@@ -118,6 +121,36 @@ def test_a_pace_that_lets_nobody_in_is_refused(rate: float, burst: int) -> None:
         Pace(rate, burst, lambda: 0.0)
 
 
+@given(
+    st.lists(
+        st.tuples(st.floats(0.0, 0.2), st.booleans(), st.integers(1, 20)), min_size=1, max_size=40
+    )
+)
+def test_where_chunks_are_computed_one_comes_in_with_each_or_every_50_ms(
+    passes: list[tuple[float, bool, int]],
+) -> None:
+    """Time passes, a chunk ends or not, several want to come in."""
+    now, turn = 0.0, 0
+    turnstile = Turnstile(Pace(1e6, 1000, lambda: now), lambda: (turn, 0.0), lambda: now)
+    came: list[tuple[float, int]] = []
+    for seconds, ends, wanted in passes:
+        now, turn = now + seconds, turn + ends
+        for _ in range(wanted):
+            if turnstile.take():
+                came.append((now, turn))
+            else:
+                assert 0.0 < turnstile.wait_s <= 0.05
+    for (before, one), (after, other) in pairwise(came):
+        assert other > one or after - before >= 0.05
+    assert came[0] == (passes[0][0], int(passes[0][1])), "the first waits for nobody"
+
+
+def test_where_nobody_is_served_the_pace_is_all_there_is() -> None:
+    turnstile = Turnstile(Pace(1.0, 16, lambda: 0.0), lambda: (7, 0.1), lambda: 0.0)
+    assert sum(turnstile.take() for _ in range(50)) == 16
+    assert turnstile.wait_s == pytest.approx(1.0)
+
+
 @ONLY_WITH_EPOLL
 def test_who_has_not_said_what_it_wants_stays_outside() -> None:
     """In pieces, at once, too long, nothing, gone: only whole heads come in."""
@@ -145,7 +178,7 @@ def test_who_has_not_said_what_it_wants_stays_outside() -> None:
 def test_the_bytes_that_were_looked_at_are_still_there() -> None:
     async def scenario() -> None:
         received: asyncio.Queue[bytes] = asyncio.Queue()
-        doorstep = Doorstep(cast(Pace, Taps(9, 0.1)), 9, 5.0, False, lambda: None)
+        doorstep = Doorstep(Taps(9, 0.1), 9, 5.0, False, lambda: None)
         (listener,) = await bind("127.0.0.1", 0, doorstep)
 
         async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -257,6 +290,30 @@ def test_what_there_is_no_room_for_stays_with_the_kernel_and_comes_in_later(
             assert time.process_time() - spent < 0.15
             pace.tokens = 1000
             await guests.until(lambda: len(guests.came) == 300)
+
+    asyncio.run(scenario())
+
+
+@ONLY_WITH_EPOLL
+def test_who_may_come_in_earlier_than_was_said_does() -> None:
+    async def scenario() -> None:
+        arrivals = Taps(1, wait_s=60.0)
+        guests = Guests(arrivals)
+        (listener,) = await bind("127.0.0.1", 0, guests.doorstep)
+        assert isinstance(listener, DoorstepSocket)
+        come = guests.came.append
+        server = await asyncio.start_server(lambda _, one: come(one), sock=listener)
+        with socket.create_connection(listener.getsockname(), timeout=5) as one:
+            one.sendall(HEAD)
+            await asyncio.sleep(0.1)
+            arrivals.tokens = 9
+            await asyncio.sleep(0.1)
+            assert not guests.came
+            listener.look_again()
+            await guests.until(lambda: len(guests.came) == 1)
+        guests.came[0].close()
+        server.close()
+        listener.look_again()  # too late, and no error
 
     asyncio.run(scenario())
 

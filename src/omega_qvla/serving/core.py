@@ -13,6 +13,7 @@ arrival) to when the reply is ready.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -116,6 +117,7 @@ class Core:
         self._line: Admission[Request, Reply] = Admission(rules.waiting, rules.yields_s)
         self._changed = threading.Condition()
         self._draining = self._stopped = self._busy = False
+        self._turns, self._rested = 0, -math.inf
         self._numbered = 0
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
 
@@ -128,6 +130,10 @@ class Core:
     def draining(self) -> bool:
         """Whether new requests are refused because the server is about to end."""
         return self._draining
+
+    def turn(self) -> tuple[int, float]:
+        """Batches computed so far, and seconds since one was (0 while one is); from any thread."""
+        return self._turns, 0.0 if self._busy else self.clock() - self._rested
 
     def warm_up(self, observation: Mapping[str, Any]) -> float:
         """Compute once alone and once in a full batch, and learn what a deadline can be.
@@ -248,7 +254,9 @@ class Core:
             for one in ready:
                 self._compute([one], self.clock())
             return
-        inference_s = self.clock() - start
+        self._turns += 1
+        self._rested = self.clock()
+        inference_s = self._rested - start
         self.metrics.observe("inference_seconds", inference_s)
         self.metrics.count("batches_total", "size", str(len(ready)))
         for (ticket, _, _), chunk in zip(ready, chunks, strict=True):

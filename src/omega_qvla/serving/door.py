@@ -1,8 +1,9 @@
 """The bounds of every connection that speaks HTTP or a websocket, before anything is understood.
 
-A connection that has not sent the head of its request waits on the doorstep, and those that have
-come in at a bounded rate (``listener.py``).  One that has come in and not finished its handshake is
-*silent* as those outside are: there are so many at most, and the oldest makes room for the next.
+A connection that has not sent the head of its request waits on the doorstep (``listener.py``), and
+those that have come in at a bounded rate, one per chunk while chunks are computed
+(``arrivals.py``).  One that has come in and not finished its handshake is *silent* as those outside
+are: there are so many at most, and the oldest makes room for the next.
 Bytes that do not complete a message are counted over all connections together, and a message that
 takes too long ends its connection.  Complete messages are counted together too, until they are
 answered (``backlog.py``).  What a connection may say once it is in is its front's business.
@@ -17,15 +18,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from omega_qvla.errors import ResourceError
+from omega_qvla.serving.arrivals import Pace, Turnstile
 from omega_qvla.serving.backlog import DEFAULT_LIMIT_BYTES, Backlog, Inbox
 from omega_qvla.serving.core import Core
-from omega_qvla.serving.listener import Doorstep, Pace, bind
+from omega_qvla.serving.listener import Doorstep, DoorstepSocket, bind
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds
 
 try:
@@ -119,12 +122,14 @@ class Door:
     Attributes:
         guests: the connections, the oldest first.
         backlog: their complete messages.
+        sockets: on which it listens.
     """
 
     def __init__(self, core: Core, listening: Listening) -> None:
         self.core, self.listening = core, listening
         self.guests: dict[Guest, None] = {}
         self.backlog = Backlog(listening.waiting_bytes)
+        self.sockets: list[socket.socket] = []
         self._silent: dict[Guest, None] = {}
         self._unfinished = 0
 
@@ -138,6 +143,12 @@ class Door:
         self.guests[guest] = self._silent[guest] = None
         if len(self._silent) > self.listening.silent:
             self._close(next(iter(self._silent)), "silent")
+
+    def turn_over(self) -> None:
+        """A chunk has left: who waits outside may come in while the next one is asked for."""
+        for one in self.sockets:
+            if isinstance(one, DoorstepSocket):
+                one.look_again()
 
     def opens(self, guest: Guest) -> None:
         """A connection's handshake is over."""
@@ -253,16 +264,17 @@ async def guarded(door: Door, talk: Talk, admit: Admit) -> AsyncGenerator[int, N
         return GuardedConnection(door, *arguments, **options)
 
     listening = door.listening
-    pace = Pace(listening.arrivals_per_s, listening.arrivals, door.core.clock)
+    clock = door.core.clock
+    pace = Pace(listening.arrivals_per_s, listening.arrivals, clock)
     doorstep = Doorstep(
-        pace,
+        Turnstile(pace, door.core.turn, clock),
         listening.silent,
         listening.handshake_s,
         listening.tls is not None,
         lambda: door.core.metrics.count("connections_total", "event", "silent"),
     )
     async with contextlib.AsyncExitStack() as stack:
-        sockets = await bind(listening.host, listening.port, doorstep)
+        sockets = door.sockets = await bind(listening.host, listening.port, doorstep)
         for one in sockets:
             stack.callback(one.close)
         for one in sockets:

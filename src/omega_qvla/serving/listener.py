@@ -9,11 +9,11 @@ actions, which waits for Python's lock.  Two things keep that away from the loop
   dozen microseconds in all: its bytes stay in the kernel, which is asked (``MSG_PEEK``) whether the
   head is complete.  There are so many at most, the oldest makes room for the next, and who takes
   too long is sent away;
-* **who has sent it comes in at a bounded rate**, by a token bucket.
+* **who has sent it comes in at a bounded rate** (``arrivals.py``).
 
 asyncio asks a listening socket two things: the descriptor to watch (``fileno``), and ``accept``
 until that would block.  The descriptor it gets is an epoll object's, which watches in turn the real
-socket, the connections on the doorstep, and a bell that rings when there is a token again.
+socket, the connections on the doorstep, and a bell that rings when somebody may come in again.
 Where there is no epoll (outside Linux) connections come in as they come.
 """
 
@@ -30,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from omega_qvla.serving.arrivals import Arrivals
+
 _HAS_EPOLL = hasattr(select, "epoll")
 
 _LONGEST_HEAD = 16384
@@ -40,7 +42,7 @@ _AT_ONCE, _REST_S = 16, 0.02
 together take a twentieth of a processor for a second, not a whole one for a moment."""
 
 _ANNOUNCED = 128
-"""Connections that have sent a head and wait for a token; the kernel keeps the rest."""
+"""Connections that have sent a head and may not come in yet; the kernel keeps the rest."""
 
 _SWEEP_S = 0.25
 
@@ -48,53 +50,19 @@ Connection = tuple[socket.socket, Any]
 """A socket and its peer's address."""
 
 
-class Pace:
-    """A token bucket.
-
-    Args:
-        rate: tokens per second.
-        burst: tokens that it holds at most, and at first.
-        clock: in seconds; never goes back.
-
-    Raises:
-        ValueError: a rate that is not positive, or a bucket that holds no token.
-    """
-
-    def __init__(self, rate: float, burst: int, clock: Callable[[], float]) -> None:
-        if not (rate > 0 and burst >= 1):
-            raise ValueError(f"a pace needs a rate above 0 and a burst from 1 on: {rate}, {burst}")
-        self._rate, self._burst, self._clock = rate, burst, clock
-        self._tokens, self._since = float(burst), clock()
-
-    def take(self) -> bool:
-        """One token, if there is one."""
-        now = self._clock()
-        self._tokens = min(self._burst, self._tokens + self._rate * (now - self._since))
-        self._since = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds from the last ``take`` until there is a token."""
-        return max(0.0, (1 - self._tokens) / self._rate)
-
-
 @dataclass(frozen=True)
 class Doorstep:
     """What holds for who has not come in yet.
 
     Attributes:
-        pace: of coming in; may be shared by several sockets.
+        arrivals: says who may come in now; may be shared by several sockets.
         silent: connections that have not sent a head at most, of one socket.
         patience_s: how long a head may take to arrive.
         tls: whether the head is that of a TLS handshake, not of an HTTP request.
         sent_away: called for every connection that was closed for the two bounds before.
     """
 
-    pace: Pace
+    arrivals: Arrivals
     silent: int
     patience_s: float
     tls: bool
@@ -145,14 +113,19 @@ class DoorstepSocket(socket.socket):
         self._look()
         if not self._announced:
             raise BlockingIOError(errno.EAGAIN, "nobody wants to come in")
-        if not self._doorstep.pace.take():
+        if not self._doorstep.arrivals.take():
             if self._rings is None:
                 loop = asyncio.get_running_loop()
-                self._rings = loop.call_later(self._doorstep.pace.wait_s, self._ring)
+                self._rings = loop.call_later(self._doorstep.arrivals.wait_s, self._ring)
             raise BlockingIOError(errno.EAGAIN, "nobody may come in yet")
         first = self._announced.popleft()
         self._watch_kernel()
         return first
+
+    def look_again(self) -> None:
+        """Somebody may come in earlier than was said; in the event loop's thread."""
+        if self._announced and not self._watched.closed:
+            os.eventfd_write(self._bell, 1)
 
     def close(self) -> None:
         """Stop listening, and send away who has not come in."""

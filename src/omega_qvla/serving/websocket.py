@@ -148,6 +148,7 @@ class WebsocketFront:
                 outcome = await answer.future
                 if isinstance(outcome, Reply):
                     await connection.send(encode(_reply(outcome, previous_s)))
+                    self._door.turn_over()
                 else:
                     await connection.send(_error_text(outcome, answer.request_id))
                 previous_s = self._core.clock() - answer.arrived

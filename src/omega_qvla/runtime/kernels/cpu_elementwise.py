@@ -1,8 +1,9 @@
 """The C++ of what lies between linears (``csrc/elementwise.h``): a call for each, on addresses.
 
-PyTorch takes several passes over memory for each of these, and on a processor what is between the
-four-bit linears takes as long as they do.  One call makes one pass.  All instruction sets give the
-same bits; PyTorch's last bits differ, since it sums in another order and has another exponential.
+PyTorch takes several passes over memory for each of these, and in a small policy what is between
+the four-bit linears takes as long as they do.  One call makes one pass.  All instruction sets give
+the same bits; PyTorch's last bits differ, since it sums in another order and has another
+exponential.
 """
 
 from __future__ import annotations
