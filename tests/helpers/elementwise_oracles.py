@@ -14,6 +14,15 @@ from torch import Tensor
 ROUNDINGS = 8 * 2**-24
 """Relative error of what is computed in a few float32 operations."""
 
+UNFIT = {
+    "width": (torch.ones(7), None),
+    "rows": (torch.ones((2, 1, 8)), torch.ones((1, 1, 8))),
+    "tokens": (torch.ones((4, 1, 8)), None),
+    "layout": (torch.ones((2, 3, 8))[:, :1], torch.ones((2, 1, 8))),
+    "none": (torch.ones((0, 8)), None),
+}
+"""Scales and shifts that do not modulate a norm of [2, 3, 8]."""
+
 
 def drawn(seed: int, *shape: int) -> Tensor:
     """Normal float32 numbers."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from elementwise_oracles import check_close, drawn, gated, normed
+from elementwise_oracles import UNFIT, check_close, drawn, gated, normed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -137,17 +137,7 @@ def test_nothing_is_computed_of_nothing(shape: tuple[int, ...]) -> None:
     assert own.activate("silu", x).shape == own.layer_norm(x, 1e-6).shape == shape
 
 
-@pytest.mark.parametrize(
-    ("scale", "shift"),
-    [
-        (torch.ones(7), None),
-        (torch.ones((2, 1, 8)), torch.ones((1, 1, 8))),
-        (torch.ones((4, 1, 8)), None),
-        (torch.ones((2, 3, 8))[:, :1], torch.ones((2, 1, 8))),
-        (torch.ones((0, 8)), None),
-    ],
-    ids=["width", "rows", "tokens", "layout", "none"],
-)
+@pytest.mark.parametrize(("scale", "shift"), UNFIT.values(), ids=UNFIT)
 def test_modulation_that_does_not_fit_is_refused(scale: Tensor, shift: Tensor | None) -> None:
     with pytest.raises(ObservationError, match="cannot be modulated"):
         cpu_elementwise.normalize(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from elementwise_oracles import activation, check_close, drawn, gated, normed
+from elementwise_oracles import UNFIT, activation, check_close, drawn, gated, normed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreted_triton import Call, Check, Interpreter, Step, numpy_operands
@@ -187,16 +187,7 @@ def test_a_gate_needs_two_halves_and_one_scale_per_output() -> None:
         even.gated(torch.zeros((1, 11)), "silu")
 
 
-@pytest.mark.parametrize(
-    ("scale", "shift"),
-    [
-        (torch.ones(7), None),
-        (torch.ones((2, 1, 8)), torch.ones((1, 1, 8))),
-        (torch.ones((4, 1, 8)), None),
-        (torch.ones((2, 3, 8))[:, :1], torch.ones((2, 1, 8))),
-    ],
-    ids=["width", "rows", "tokens", "layout"],
-)
+@pytest.mark.parametrize(("scale", "shift"), UNFIT.values(), ids=UNFIT)
 def test_modulation_that_does_not_fit_is_refused(scale: Tensor, shift: Tensor | None) -> None:
     with pytest.raises(ObservationError, match="cannot be modulated"):
         triton_elementwise.normalize(torch.zeros((2, 3, 8)), scale, shift, eps=1e-6, centred=False)

@@ -155,11 +155,11 @@ class PackedLinear:
         self.bias = None if bias is None else spread_bias(bias)
         self.transform = None if transform is None else transform.contiguous()
         self._pointers = (
-            _address(self.panels),
-            _address(self.weight_scale),
+            address(self.panels),
+            address(self.weight_scale),
         )
-        self._bias_pointer = _address(self.bias)
-        self._transform_pointer = _address(self.transform)
+        self._bias_pointer = address(self.bias)
+        self._transform_pointer = address(self.transform)
 
     @property
     def weight(self) -> Tensor:
@@ -203,7 +203,7 @@ class PackedLinear:
         out = torch.empty(*x.shape[:-1], self.out_features)
         self._extension.linear(
             self._path, threads, rows.data_ptr(), rows.stride(0), self._transform_pointer,
-            _address(offset), _address(static_scale), *self._pointers,
+            address(offset), address(static_scale), *self._pointers,
             self._bias_pointer if bias is None else bias.data_ptr(),
             out.data_ptr(), self.out_features, rows.shape[0], self.out_features, self.columns,
             self.padded, self.group, self.groups, self.activation_bits, self.activation_clip,
@@ -257,7 +257,8 @@ def path_number(name: str) -> int:
     )
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's numbers begin; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -316,8 +317,8 @@ def _linear_operator(
     padded = panels.shape[1] * 4
     out = torch.empty((x.shape[0], out_features))
     extension().linear(
-        path, threads, x.data_ptr(), x.stride(0), _address(transform), _address(offset),
-        _address(static_scale), panels.data_ptr(), weight_scale.data_ptr(), _address(bias),
+        path, threads, x.data_ptr(), x.stride(0), address(transform), address(offset),
+        address(static_scale), panels.data_ptr(), weight_scale.data_ptr(), address(bias),
         out.data_ptr(), out_features,
         x.shape[0], out_features, x.shape[1], padded, group, weight_scale.shape[0],
         activation_bits, activation_clip,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.policies.elementwise import Gate
-from omega_qvla.runtime.kernels.cpu import extension
+from omega_qvla.runtime.kernels.cpu import address, extension
 from omega_qvla.runtime.kernels.operand_rows import (
     as_rows,
     check_same_shape,
@@ -82,8 +82,8 @@ def normalize(
     given = modulation(x, rows.shape[0], scale, shift)
     out = _room(x)
     extension().normalize(
-        path, threads, rows.data_ptr(), rows.stride(0), _address(given.scale),
-        _address(given.shift), given.stride, given.share, out.data_ptr(), *rows.shape,
+        path, threads, rows.data_ptr(), rows.stride(0), address(given.scale),
+        address(given.shift), given.stride, given.share, out.data_ptr(), *rows.shape,
         eps, centred,
     )  # fmt: skip
     return out
@@ -120,7 +120,3 @@ def rotate(path: int, threads: int, x: Tensor, cosine: Tensor, sine: Tensor) -> 
 def _room(x: Tensor) -> Tensor:
     """For a result of this shape, without gaps."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
