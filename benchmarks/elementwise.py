@@ -79,7 +79,15 @@ def operations() -> dict[str, Operation]:
 
     def normed(rows: int, width: int) -> Operation:
         x, gain = drawn(1, rows, width), drawn(width)
-        return lambda way: way.rms_norm(x, gain)
+        return lambda way: way.rms_norm(x, gain, 1.0)
+
+    def headed(heads: int, rows: int, width: int) -> Operation:
+        x, gain = split_heads(drawn(1, rows, heads * width), width), drawn(width)
+        return lambda way: way.rms_norm(x, gain, 0.0)
+
+    def layered(rows: int, width: int) -> Operation:
+        x, gain, bias = drawn(1, rows, width), drawn(width), drawn(width)
+        return lambda way: way.layer_norm(x, 1e-6, gain, bias)
 
     def rotated(heads: int, rows: int, width: int) -> Operation:
         x = split_heads(drawn(1, rows, heads * width), width)
@@ -88,12 +96,14 @@ def operations() -> dict[str, Operation]:
 
     return {
         "SigLIP, gelu, 512 x 4304": activated(512, 4304),
+        "SigLIP, layer norm, 512 x 1152": layered(512, 1152),
         "pi0.5 backbone, gated gelu, 968 x 16384": gated(968, 16384),
         "pi0.5 backbone, norm, 968 x 2048": normed(968, 2048),
         "pi0.5 backbone, rotary, 8 x 968 x 256": rotated(8, 968, 256),
         "pi0.5 expert, gated gelu, 10 x 4096": gated(10, 4096),
         "pi0.5 expert, adaptive norm, 10 x 1024": adaptive(10, 1024),
         "pi0.5 expert, rotary, 8 x 10 x 256": rotated(8, 10, 256),
+        "GR00T backbone, norm of queries, 16 x 296 x 128": headed(16, 296, 128),
         "GR00T DiT, gelu, 49 x 6144": activated(49, 6144),
         "GR00T DiT, adaptive norm, 49 x 1536": adaptive_layer(49, 1536),
     }

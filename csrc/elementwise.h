@@ -2,7 +2,7 @@
 //
 //   gate       y = f(a) * b             f(a) = a / (1 + exp(-t)), t = a (silu)
 //                                       or t = 2 sqrt(2/pi) (a + 0.044715 a^3) (gelu by tanh)
-//   normalize  y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * (1 + scale) + shift
+//   normalize  y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * (base + scale) + shift
 //   rotate     (u, v) -> (u cos - v sin, v cos + u sin), u and v the halves of a head
 //
 // With tanh(z) = 2 / (1 + exp(-2 z)) - 1 both activations are one division and one exponential,
@@ -29,8 +29,9 @@ struct Gated {
 struct Normalized {
   const float* x;      // [M, N], rows ldx apart
   int64_t ldx;
-  const float* scale;  // row m reads row m / share, rows lds apart; null for none (0)
-  const float* shift;  // the same
+  const float* scale;  // row m reads row m / share, rows lds apart; null for a factor of 1
+  const float* shift;  // the same; null for none
+  float base;          // 1 where scales are offsets from one, 0 where they are the factors
   int64_t lds, share;
   float* out;          // [M, N], without gaps
   int64_t M, N;

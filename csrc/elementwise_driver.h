@@ -4,13 +4,14 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16;
 
+static inline void load_whole(Floats& v, const float* p) { __builtin_memcpy(&v, p, sizeof v); }
+
+// What is left of a row goes through memory, so that whole vectors can stay in registers.
 static inline void load(Floats& v, const float* p, int64_t count) {
-  if (count >= kLanes) {
-    __builtin_memcpy(&v, p, sizeof v);
-    return;
-  }
-  v = Floats{};
-  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  if (count >= kLanes) return load_whole(v, p);
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  load_whole(v, lanes);
 }
 
 static inline void store(float* p, const Floats& v, int64_t count) {
@@ -18,7 +19,9 @@ static inline void store(float* p, const Floats& v, int64_t count) {
     __builtin_memcpy(p, &v, sizeof v);
     return;
   }
-  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
 // v = e^t; infinite from 88.7 on, at least 2^-126 everywhere.  What is not a number stays so.
@@ -66,46 +69,73 @@ static inline float total(const Floats& v) {
   return s[0];
 }
 
-static void normalize_rows(const Normalized& z, int64_t m0, int64_t m1) {
+// The rows m to m + R - 1.  A sum waits for the one before it, so several rows are summed in turns;
+// lanes behind the last column are 0 in every sum.
+template <int R>
+static void normalize_together(const Normalized& z, int64_t m) {
   const auto length = static_cast<float>(z.N);
-  for (int64_t m = m0; m < m1; ++m) {
-    const float* x = z.x + m * z.ldx;
-    float mean = 0.0f;
-    if (z.centred) {
-      Floats sum{};
-      for (int64_t n = 0; n < z.N; n += kLanes) {
+  const int64_t whole = z.N / kLanes * kLanes, rest = z.N - whole;
+  Integers inside{};
+  for (int64_t i = 0; i < rest; ++i) inside[i] = -1;
+  const float* x[R];
+  float mean[R] = {}, inverse[R];
+  for (int r = 0; r < R; ++r) x[r] = z.x + (m + r) * z.ldx;
+  if (z.centred) {
+    Floats sums[R] = {};
+    for (int64_t n = 0; n < whole; n += kLanes)
+      for (int r = 0; r < R; ++r) {
         Floats v;
-        load(v, x + n, z.N - n);
-        sum += v;
+        load_whole(v, x[r] + n);
+        sums[r] += v;
       }
-      mean = total(sum) / length;
-    }
-    Floats squares{};
-    for (int64_t n = 0; n < z.N; n += kLanes) {
+    for (int r = 0; r < R && rest; ++r) {
       Floats v;
-      load(v, x + n, z.N - n);
-      v -= mean;
-      for (int64_t i = z.N - n; i < kLanes; ++i) v[i] = 0.0f;
-      squares += v * v;
+      load(v, x[r] + whole, rest);
+      sums[r] += v;
     }
-    const float inverse = 1.0f / __builtin_sqrtf(total(squares) / length + z.eps);
-    const int64_t row = m / z.share * z.lds;
+    for (int r = 0; r < R; ++r) mean[r] = total(sums[r]) / length;
+  }
+  Floats squares[R] = {};
+  for (int64_t n = 0; n < whole; n += kLanes)
+    for (int r = 0; r < R; ++r) {
+      Floats v;
+      load_whole(v, x[r] + n);
+      v -= mean[r];
+      squares[r] += v * v;
+    }
+  for (int r = 0; r < R && rest; ++r) {
+    Floats v;
+    load(v, x[r] + whole, rest);
+    v -= mean[r];
+    v = (Floats)((Integers)v & inside);
+    squares[r] += v * v;
+  }
+  for (int r = 0; r < R; ++r)
+    inverse[r] = 1.0f / __builtin_sqrtf(total(squares[r]) / length + z.eps);
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = (m + r) / z.share * z.lds;
     for (int64_t n = 0; n < z.N; n += kLanes) {
       const int64_t count = z.N - n;
       Floats v, w;
-      load(v, x + n, count);
-      v = (v - mean) * inverse;
+      load(v, x[r] + n, count);
+      v = (v - mean[r]) * inverse[r];
       if (z.scale) {
         load(w, z.scale + row + n, count);
-        v *= w + 1.0f;
+        v *= w + z.base;
       }
       if (z.shift) {
         load(w, z.shift + row + n, count);
         v += w;
       }
-      store(z.out + m * z.N + n, v, count);
+      store(z.out + (m + r) * z.N + n, v, count);
     }
   }
+}
+
+static void normalize_rows(const Normalized& z, int64_t m0, int64_t m1) {
+  int64_t m = m0;
+  for (; m + 4 <= m1; m += 4) normalize_together<4>(z, m);
+  for (; m < m1; ++m) normalize_together<1>(z, m);
 }
 
 // Rows are the tokens of all chunks, b * T + t.

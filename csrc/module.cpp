@@ -142,9 +142,9 @@ PyObject* gate(PyObject*, PyObject* const* a, Py_ssize_t count) {
   return run_released(*path, p, threads);
 }
 
-// normalize(path, threads, x, ldx, scale, shift, lds, share, out, M, N, eps, centred)
+// normalize(path, threads, x, ldx, scale, shift, base, lds, share, out, M, N, eps, centred)
 PyObject* normalize(PyObject*, PyObject* const* a, Py_ssize_t count) {
-  const Path* path = path_of_call(a, count, 13, "normalize takes 13 arguments");
+  const Path* path = path_of_call(a, count, 14, "normalize takes 14 arguments");
   if (!path) return nullptr;
   w4a4::Normalized p{};
   const int threads = static_cast<int>(number(a[1]));
@@ -152,13 +152,14 @@ PyObject* normalize(PyObject*, PyObject* const* a, Py_ssize_t count) {
   p.ldx = number(a[3]);
   p.scale = address<const float>(a[4]);
   p.shift = address<const float>(a[5]);
-  p.lds = number(a[6]);
-  p.share = number(a[7]);
-  p.out = address<float>(a[8]);
-  p.M = number(a[9]);
-  p.N = number(a[10]);
-  p.eps = static_cast<float>(PyFloat_AsDouble(a[11]));
-  p.centred = number(a[12]) != 0;
+  p.base = static_cast<float>(PyFloat_AsDouble(a[6]));
+  p.lds = number(a[7]);
+  p.share = number(a[8]);
+  p.out = address<float>(a[9]);
+  p.M = number(a[10]);
+  p.N = number(a[11]);
+  p.eps = static_cast<float>(PyFloat_AsDouble(a[12]));
+  p.centred = number(a[13]) != 0;
   if (PyErr_Occurred()) return nullptr;
   if (threads < 1 || p.M < 0 || p.N < 0 || p.share < 1) return sizes_do_not_fit();
   return run_released(*path, p, threads);

@@ -99,6 +99,7 @@ bool elementwise_differs(const Path& path, std::mt19937& random) {
   z.ldx = N + gap;
   z.scale = number(0, 2) ? y.data() : nullptr;
   z.shift = number(0, 2) ? y.data() + gap : nullptr;
+  z.base = number(0, 1);
   z.lds = N;
   z.share = share;
   z.out = wanted.data();

@@ -49,17 +49,17 @@ def activation(kind: str, gate: Tensor) -> Tensor:
 
 
 def normed(
-    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float, centred: bool
+    x: Tensor, factor: Tensor, shift: Tensor, *, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """norm(x) · (1 + scale) + shift in float64, and the size of its terms."""
+    """norm(x) · factor + shift in float64, and the size of its terms."""
     values = x.double()
     values = values - values.mean(-1, keepdim=True) if centred else values
     # What is left of a row of one number, or of equal ones, is rounding: as large as the row was.
     size = x.double().abs().amax(-1, keepdim=True).expand_as(values)
     inverse = (values.square().mean(-1, keepdim=True) + eps).rsqrt()
     unit = values * inverse
-    terms = (unit.abs() + size * inverse) * (1.0 + scale.double().abs()) + shift.double().abs()
-    return unit * (1.0 + scale.double()) + shift.double(), terms
+    terms = (unit.abs() + size * inverse) * (1.0 + factor.double().abs()) + shift.double().abs()
+    return unit * factor.double() + shift.double(), terms
 
 
 def gated(kind: str, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

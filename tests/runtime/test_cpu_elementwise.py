@@ -44,11 +44,12 @@ def by_every_path(compute: Any) -> Tensor:
     tokens=st.integers(1, 5),
     width=st.integers(1, 150),
     rows=st.sampled_from(["one", "each", "gain", "none"]),
+    base=st.sampled_from([0.0, 1.0]),
     centred=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 def test_norms_with_their_modulation(
-    batch: int, tokens: int, width: int, rows: str, centred: bool, seed: int
+    batch: int, tokens: int, width: int, rows: str, base: float, centred: bool, seed: int
 ) -> None:
     """Modulation as it is in a policy: a slice of a table, one row for all chunks or one each."""
     x = (3.0 * drawn(seed, batch, tokens, 2 * width) + 0.5)[..., width:]
@@ -59,11 +60,12 @@ def test_norms_with_their_modulation(
     }.get(rows, [table[:, None, 0], table[:, None, 1]])
     found = by_every_path(
         lambda path, threads: cpu_elementwise.normalize(
-            path, threads, x, *modulation, eps=1e-6, centred=centred
+            path, threads, x, *modulation, base=base, eps=1e-6, centred=centred
         )
     )
-    scale, shift, *_ = *modulation, torch.zeros(()), torch.zeros(())
-    check_close(found, *normed(x, scale, shift, eps=1e-6, centred=centred))
+    factor = base + modulation[0].double() if modulation else torch.ones(())
+    shift = modulation[1] if len(modulation) > 1 else torch.zeros(())
+    check_close(found, *normed(x, factor, shift, eps=1e-6, centred=centred))
 
 
 @quick
@@ -163,12 +165,22 @@ def test_the_extension_refuses_sizes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="sizes"):
         module.gate(path, 0, 0, 0, 0, 0, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="sizes"):
-        module.normalize(path, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1e-6, 0)
+        module.normalize(path, 1, 0, 0, 0, 0, 1.0, 0, 0, 0, 1, 1, 1e-6, 0)
     with pytest.raises(ValueError, match="sizes"):
         module.rotate(path, 1, *[0] * 8, -1, 1, 1, 1)
     for function in (module.gate, module.normalize, module.rotate):
         with pytest.raises(TypeError, match="arguments"):
             function(path, 1)
+
+
+def test_a_layers_gain_and_bias_are_factor_and_addend() -> None:
+    own = CpuElementwise(cpu.instruction_sets()[0])
+    x, gain, bias = drawn(1, 7, 40), drawn(2, 40), drawn(3, 40)
+    torch.testing.assert_close(
+        own.layer_norm(x, 1e-6, gain, bias), TORCH.layer_norm(x, 1e-6, gain, bias)
+    )
+    for base in (0.0, 1.0):
+        torch.testing.assert_close(own.rms_norm(x, gain, base), TORCH.rms_norm(x, gain, base))
 
 
 def test_what_the_kernels_cannot_read_is_computed_as_defined() -> None:
@@ -177,7 +189,9 @@ def test_what_the_kernels_cannot_read_is_computed_as_defined() -> None:
     assert torch.equal(own.activate("silu", x), TORCH.activate("silu", x))
     assert torch.equal(own.layer_norm(x, 1e-6), TORCH.layer_norm(x, 1e-6))
     gain = drawn(2, 8).double()
-    assert torch.equal(own.rms_norm(x, gain), TORCH.rms_norm(x, gain))
+    given = x, 1e-6, gain, gain
+    assert torch.equal(own.layer_norm(*given), TORCH.layer_norm(*given))
+    assert torch.equal(own.rms_norm(x, gain, 0.0), TORCH.rms_norm(x, gain, 0.0))
     assert torch.equal(own.adaptive_rms_norm(x, gain, gain), TORCH.adaptive_rms_norm(x, gain, gain))
     table = x.cos(), x.sin()
     heads = drawn(3, 3, 16).double()

@@ -42,6 +42,7 @@ kinds = st.sampled_from(["gelu_tanh", "silu"])
     tokens=st.integers(1, 5),
     width=st.integers(1, 150),
     rows=st.sampled_from(["one", "each", "gain"]),
+    base=st.sampled_from([0.0, 1.0]),
     centred=st.booleans(),
     seed=st.integers(0, 10**6),
 )
@@ -51,6 +52,7 @@ def test_norms_with_their_modulation(
     tokens: int,
     width: int,
     rows: str,
+    base: float,
     centred: bool,
     seed: int,
 ) -> None:
@@ -58,7 +60,7 @@ def test_norms_with_their_modulation(
     x = 3.0 * drawn(seed, batch, tokens, width) + 0.5
     table = drawn(seed + 1, 1 if rows == "one" else batch, 3, width)
     scale, shift = table[:, None, 0], table[:, None, 1]
-    arguments: dict[str, Any] = {"x": x.numpy(), "eps": 1e-6, "centred": centred}
+    arguments: dict[str, Any] = {"x": x.numpy(), "base": base, "eps": 1e-6, "centred": centred}
     slices: dict[str, Any] = {}
     if rows == "gain":
         scale, shift = table[0, 0], torch.zeros(())
@@ -67,7 +69,7 @@ def test_norms_with_their_modulation(
         arguments |= {"scale": table.numpy(), "shift": table.numpy()}
         slices = {"scale": np.s_[:, None, 0], "shift": np.s_[:, None, 1]}
     found = interpreted.array(Step("normalize", arguments, slices))
-    wanted, terms = normed(x, scale, shift, eps=1e-6, centred=centred)
+    wanted, terms = normed(x, base + scale.double(), shift, eps=1e-6, centred=centred)
     check_close(torch.from_numpy(found), wanted, terms)
 
 
@@ -243,7 +245,14 @@ class Recorded(Elementwise):
         ),
         (
             "small_gr00t",
-            {"adaptive_layer_norm", "layer_norm", "gated_linears", "activate", "rotate"},
+            {
+                "rms_norm",
+                "adaptive_layer_norm",
+                "layer_norm",
+                "gated_linears",
+                "activate",
+                "rotate",
+            },
         ),
     ],
 )

@@ -65,7 +65,7 @@ PROGRAMS = (
     "row_maxima",
 )
 BETWEEN: dict[str, dict[str, Any]] = {
-    "normalize": {"EPS": 1e-6, "CENTRED": True, "WIDTH": 2048},
+    "normalize": {"BASE": 1.0, "EPS": 1e-6, "CENTRED": True, "WIDTH": 2048},
     "gated_product": {"KIND": "gelu_tanh", "WIDTH": 1024},
     "rotate": {"HALF": 128},
 }

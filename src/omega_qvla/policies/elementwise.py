@@ -30,9 +30,9 @@ class Elementwise:
     Shapes: x [..., T, D]; scales, shifts and gates [..., 1, D], one row for all tokens of a chunk.
     """
 
-    def rms_norm(self, x: Tensor, gain: Tensor) -> Tensor:
-        """x / rms(x) · (1 + gain), gain [D] (Gemma's form)."""
-        return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS) * (1.0 + gain)
+    def rms_norm(self, x: Tensor, gain: Tensor, base: float) -> Tensor:
+        """x / rms(x) · (base + gain), gain [D]; Gemma's base is 1, Qwen's 0."""
+        return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS) * (base + gain)
 
     def adaptive_rms_norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """x / rms(x) · (1 + scale) + shift."""
@@ -42,9 +42,11 @@ class Elementwise:
         """(x - mean(x)) / deviation(x) · (1 + scale) + shift."""
         return F.layer_norm(x, (x.shape[-1],), eps=eps) * (1.0 + scale) + shift
 
-    def layer_norm(self, x: Tensor, eps: float) -> Tensor:
-        """(x - mean(x)) / deviation(x)."""
-        return F.layer_norm(x, (x.shape[-1],), eps=eps)
+    def layer_norm(
+        self, x: Tensor, eps: float, gain: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """(x - mean(x)) / deviation(x) · gain + bias, both [D] or both absent."""
+        return F.layer_norm(x, (x.shape[-1],), gain, bias, eps)
 
     def add_gated(self, stream: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         """stream + gate · branch, the residual of an adaptive layer."""

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import shared_input
 from omega_qvla.policies.elementwise import (
-    RMS_EPS,
     TORCH,
     Elementwise,
     ElementwiseModule,
@@ -33,6 +32,7 @@ from omega_qvla.policies.elementwise import (
 from omega_qvla.policies.layers import (
     GatedMLP,
     KeyValue,
+    LayerNorm,
     Node,
     attend,
     attention_logits,
@@ -42,7 +42,7 @@ from omega_qvla.policies.layers import (
 LAYER_NORM_EPS = 1e-5
 
 
-class QwenRMSNorm(nn.Module):
+class QwenRMSNorm(ElementwiseModule):
     """RMSNorm with an ordinary gain."""
 
     def __init__(self, width: int) -> None:
@@ -50,7 +50,7 @@ class QwenRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, RMS_EPS)
+        return self.elementwise.rms_norm(x, self.weight, 0.0)
 
 
 class QwenMLP(GatedMLP):
@@ -171,9 +171,9 @@ class FeatureBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(width, LAYER_NORM_EPS)
         self.attn1 = SelfAttention(width, heads)
-        self.norm3 = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.norm3 = LayerNorm(width, LAYER_NORM_EPS)
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -54,6 +54,7 @@ from omega_qvla.policies.gr00t_layers import (
 )
 from omega_qvla.policies.layers import (
     KeyValue,
+    LayerNorm,
     Node,
     SiglipVisionModel,
     VisionConfig,
@@ -424,7 +425,7 @@ class Gr00tN15Module(ElementwiseModule):
         transformer.proj_out_1 = nn.Linear(width, 2 * width)
         transformer.proj_out_2 = nn.Linear(width, config.head_hidden)
         head.model = transformer
-        head.vlln = nn.LayerNorm(backbone.width)
+        head.vlln = LayerNorm(backbone.width)
         head.vl_self_attention = Node()
         head.vl_self_attention.transformer_blocks = nn.ModuleList(
             FeatureBlock(backbone.width, config.features.heads)

@@ -67,7 +67,14 @@ class RMSNorm(ElementwiseModule):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.elementwise.rms_norm(x, self.weight)
+        return self.elementwise.rms_norm(x, self.weight, 1.0)
+
+
+class LayerNorm(nn.LayerNorm, ElementwiseModule):
+    """Layer norm with gain and bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.elementwise.layer_norm(input, self.eps, self.weight, self.bias)
 
 
 class AdaptiveRMSNorm(ElementwiseModule):
@@ -287,9 +294,9 @@ class SiglipLayer(nn.Module):
 
     def __init__(self, width: int, hidden: int, heads: int) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.layer_norm1 = LayerNorm(width, eps=1e-6)
         self.self_attn = SiglipAttention(width, heads)
-        self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.layer_norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = SiglipMLP(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -328,7 +335,7 @@ class SiglipVisionModel(nn.Module):
         super().__init__()
         self.embeddings = SiglipEmbeddings(width, image_size, patch_size)
         self.encoder = SiglipEncoder(width, hidden, heads, depth)
-        self.post_layernorm = nn.LayerNorm(width, eps=1e-6)
+        self.post_layernorm = LayerNorm(width, eps=1e-6)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.embeddings(pixels)

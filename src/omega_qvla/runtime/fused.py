@@ -22,8 +22,8 @@ from omega_qvla.runtime.linear import QuantizedLinear
 class FusedElementwise(Elementwise):
     """By the GPU programs; see ``Elementwise`` for what each computes."""
 
-    def rms_norm(self, x: Tensor, gain: Tensor) -> Tensor:
-        return normalize(x, gain, None, eps=RMS_EPS, centred=False)
+    def rms_norm(self, x: Tensor, gain: Tensor, base: float) -> Tensor:
+        return normalize(x, gain, None, base=base, eps=RMS_EPS, centred=False)
 
     def adaptive_rms_norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return normalize(x, scale, shift, eps=RMS_EPS, centred=False)
@@ -64,10 +64,12 @@ class CpuElementwise(Elementwise):
     def __init__(self, path: str, threads: int | None = None) -> None:
         self._path, self._threads = cpu.path_number(path), threads
 
-    def rms_norm(self, x: Tensor, gain: Tensor) -> Tensor:
+    def rms_norm(self, x: Tensor, gain: Tensor, base: float) -> Tensor:
         if not _can(x, gain):
-            return super().rms_norm(x, gain)
-        return cpu_elementwise.normalize(*self._run(), x, gain, eps=RMS_EPS, centred=False)
+            return super().rms_norm(x, gain, base)
+        return cpu_elementwise.normalize(
+            *self._run(), x, gain, base=base, eps=RMS_EPS, centred=False
+        )
 
     def adaptive_rms_norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         if not _can(x, scale, shift):
@@ -79,10 +81,14 @@ class CpuElementwise(Elementwise):
             return super().adaptive_layer_norm(x, scale, shift, eps)
         return cpu_elementwise.normalize(*self._run(), x, scale, shift, eps=eps, centred=True)
 
-    def layer_norm(self, x: Tensor, eps: float) -> Tensor:
-        if not _can(x):
-            return super().layer_norm(x, eps)
-        return cpu_elementwise.normalize(*self._run(), x, eps=eps, centred=True)
+    def layer_norm(
+        self, x: Tensor, eps: float, gain: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        if not _can(x, *(one for one in (gain, bias) if one is not None)):
+            return super().layer_norm(x, eps, gain, bias)
+        return cpu_elementwise.normalize(
+            *self._run(), x, gain, bias, base=0.0, eps=eps, centred=True
+        )
 
     def activate(self, kind: Gate, x: Tensor) -> Tensor:
         if not _can(x):

@@ -58,17 +58,19 @@ def normalize(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     *,
+    base: float = 1.0,
     eps: float,
     centred: bool,
 ) -> Tensor:
-    """A norm over the last dimension with its modulation, norm(x) · (1 + scale) + shift.
+    """A norm over the last dimension with its modulation, norm(x) · (base + scale) + shift.
 
     Args:
         path: number of the instruction set.
         threads: the caller and up to ``threads - 1`` helpers.
         x: float32 [..., T, D], on the CPU.
-        scale: float32 [D], or [..., 1, D]; None for 0.
+        scale: float32 [D], or [..., 1, D]; None for a factor of 1.
         shift: as ``scale``, in the same layout; None for 0.
+        base: 1 where scales are offsets from one, 0 where they are the factors.
         eps: added to the mean of squares.
         centred: take the mean away first (a layer norm).
 
@@ -83,7 +85,7 @@ def normalize(
     out = _room(x)
     extension().normalize(
         path, threads, rows.data_ptr(), rows.stride(0), address(given.scale),
-        address(given.shift), given.stride, given.share, out.data_ptr(), *rows.shape,
+        address(given.shift), base, given.stride, given.share, out.data_ptr(), *rows.shape,
         eps, centred,
     )  # fmt: skip
     return out

@@ -24,14 +24,21 @@ _MOST_ELEMENTS = 2**31
 
 
 def normalize(
-    x: Tensor, scale: Tensor, shift: Tensor | None, *, eps: float, centred: bool
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    *,
+    base: float = 1.0,
+    eps: float,
+    centred: bool,
 ) -> Tensor:
     """A norm over the last dimension with its modulation, in one launch.
 
     Args:
         x: [..., T, D], floating point.
-        scale: [D], or [..., 1, D]: y = norm(x) · (1 + scale) + shift.
+        scale: [D], or [..., 1, D]: y = norm(x) · (base + scale) + shift.
         shift: as ``scale``, in the same layout; None for none.
+        base: 1 where scales are offsets from one, 0 where they are the factors.
         eps: added to the mean of squares.
         centred: take the mean away first (a layer norm).
 
@@ -48,7 +55,7 @@ def normalize(
         with torch.cuda.device_of(x):
             _programs().normalize[(rows.shape[0],)](
                 rows, given.scale, given.shift, out, width, rows.stride(0), given.share,
-                given.stride, EPS=eps, CENTRED=centred, WIDTH=_power_of_two(width),
+                given.stride, BASE=base, EPS=eps, CENTRED=centred, WIDTH=_power_of_two(width),
                 enable_fp_fusion=False,
             )  # fmt: skip
     return out

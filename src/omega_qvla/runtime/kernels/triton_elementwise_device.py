@@ -5,9 +5,9 @@ Each is one pass over rows that are read once and written once.  Sums are float3
 by one program, in the compiler's order, so results are those of ``policies/elementwise.py`` up to
 the rounding of a sum, not bit for bit.
 
-* normalize: y = c · 1/√(mean(c²) + ε) · (1 + scale) + shift, where c is x (RMS norm) or x - mean(x)
-  (layer norm).  Scale and shift are a row of their own for every ``tokens`` rows of x, or the same
-  for all (a stride of 0).
+* normalize: y = c · 1/√(mean(c²) + ε) · (base + scale) + shift, where c is x (RMS norm) or
+  x - mean(x) (layer norm).  Scale and shift are a row of their own for every ``tokens`` rows of x,
+  or the same for all (a stride of 0).
 * gated product: activation(gate) · up, with gelu_tanh(g) = g · σ(2 √(2/π) (g + 0.044715 g³)), since
   (1 + tanh u)/2 = σ(2u), and silu(g) = g · σ(g).
 * rotate: the halves u and v of a head become u cos - v sin and v cos + u sin, products and sums
@@ -42,6 +42,7 @@ def normalize(
     stride,
     tokens,
     scale_stride,
+    BASE: tl.constexpr,
     EPS: tl.constexpr,
     CENTRED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -58,7 +59,7 @@ def normalize(
     power = tl.div_rn(tl.sum(found * found, axis=0), number)
     y = found * tl.div_rn(1.0, tl.sqrt_rn(power + EPS))
     place = (row // tokens) * scale_stride + lane
-    y = y * (1.0 + tl.load(scale + place, mask=inside, other=0.0).to(tl.float32))
+    y = y * (BASE + tl.load(scale + place, mask=inside, other=0.0).to(tl.float32))
     if shift is not None:
         y = y + tl.load(shift + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * columns + lane, y.to(out.dtype.element_ty), mask=inside)
