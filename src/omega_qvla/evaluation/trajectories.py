@@ -10,6 +10,7 @@ A replay that does not end as the episode did is an error, never a picture of so
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,6 @@ from omega_qvla.errors import PolicyError, SimulatorUnavailable
 from omega_qvla.evaluation.channel import ChannelError
 from omega_qvla.evaluation.episodes import EpisodeRecord
 from omega_qvla.evaluation.openloop import Sampler
-from omega_qvla.evaluation.png import encode_png
 from omega_qvla.evaluation.replay import REPLAY, SOLVED
 from omega_qvla.evaluation.rollout import (
     ACTION_LIMITS,
@@ -220,10 +220,19 @@ def describe_film(track: Track, recipe: str) -> dict[str, Any]:
         "seed": record.seed,
         "success": record.success,
         "frames": [
-            {"step": step, "png": base64.b64encode(encode_png(image)).decode("ascii")}
+            {"step": step, "png": base64.b64encode(_png(image)).decode("ascii")}
             for step, image in track.frames
         ],
     }
+
+
+def _png(image: npt.NDArray[np.uint8]) -> bytes:
+    """The PNG file of an image, uint8 [H, W, 3]."""
+    from PIL import Image  # comes with the simulator that rendered it
+
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def _carry_out(episode: Episode, simulator: Any, frames: int) -> Track:
