@@ -58,7 +58,7 @@ def normed(
     size = x.double().abs().amax(-1, keepdim=True).expand_as(values)
     inverse = (values.square().mean(-1, keepdim=True) + eps).rsqrt()
     unit = values * inverse
-    terms = (unit.abs() + size * inverse) * (1.0 + factor.double().abs()) + shift.double().abs()
+    terms = (unit.abs() + size * inverse) * factor.double().abs() + shift.double().abs()
     return unit * factor.double() + shift.double(), terms
 
 
