@@ -63,6 +63,22 @@ class FakeEnvironment:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class TurningEnvironment(FakeEnvironment):
+    """Becomes another task, and says in its state how often it has; ``broken`` cannot be had."""
+
+    def __init__(self, task, **options):
+        super().__init__(task, **options)
+        self._turns = 0
+
+    def turn_to(self, task):
+        if task == "broken":
+            raise OSError("no scene")
+        self.task, self._turns = task, self._turns + 1
+
+    def observe(self):
+        return {**super().observe(), "state": np.array([self._turns, os.getpid()], np.float64)}
+
+
 class StatelessEnvironment(FakeEnvironment):
     def observe(self):
         return {**super().observe(), "state": np.zeros(2, dtype=np.float32)}

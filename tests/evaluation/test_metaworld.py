@@ -22,7 +22,10 @@ TASK = "push-v3"
 DIGEST = """
 import hashlib, numpy as np
 from omega_qvla.evaluation.metaworld import MetaWorldEnv
-env = MetaWorldEnv("push-v3")
+env = MetaWorldEnv({tasks}[0])
+for task in {tasks}[1:]:
+    env.reset(3)
+    env.turn_to(task)
 digest = hashlib.sha256()
 for seed in {seeds}:
     observation = env.reset(seed)
@@ -49,9 +52,33 @@ def env():
     environment.close()
 
 
-def digest(seeds: list[int]) -> str:
-    command = [sys.executable, "-W", "ignore", "-c", DIGEST.format(seeds=seeds)]
+PICTURES = """
+import mujoco, numpy as np
+from omega_qvla.evaluation.metaworld import MetaWorldEnv
+env = MetaWorldEnv("drawer-open-v3")
+env.turn_to("push-v3")
+ours = env.reset(4)["images"]
+env._renderer.close()
+model = env._env.model
+model.vis.quality.shadowsize, model.vis.global_.offwidth = 4096, 640
+theirs = mujoco.Renderer(model, 84, 84)
+for name in ("SHADOW", "REFLECTION", "SKYBOX", "FOG", "HAZE"):
+    theirs.scene.flags[getattr(mujoco.mjtRndFlag, "mjRND_" + name)] = 0
+for name, camera in (("base", env._base), ("wrist", env._follow())):
+    theirs.update_scene(env._env.data, camera=camera, scene_option=env._options)
+    assert np.array_equal(theirs.render(), ours[name]), name
+theirs.close()
+print("equal")
+"""
+
+
+def run(program: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", program]
     return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+
+
+def digest(seeds: list[int], tasks: list[str]) -> str:
+    return run(DIGEST.format(seeds=seeds, tasks=tasks))
 
 
 def test_an_observation_has_two_views_a_state_and_the_instruction(env):
@@ -66,7 +93,18 @@ def test_an_observation_has_two_views_a_state_and_the_instruction(env):
 
 @pytest.mark.usefixtures("env")
 def test_the_same_seed_is_the_same_episode_in_another_process_and_after_other_episodes():
-    assert digest([4]) == digest([9, 2, 4])
+    assert digest([4], [TASK]) == digest([9, 2, 4], [TASK])
+
+
+@pytest.mark.usefixtures("env")
+def test_an_environment_that_was_other_tasks_gives_the_same_episodes_to_the_last_pixel():
+    assert digest([4], [TASK]) == digest([4], ["door-open-v3", TASK, "drawer-open-v3", TASK])
+
+
+@pytest.mark.usefixtures("env")
+def test_pictures_are_those_of_mujocos_own_renderer():
+    """With the shadow map and the larger buffer that ours does without."""
+    assert run(PICTURES) == "equal"
 
 
 def test_different_seeds_place_the_objects_and_the_hand_differently(env):
@@ -127,3 +165,11 @@ def test_an_action_of_the_wrong_shape_is_refused(env):
 def test_an_unknown_task_is_refused_with_the_known_ones():
     with pytest.raises(OmegaError, match=TASK):
         MetaWorldEnv("juggle-v3")
+
+
+def test_turning_to_an_unknown_task_changes_nothing(env):
+    before = env.reset(5)
+    with pytest.raises(OmegaError, match=TASK):
+        env.turn_to("juggle-v3")
+    again = env.reset(5)
+    assert env.task == TASK and np.array_equal(before["images"]["base"], again["images"]["base"])

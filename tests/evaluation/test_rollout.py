@@ -71,6 +71,23 @@ def test_episodes_come_in_order_and_do_not_depend_on_the_number_of_workers(
     assert {one.key: one for one in outcome(again)} == {one.key: one for one in outcome(records)}
 
 
+def test_an_environment_that_can_turns_to_the_next_task_and_is_made_anew_after_a_failure(
+    environment,
+):
+    turning = environment.replace("FakeEnvironment", "TurningEnvironment")
+
+    def turns(pool, task):
+        (simulator,) = pool.idle([], 1)
+        pool.start(simulator, task, 0)
+        reply = simulator.channel.receive()
+        return reply["error"]["kind"] if "error" in reply else reply["observation"]["state"][0]
+
+    with SimulatorPool(1, turning) as pool:
+        assert [turns(pool, task) for task in ("near", "far", "far", "near")] == [0, 1, 1, 2]
+        assert turns(pool, "broken") == "failed"
+        assert [turns(pool, task) for task in ("near", "far")] == [0, 1]
+
+
 def test_noise_depends_on_seed_and_chunk_alone(pool, point_policy):
     first, second = point_policy(), point_policy(gain=0.5)
     rollout(first, ["near"], [4], pool=pool)

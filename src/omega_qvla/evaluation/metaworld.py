@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import SimulatorUnavailable
+from omega_qvla.evaluation.offscreen import OffscreenRenderer
 
 Array = npt.NDArray[Any]
 Observation = dict[str, Any]
@@ -148,12 +149,26 @@ class MetaWorldEnv:
     """
 
     def __init__(self, task: str, image_size: int = 84) -> None:
+        self.image_size = image_size
+        self._mujoco, self._environments = _simulator()
+        self._load(task)
+        self._renderer = self._make_renderer()
+
+    def turn_to(self, task: str) -> None:
+        """Be another task from now on; the renderer, which is dear to make, stays.
+
+        Raises:
+            SimulatorUnavailable: the task is unknown; nothing has changed.
+        """
+        self._load(task)
+        self._renderer.upload(self._env.model)
+
+    def _load(self, task: str) -> None:
+        """The physics of a task."""
         if task not in TASKS:
             raise SimulatorUnavailable(f"unknown task {task!r}; known: {', '.join(TASKS)}")
         self.task = task
-        self.image_size = image_size
-        self._mujoco, environments = _simulator()
-        self._env: Any = environments.ALL_V3_ENVIRONMENTS[task]()
+        self._env: Any = self._environments.ALL_V3_ENVIRONMENTS[task]()
         # What `metaworld.MT1` and `set_task` would do, less the fifty goals that nobody asks for.
         self._env._set_task_called = True
         self._env._set_task_inner()
@@ -165,7 +180,11 @@ class MetaWorldEnv:
         self._hand_start: Array = np.array(self._env.hand_init_pos, dtype=np.float64)
         self._raw: Array = np.zeros(39)
         self._simplify_scene()
-        self._renderer = self._make_renderer()
+        self._options = self._mujoco.MjvOption()
+        self._options.geomgroup[:] = [1, 1, 1, 0, 0, 0]
+        self._options.sitegroup[:] = [1 if TASKS[task].show_goal else 0] * 6
+        assert self._env.model.vis.global_.fovy == FIELD_OF_VIEW
+        self._base, self._wrist = (_camera(self._mujoco, v) for v in (BASE_VIEW, WRIST_VIEW))
 
     @property
     def instruction(self) -> str:
@@ -240,28 +259,23 @@ class MetaWorldEnv:
             self._env._random_reset_space = type(space)(low, high, dtype=np.float64)
 
     def _simplify_scene(self) -> None:
-        """Hide the arm's meshes (group 5), keep the gripper, and switch multisampling off."""
+        """Hide the arm's meshes (group 5), keep the gripper, reserve for nothing that is off."""
         model = self._env.model
         for index in range(model.ngeom):
             if model.body(model.geom_bodyid[index]).name in _HIDDEN_BODIES:
                 model.geom_group[index] = 5
             if model.geom(index).name in _GRIPPER_GEOMS:
                 model.geom_group[index] = 1
-        model.vis.quality.offsamples = 0
+        quality, picture = model.vis.quality, model.vis.global_
+        quality.offsamples = quality.shadowsize = 0  # a shadow map is 64 MB
+        picture.offwidth = picture.offheight = self.image_size
 
-    def _make_renderer(self) -> Any:
-        mujoco = self._mujoco
+    def _make_renderer(self) -> OffscreenRenderer:
         try:
-            renderer = mujoco.Renderer(self._env.model, self.image_size, self.image_size)
+            renderer = OffscreenRenderer(self._mujoco, self.image_size, _RENDER_FLAGS_OFF)
+            renderer.upload(self._env.model)
         except Exception as error:  # the GL bindings raise many unrelated types here
             raise SimulatorUnavailable(f"{_SUCCESS_HINT}: {error}") from error
-        for name in _RENDER_FLAGS_OFF:
-            renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{name}")] = 0
-        self._options = mujoco.MjvOption()
-        self._options.geomgroup[:] = [1, 1, 1, 0, 0, 0]
-        self._options.sitegroup[:] = [1 if TASKS[self.task].show_goal else 0] * 6
-        assert self._env.model.vis.global_.fovy == FIELD_OF_VIEW
-        self._base, self._wrist = _camera(mujoco, BASE_VIEW), _camera(mujoco, WRIST_VIEW)
         return renderer
 
     def _follow(self) -> Any:
@@ -270,8 +284,7 @@ class MetaWorldEnv:
         return self._wrist
 
     def _render(self, camera: Any) -> npt.NDArray[np.uint8]:
-        self._renderer.update_scene(self._env.data, camera=camera, scene_option=self._options)
-        return self._renderer.render().copy()
+        return self._renderer.render(self._env.data, camera, self._options)
 
 
 def _camera(mujoco: Any, view: View) -> Any:

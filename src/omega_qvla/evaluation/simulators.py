@@ -46,7 +46,8 @@ class SimulatorPool:
         workers: number of processes.
         environment: factory as ``module:callable``, called as ``factory(task, **options)`` in the
             simulator process; it returns an object with ``reset(seed)``, ``step(action)``,
-            ``observe()``, ``close()`` and ``max_steps`` (see ``metaworld.MetaWorldEnv``).
+            ``observe()``, ``close()`` and ``max_steps``, and perhaps ``turn_to(task)`` where it can
+            become another task for less than a new one costs (see ``metaworld.MetaWorldEnv``).
         options: keyword arguments of the factory, JSON values.
         timeout_s: a simulator silent for longer counts as dead; building an environment included.
         python: the interpreter the simulators run in; None is this one.

@@ -13,8 +13,8 @@ Requests and replies (see ``channel.py``):
   ``observation`` is None when the episode is over;
 * anything that raises → ``{"error": {"kind", "message"}}``.
 
-The environment is kept while the task stays the same; there is never more than one per process,
-because software renderers do not survive a second one.
+The environment is kept while the task stays the same, and asked to turn to another one if it can;
+there is never more than one per process, because software renderers do not survive a second one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import importlib
 import socket
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from omega_qvla.errors import OmegaError, SimulatorUnavailable
 from omega_qvla.evaluation.channel import Channel, ChannelError
@@ -74,6 +74,13 @@ class Environment(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class HasTasks(Protocol):
+    """An environment that can become another task for less than a new one would cost."""
+
+    def turn_to(self, task: str) -> None: ...
+
+
 def main(descriptor: int) -> None:
     """Serve one parent until it closes the channel."""
     channel = Channel(socket.socket(fileno=descriptor))
@@ -114,10 +121,15 @@ class _Server:
     def _start(
         self, environment: str, options: dict[str, Any], task: str, seed: int
     ) -> dict[str, Any]:
-        wanted = (environment, options, task)
-        if self._environment is None or self._built != wanted:
-            self.close()
-            self._environment = import_factory(environment)(task, **options)
+        built, wanted = self._built, (environment, options, task)
+        if self._environment is None or built != wanted:
+            self._built = None  # whatever happens now, the next episode does not build on it
+            same = built is not None and built[:-1] == wanted[:-1]
+            if same and isinstance(self._environment, HasTasks):
+                self._environment.turn_to(task)
+            else:
+                self.close()
+                self._environment = import_factory(environment)(task, **options)
             self._built = wanted
         observation = self._environment.reset(seed)
         self._steps_left = int(self._environment.max_steps)
