@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -168,6 +169,23 @@ def test_a_policy_is_built_once_per_worker_and_row(closed_loop, tmp_path):
         evaluate=evaluate_with(LocalCrew(1), seeds_per_job=1),
     )
     assert len(log.read_text().splitlines()) <= 3  # fp32, half, and fp32 again if it had to wait
+
+
+def test_a_row_begins_with_the_task_its_workers_simulators_stand_at(environment, tmp_path):
+    """Becoming another task costs a simulator more than an episode of a small policy does."""
+    starts = tmp_path / "starts"
+    rows = [point_row("fp32"), point_row("half", 0.5), point_row("third", 0.3)]
+    with SimulatorPool(1, environment, {"starts": str(starts)}) as pool:
+        run_sweep(
+            rows,
+            closed_loop=ClosedLoop(pool, TASKS, range(4)),
+            open_loop=None,
+            evaluate=evaluate_with(LocalCrew(1), seeds_per_job=2),
+        )
+    tasks = [line.split()[0] for line in starts.read_text().splitlines()]
+    assert len(tasks) == 3 * 2 * 4
+    changes = sum(before != after for before, after in pairwise(tasks))
+    assert changes == 3, "once within each row, never between two"
 
 
 def test_an_error_in_a_worker_arrives_with_its_kind_and_the_row(rows, open_loop):

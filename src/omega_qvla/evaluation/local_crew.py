@@ -2,7 +2,8 @@
 
 A policy answers one observation at a time, mostly on one core, and waits while its simulator steps
 and renders.  Several such pairs keep all cores busy, at the price of one policy in memory each.
-A worker that comes free gets a job of the row it has already loaded, if there is one.
+A worker that comes free gets a job of the row it has already loaded, if there is one, and of the
+row's tasks the one its simulators stand at.
 """
 
 from __future__ import annotations
@@ -70,22 +71,25 @@ class LocalCrew:
         """Give every free worker something to do."""
         while self._queue and len(self._busy) < self._limit:
             worker = self._idle.pop() if self._idle else _Worker()
-            job, request = self._choose(worker.label)
+            job, request = self._choose(worker)
             self._busy[worker] = job
-            worker.label = request["label"]
+            worker.label, worker.task = request["label"], request.get("task", worker.task)
             try:
                 worker.request(request)
             except ChannelError:
                 return self._bury(worker)
         return None
 
-    def _choose(self, label: str | None) -> tuple[int, Mapping[str, Any]]:
-        for index, (_, request) in enumerate(self._queue):
-            if request["label"] == label:
-                found = self._queue[index]
-                del self._queue[index]
-                return found
-        return self._queue.popleft()
+    def _choose(self, worker: _Worker) -> tuple[int, Mapping[str, Any]]:
+        """The first job in the queue of those that cost this worker the least to begin."""
+        labels = [request["label"] for _, request in self._queue]
+        label = worker.label if worker.label in labels else labels[0]
+        places = [place for place, one in enumerate(labels) if one == label]
+        tasks = [self._queue[place][1].get("task") for place in places]
+        chosen = places[tasks.index(worker.task) if worker.task in tasks else 0]
+        found = self._queue[chosen]
+        del self._queue[chosen]
+        return found
 
     def _hear(self, worker: _Worker) -> Reply | Death:
         try:
@@ -105,8 +109,9 @@ class LocalCrew:
 
 
 class _Worker(Child):
-    """One process and the row it has loaded."""
+    """One process, the row it has loaded and the task its simulators stand at."""
 
     def __init__(self) -> None:
         super().__init__(PROGRAM, sys.path, timeout_s=_SILENCE_S)
         self.label: str | None = None
+        self.task: str | None = None
