@@ -53,6 +53,30 @@ def test_the_row_sample_is_bounded_and_uniform_whatever_the_block_size() -> None
         assert (shares - SAMPLE_ROWS / 10).abs().max() < 5 * deviation
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.lists(st.integers(0, 1500), min_size=1, max_size=8),
+    looks=st.sets(st.integers(0, 7)),
+    seed=st.integers(0, 99),
+)
+def test_the_rows_with_the_smallest_keys_are_kept_in_the_order_of_the_stream(
+    sizes: list[int], looks: set[int], seed: int
+) -> None:
+    """All rows and keys at once are the oracle, whenever someone looks in between."""
+    stream = torch.arange(sum(sizes), dtype=torch.float32).unsqueeze(1)
+    drawn = torch.Generator().manual_seed(seed)
+    keys = torch.cat([torch.rand(n, generator=drawn, dtype=torch.float64) for n in sizes])
+    sample = RowSample(torch.Generator().manual_seed(seed))
+    for number, part in enumerate(stream.split(sizes)):
+        sample.add(part)
+        if number in looks:
+            assert sample.rows is not None and len(sample.rows) <= SAMPLE_ROWS
+    kept = keys.argsort()[:SAMPLE_ROWS].sort().values
+    assert sample.rows is not None and torch.equal(sample.rows, stream[kept])
+    sample.shift(torch.tensor([2.0]))
+    assert torch.equal(sample.rows, stream[kept] - 2.0)
+
+
 def test_the_row_sample_does_not_keep_the_callers_memory() -> None:
     sample, rows = RowSample(torch.Generator().manual_seed(0)), torch.ones(3, 2)
     sample.add(rows)

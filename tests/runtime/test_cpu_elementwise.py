@@ -16,9 +16,15 @@ from torch import Tensor
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, ResourceError
-from omega_qvla.policies.elementwise import TORCH, Elementwise, ElementwiseModule, Gate
+from omega_qvla.policies.elementwise import (
+    TORCH,
+    Elementwise,
+    ElementwiseModule,
+    Gate,
+    use_elementwise,
+)
 from omega_qvla.policies.pi05_policy import Pi05Policy
-from omega_qvla.runtime.engine import QuantizedPolicy
+from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.fused import CpuElementwise
 from omega_qvla.runtime.kernels import cpu, cpu_elementwise
 
@@ -228,3 +234,15 @@ def test_a_policy_gives_the_same_bits_on_every_path_and_nearly_those_of_the_refe
     plain = oq.load(tmp_path / "out", kernel="reference")
     assert kinds_of(plain.policy) == {Elementwise}
     assert np.abs(plain.sample_actions(few[0], noise) - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+def test_a_simulation_computes_between_linears_as_integers_do(
+    small_policy: Pi05Policy, few: Observations, noise: np.ndarray
+) -> None:
+    """So what two rows of a comparison differ in is how they round."""
+    simulated = oq.quantize(small_policy, few, "omega-paper")
+    assert isinstance(simulated, SimulatedPolicy) and kinds_of(simulated.policy) == {CpuElementwise}
+    found = simulated.sample_actions(few[0], noise)
+    use_elementwise(simulated.policy.module, TORCH)
+    plain = simulated.sample_actions(few[0], noise)
+    assert np.abs(found - plain).max() < 0.02 * np.abs(plain).max()

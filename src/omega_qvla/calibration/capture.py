@@ -25,6 +25,8 @@ from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage, State, 
 
 SAMPLE_ROWS = 1024
 """Rows kept per (site, step)."""
+_MORE_ROWS = SAMPLE_ROWS // 4
+"""Rows that may lie beside a full sample until it is made one again."""
 
 _FLOAT64_WIDTH = 4096
 """Up to this width second moments are summed in float64; wider ones would take gigabytes."""
@@ -41,31 +43,66 @@ def moment_bytes(width: int) -> int:
 
 def sample_bytes(width: int) -> int:
     """Bytes of a full row sample of such a site at one denoising step."""
-    return torch.float32.itemsize * SAMPLE_ROWS * width
+    return torch.float32.itemsize * (SAMPLE_ROWS + _MORE_ROWS) * width
 
 
-@dataclass
 class RowSample:
     """A uniform sample of a stream of rows (reservoir sampling in blocks).
 
-    Every row draws a random key; the rows with the ``SAMPLE_ROWS`` smallest keys are kept, so any
-    order and any block size gives a uniform sample.  Rows stay on the device that computed them;
-    keys are drawn and sorted on the CPU, so that the same rows are kept on every device.
+    Every row draws a random key; the rows with the ``SAMPLE_ROWS`` smallest keys are kept, in the
+    order of the stream, so any order and any block size gives a uniform sample.  Rows stay on the
+    device that computed them; keys are drawn and sorted on the CPU, so that the same rows are kept
+    on every device.
+
+    A row whose key is not among the smallest so far never will be, and is not copied.  What comes
+    in is kept in pieces that are put together now and then, or when someone looks: most blocks cost
+    their keys and a few rows.
     """
 
-    generator: torch.Generator
-    rows: Tensor | None = None
-    keys: Tensor | None = None
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._rows: list[Tensor] = []
+        self._keys: list[Tensor] = []
+        self._held = 0
+        self._largest = 1.0  # keys are below it
 
     def add(self, rows: Tensor) -> None:
         """Offer rows [R, K] float32."""
-        keys = torch.rand(rows.shape[0], generator=self.generator, dtype=torch.float64)
-        if self.rows is not None and self.keys is not None:
-            rows, keys = torch.cat((self.rows, rows)), torch.cat((self.keys, keys))
-        if rows.shape[0] > SAMPLE_ROWS:
+        keys = torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float64)
+        if self._largest < 1.0:
+            chosen = (keys < self._largest).nonzero().squeeze(1)
+            rows, keys = rows[chosen.to(rows.device)], keys[chosen]
+        else:
+            rows = rows.clone()
+        self._rows.append(rows)
+        self._keys.append(keys)
+        self._held += len(keys)
+        if self._held > SAMPLE_ROWS + _MORE_ROWS:
+            self._put_together()
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The sample [at most SAMPLE_ROWS, K]; None where nothing was offered."""
+        if not self._rows:
+            return None
+        self._put_together()
+        return self._rows[0]
+
+    def shift(self, offset: Tensor) -> None:
+        """Subtract an offset [K] from every row."""
+        self._rows = [rows - offset for rows in self._rows]
+
+    def _put_together(self) -> None:
+        """One piece, and no more rows than a sample has."""
+        if len(self._rows) == 1 and self._held <= SAMPLE_ROWS:
+            return
+        rows, keys = torch.cat(self._rows), torch.cat(self._keys)
+        if len(keys) > SAMPLE_ROWS:
             keep = keys.argsort()[:SAMPLE_ROWS].sort().values
             rows, keys = rows[keep.to(rows.device)], keys[keep]
-        self.rows, self.keys = rows.clone(), keys
+        if len(keys) == SAMPLE_ROWS:
+            self._largest = float(keys.max())
+        self._rows, self._keys, self._held = [rows], [keys], len(keys)
 
 
 @dataclass
@@ -112,7 +149,9 @@ class SiteStatistics:
         """
         rows = x.detach().reshape(-1, self.width).to(torch.float32)
         step, time = self._step(clock)
-        if not bool(torch.isfinite(rows).all()):
+        total = rows.sum(dim=0, dtype=torch.float64)
+        # A float64 sum of float32 numbers cannot overflow: it is finite exactly if they all are.
+        if not bool(torch.isfinite(total).all()):
             where = "" if clock.index is None else f", denoising step {step}"
             raise NonFiniteError(
                 f"activations entering {self.site.name!r} have NaN or Inf "
@@ -124,7 +163,6 @@ class SiteStatistics:
         if rows.shape[0]:
             self.maxima = torch.maximum(self.maxima, rows.abs().amax(dim=0))
         self.times[step] = time
-        total = rows.sum(dim=0, dtype=torch.float64)
         self.sums[step] = total + self.sums.get(step, 0.0)
         self.counts[step] = self.counts.get(step, 0) + rows.shape[0]
         if step not in self.samples:
@@ -153,7 +191,7 @@ class SiteStatistics:
             means[step] = mean.to(torch.float32)
             moment = mean.to(self.second_moment.dtype)
             self.second_moment.addr_(moment, moment, alpha=-float(self.counts[step]))
-            self.samples[step].rows = self.rows(step) - means[step]
+            self.samples[step].shift(means[step])
         # A variance is not negative, whatever the difference of two sums came to.
         self.second_moment.diagonal().clamp_min_(0.0)
         self.maxima = torch.stack([self.rows(step).abs().amax(dim=0) for step in means]).amax(dim=0)

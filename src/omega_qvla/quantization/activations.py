@@ -91,7 +91,7 @@ def _squared_error(samples: Tensor, scale: Tensor, bits: int) -> float:
 def round_activations(x: Tensor, scale: Tensor | float, bits: int) -> Tensor:
     """Integers of x [..., K] with a broadcastable scale, as float32; ties to even, clamped."""
     low, high = integer_range(bits)
-    return (x.to(torch.float32) / scale).round().clamp(low, high)
+    return (x.to(torch.float32) / scale).round_().clamp_(low, high)
 
 
 def quantize_activation(x: Tensor, scale: Tensor | float, bits: int) -> Tensor:

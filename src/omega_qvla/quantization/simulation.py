@@ -72,7 +72,7 @@ class SimulatedLinear(nn.Module):
         """x [..., K] → [..., N], through integers and back."""
         rows = self.transform_input(x.to(torch.float32))
         scale = self.input_scale(rows)
-        rounded = round_activations(rows, scale, self.activation_bits) * scale
+        rounded = round_activations(rows, scale, self.activation_bits).mul_(scale)
         y = F.linear(rounded, self._weight, self._bias_now())
         if self._down is not None and self._up is not None:
             y = y + LowRankBranch(self._down, self._up).apply(x)

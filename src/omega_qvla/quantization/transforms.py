@@ -291,17 +291,27 @@ class BlockTransform:
     def _multiply(self, x: Tensor, matrices: Tensor) -> Tensor:
         """Gather and multiply block by block, in the matrices' dtype; never copies x whole."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = x.detach()
         if self.permutation is not None or x.shape[-1] != self.padded_width:
             x = pad_to_block(x, self.block)
         if self.permutation is not None:
             x = x[..., self.permutation]
         rows = x.reshape(-1, self.padded_width)
         out = torch.empty(rows.shape, dtype=dtype, device=x.device)
-        compute = torch.promote_types(dtype, matrices.dtype)
-        for g, matrix in enumerate(matrices):
-            columns = slice(g * self.block, (g + 1) * self.block)
-            out[:, columns] = rows[:, columns].to(compute) @ matrix.to(compute)
+        if rows.dtype == matrices.dtype == dtype:
+            # What a simulation does for every linear: one call in place of three per block.
+            torch.bmm(self._blocks(rows), matrices, out=self._blocks(out))
+        else:
+            compute = torch.promote_types(dtype, matrices.dtype)
+            for part, matrix, result in zip(
+                self._blocks(rows), matrices, self._blocks(out), strict=True
+            ):
+                result.copy_(part.to(compute) @ matrix.to(compute))
         return out.reshape(*x.shape[:-1], self.padded_width)
+
+    def _blocks(self, rows: Tensor) -> Tensor:
+        """A view [K/B, R, B] of rows [R, K]."""
+        return rows.unflatten(-1, (-1, self.block)).transpose(0, 1)
 
 
 def block_transform(

@@ -214,6 +214,7 @@ class SimulatedPolicy:
     def __init__(self, policy: Policy, quantization: Quantization) -> None:
         self.policy = simulate(policy, quantization)
         self.recipe = quantization.recipe
+        _use_cpu_elementwise(self.policy.module, best_kernel())
 
     def __getattr__(self, name: str) -> Any:
         if name == "policy":
