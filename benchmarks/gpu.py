@@ -35,8 +35,8 @@ from omega_qvla.policies.loading import stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.runtime.bfloat16 import bfloat16_pass, in_bfloat16
-from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.kernels import triton_gpu as gpu
+from omega_qvla.runtime.loading import load
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda"

@@ -20,7 +20,8 @@ from omega_qvla.policies.base import FlowClock
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.recipe import Recipe
-from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, load
+from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
+from omega_qvla.runtime.loading import load
 
 __all__ = [
     "FlowClock",

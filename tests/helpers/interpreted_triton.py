@@ -21,13 +21,13 @@ from torch import Tensor
 
 from omega_qvla.evaluation import gpu_checks
 from omega_qvla.policies.elementwise import Gate, use_elementwise
-from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels import triton_elementwise
 from omega_qvla.runtime.kernels.triton_layout import spread_offset
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 from omega_qvla.runtime.linear import QuantizedLinear
+from omega_qvla.runtime.loading import load
 from omega_qvla.runtime.schedule import Schedule
 
 

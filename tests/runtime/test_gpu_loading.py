@@ -23,7 +23,7 @@ from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies.base import FlowClock
 from omega_qvla.policies.elementwise import ElementwiseModule
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.runtime import engine
+from omega_qvla.runtime import loading
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.kernels import triton_gpu as gpu
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear
@@ -140,7 +140,7 @@ def test_memory_counts_every_tensor_once_and_widened_ones_twice(artifact: Path) 
         scale = found.tensors[f"{embedding['path']}.weight_scale"]
         wide -= scale.nbytes if scale.dtype == torch.bfloat16 else 0
     total = sum(tensor.nbytes for tensor in found.tensors.values())
-    assert engine._gpu_bytes(found) == engine.GPU_WORKSPACE + total + wide
+    assert loading._gpu_bytes(found) == loading.GPU_WORKSPACE + total + wide
 
 
 class OnGpu(torch.Tensor):
@@ -235,7 +235,7 @@ def test_loading_on_a_gpu_fuses_what_is_between_the_linears(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The processor stands for the GPU: where tensors go is another test's affair."""
-    monkeypatch.setattr(engine, "_gpu_run", lambda *_: GpuRun(replace(H200, device="cpu")))
+    monkeypatch.setattr(loading, "_gpu_run", lambda *_: GpuRun(replace(H200, device="cpu")))
     layers = [
         child
         for child in oq.load(artifact, device="cuda", graph=False).policy.module.modules()

@@ -28,8 +28,8 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, ResourceError
 from omega_qvla.policies.elementwise import Elementwise
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.runtime import engine
 from omega_qvla.runtime import graph as module
+from omega_qvla.runtime import loading
 from omega_qvla.runtime.fused import CpuElementwise
 from omega_qvla.runtime.graph import ChunkGraphs, GraphWarning, use_graphs
 from omega_qvla.runtime.kernels import triton_gpu as gpu
@@ -248,7 +248,7 @@ def test_a_gpu_policy_is_loaded_with_graphs_unless_asked_not_to(
     """The processor in the place of a GPU, a recorder in that of CUDA, PyTorch in Triton's."""
     recorder = Recorder()
     own = Elementwise if best_kernel() == REFERENCE else partial(CpuElementwise, best_kernel())
-    monkeypatch.setattr(engine, "FusedElementwise", own)
+    monkeypatch.setattr(loading, "FusedElementwise", own)
     monkeypatch.setattr(gpu, "find", lambda _: gpu.Gpu("cpu", "None", (9, 0), 1, 1 << 40))
     monkeypatch.setattr(module, "CudaGraphs", lambda _: recorder)
     oq.quantize(small_policy, few, "rtn").save_pretrained(tmp_path / "out")

@@ -22,8 +22,8 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import work_shares
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
-from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.linear import best_kernel
+from omega_qvla.runtime.loading import load
 from omega_qvla.runtime.memory import predict
 
 

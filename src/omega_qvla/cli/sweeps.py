@@ -23,7 +23,7 @@ from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
-from omega_qvla.runtime.engine import load
+from omega_qvla.runtime.loading import load
 
 TOGETHER = 8
 """Episodes of Meta-World that advance together."""

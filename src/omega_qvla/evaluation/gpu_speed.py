@@ -25,11 +25,11 @@ from omega_qvla.evaluation.gpu_checks import MismatchError
 from omega_qvla.evaluation.kernel_speed import Shape
 from omega_qvla.evaluation.policy_speed import PARTS, held_tensors
 from omega_qvla.policies.native import NativePolicy, Pass
-from omega_qvla.runtime.engine import load
 from omega_qvla.runtime.graph import Capturing, use_graphs
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_layout import BLOCK
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
+from omega_qvla.runtime.loading import load
 
 BF16 = "cuBLAS bf16"
 _L2_TIMES = 4

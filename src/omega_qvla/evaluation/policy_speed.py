@@ -27,8 +27,9 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError, PolicyError, RecipeError, ResourceError
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.runtime.engine import kernels_of, load
+from omega_qvla.runtime.engine import kernels_of
 from omega_qvla.runtime.kernels import cpu
+from omega_qvla.runtime.loading import load
 
 PARTS = ("vision_ms", "prefix_ms", "denoise_ms", "total_ms")
 

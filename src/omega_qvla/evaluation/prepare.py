@@ -36,7 +36,8 @@ from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
-from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, load
+from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
+from omega_qvla.runtime.loading import load
 
 _HERE = "omega_qvla.evaluation.prepare"
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.runtime.engine import load
+from omega_qvla.runtime.loading import load
 from omega_qvla.serving.access import read_token, require_token, tls_context
 from omega_qvla.serving.core import Core, Log, Rules
 from omega_qvla.serving.engine import PolicyEngine

@@ -1,0 +1,341 @@
+"""Artifacts back to life: each tensor is held against what recipe and policy imply, then placed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omega_qvla.artifact.checkpoint import Artifact, read_artifact
+from omega_qvla.artifact.packing import packed_width
+from omega_qvla.devices import check_memory
+from omega_qvla.errors import ArtifactError, PolicyError, ResourceError
+from omega_qvla.policies.base import Policy, linears_of
+from omega_qvla.policies.elementwise import use_elementwise
+from omega_qvla.policies.loading import policy_skeleton
+from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.step_table import StepTable
+from omega_qvla.quantization.low_rank import branch_rank
+from omega_qvla.quantization.simulation import install
+from omega_qvla.recipe import Recipe, Scheme
+from omega_qvla.runtime.description import SiteRecord
+from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
+from omega_qvla.runtime.engine import (
+    STEP_TABLE,
+    QuantizedPolicy,
+    require_table,
+    use_cpu_elementwise,
+)
+from omega_qvla.runtime.fused import FusedElementwise
+from omega_qvla.runtime.graph import use_graphs
+from omega_qvla.runtime.kernels import triton_gpu
+from omega_qvla.runtime.linear import GpuRun, QuantizedLinear, best_kernel
+
+GPU_WORKSPACE = 1 << 30
+"""Bytes a policy on a GPU is assumed to need beside its tensors: activations, keys and values, the
+programs.  Not measured."""
+
+
+def load(
+    directory: str | Path,
+    *,
+    device: str = "cpu",
+    policy: Policy | None = None,
+    verify: bool = True,
+    kernel: str | None = None,
+    threads: int | None = None,
+    tuning: str | Path | None = None,
+    graph: bool = True,
+) -> QuantizedPolicy:
+    """Load an artifact; the full-precision checkpoint is never needed.
+
+    Args:
+        directory: what ``save_pretrained`` wrote.
+        device: ``cpu``, or ``cuda`` or ``cuda:N`` for a native policy on an NVIDIA GPU
+            (docs/gpu.md).
+        policy: for artifacts of a ``TorchPolicy``: the user's policy, which gives the structure
+            (its own weights are replaced).
+        verify: check every byte against its SHA-256 while loading.
+        kernel: ``reference``, an instruction set of this processor, or on a GPU ``triton``; None
+            takes the best.
+        threads: of the C++ kernels; None follows ``torch.get_num_threads()``.
+        tuning: on a GPU, a folder of yours where measured tilings are kept; a shape that is not
+            there is measured when it is first multiplied.  None measures nothing and uses tilings
+            from arithmetic.
+        graph: on a GPU, capture a chunk once per shape and replay it (``runtime/graph.py``); a
+            ``GraphWarning`` says when.
+
+    Raises:
+        NotAnArtifactError: the directory is not an artifact.
+        ArtifactError: something is missing, extra, misshaped or damaged; names it.
+        ResourceError: the device or the kernel is not available, too little memory there, more
+            threads than cores, or nothing can be written to ``tuning``.
+        PolicyError: a layer that the GPU kernels cannot do, or a module of the user's own on a GPU.
+    """
+    gpu = None if device == "cpu" else _gpu_run(device, tuning)
+    if gpu is None and tuning is not None:
+        raise ResourceError("tuning is for GPUs: give device='cuda' as well, or leave it out")
+    artifact = read_artifact(Path(directory), verify=verify)
+    if gpu is not None:
+        _require_native(artifact.config, device)
+        check_memory(gpu.gpu, _gpu_bytes(artifact), f"{directory} with its workspace")
+    try:
+        loaded = _rebuild(artifact, policy, _Run(kernel, threads, gpu))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{directory}: omega_config.json does not fit the tensors: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if gpu is None:
+        use_cpu_elementwise(loaded.policy.module, kernel or best_kernel(), threads)
+    else:
+        use_elementwise(loaded.policy.module, FusedElementwise())
+        if graph and isinstance(loaded.policy, NativePolicy):
+            use_graphs(loaded.policy)
+    return loaded
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How the linears of a policy multiply."""
+
+    kernel: str | None
+    threads: int | None
+    gpu: GpuRun | None
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.gpu is None else self.gpu.gpu.device
+
+
+def _gpu_run(device: str, tuning: str | Path | None) -> GpuRun:
+    gpu = triton_gpu.find(device)
+    return GpuRun(gpu, None if tuning is None else triton_gpu.tuner(gpu, Path(tuning)))
+
+
+def _require_native(config: Mapping[str, Any], device: str) -> None:
+    if config["policy"]["family"] == "torch":
+        raise PolicyError(
+            f"device {device!r} is for the policies of this project; a module of your own makes "
+            "its tensors where it likes, so it is loaded on 'cpu' only"
+        )
+
+
+def _gpu_bytes(artifact: Artifact) -> int:
+    """GPU memory a policy takes: its tensors, unquantized ones widened to float32, and room."""
+    sites = {str(site["name"]) for site in artifact.config["sites"]}
+    embedding = artifact.config["embedding"]
+    integers = sites if embedding is None else sites | {str(embedding["path"])}
+    return GPU_WORKSPACE + sum(
+        tensor.nbytes
+        if name.rpartition(".")[0] in integers or tensor.dtype != torch.bfloat16
+        else 2 * tensor.nbytes
+        for name, tensor in artifact.tensors.items()
+    )
+
+
+def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedPolicy:
+    config = artifact.config
+    family = str(config["policy"]["family"])
+    target = _structure(family, config, artifact, policy)
+    # The artifact gives its tensors away: one that has been repacked must not stay mapped.
+    remaining = {name: tensor.to(run.device) for name, tensor in artifact.tensors.items()}
+    artifact.tensors.clear()
+    if config["adaptive_norm"] == "table":
+        times = remaining.pop(f"{STEP_TABLE}.times")
+        values = remaining.pop(f"{STEP_TABLE}.values")
+        require_table(target).use_step_table(StepTable(times, values))
+    recipe = Recipe.model_validate(config["recipe"])
+    for item in config["sites"]:
+        record = SiteRecord.parse(item)
+        linear = _load_linear(record, recipe, remaining, target, run)
+        linear.prepare()
+        install(target.module, record.site.linears, linear)
+    if config["embedding"] is not None:
+        path = str(config["embedding"]["path"])
+        count, width = target.module.get_parameter(f"{path}.weight").shape
+        layout = embedding_layout(config["embedding"]["bits"], count, width)
+        table = {
+            kind: _require(f"{path}.{kind}", remaining.pop(f"{path}.{kind}"), dtype, shape)
+            for kind, (dtype, shape) in layout.items()
+        }
+        install(target.module, [path], QuantizedEmbedding(**table, width=width))
+    _assign(target.module, remaining)
+    target.module.eval().requires_grad_(False)
+    return QuantizedPolicy(target, config, artifact.content_hash)
+
+
+def _structure(
+    family: str, config: Mapping[str, Any], artifact: Artifact, policy: Policy | None
+) -> Policy:
+    if policy is not None:
+        if policy.family != family:
+            raise PolicyError(f"the artifact holds a {family!r} policy, not {policy.family!r}")
+        return policy.clone()
+    if family == "torch":
+        raise PolicyError(
+            "this artifact was made from a module of your own: give its structure with "
+            "load(directory, policy=TorchPolicy(module, ...)); its weights are not used"
+        )
+    return policy_skeleton(family, config["policy"]["config"], artifact.processor)
+
+
+def _load_linear(
+    record: SiteRecord,
+    recipe: Recipe,
+    tensors: dict[str, Tensor],
+    policy: Policy,
+    run: _Run,
+) -> QuantizedLinear:
+    """One site's module, from exactly the tensors that its recipe and the policy's shapes imply."""
+    name = record.site.name
+    scheme = recipe.scheme_of(record.site)
+    linears = linears_of(policy.module, record.site)
+    widths = {linear.in_features for linear in linears}
+    splits = tuple(linear.out_features for linear in linears)
+    if scheme is None or widths != {record.in_features} or splits != record.splits:
+        raise ArtifactError(
+            f"site {name!r}: the policy has {splits} outputs of {sorted(widths)} inputs, "
+            f"omega_config.json has {record.splits} of {record.in_features}"
+        )
+
+    def take(kind: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        full = f"{name}.{kind}"
+        if full not in tensors:
+            raise ArtifactError(f"tensor {full} is missing")
+        return _require(full, tensors.pop(full), dtype, shape)
+
+    outputs, block = sum(splits), scheme.transform.block
+    transform = permutation = bias = scale = times = offset = None
+    width = record.in_features
+    if not scheme.transform.identity:
+        width = -(-width // block) * block
+        transform = take("transform", torch.bfloat16, width // block, block, block)
+    if scheme.transform.permutation != "none":
+        permutation = take("permutation", torch.int32, width)
+        ordered = torch.arange(width, dtype=torch.int32, device=permutation.device)
+        if not torch.equal(permutation.sort().values, ordered):
+            raise ArtifactError(f"{name}.permutation is not a permutation of {width} channels")
+    if scheme.weights.bits == 4:
+        packed = take("weight_packed", torch.int32, outputs, packed_width(width))
+    else:
+        packed = take("weight_packed", torch.int8, outputs, width)
+    group = scheme.weights.group
+    scales = (outputs,) if group is None else (outputs, -(-width // group))
+    weight_scale = take("weight_scale", torch.float32, *scales)
+    shape = take("weight_shape", torch.int64, 2)
+    if shape.tolist() != [outputs, record.in_features]:
+        raise ArtifactError(
+            f"{name}.weight_shape is {shape.tolist()}, expected {[outputs, record.in_features]}"
+        )
+    down = up = None
+    if scheme.weights.low_rank is not None:
+        rank = branch_rank(scheme.weights.low_rank, outputs, record.in_features)
+        down = take("low_rank_down", torch.bfloat16, rank, record.in_features)
+        up = take("low_rank_up", torch.bfloat16, outputs, rank)
+    static, centred = _activation_scale(record, scheme) == "per_step", scheme.activations.centred
+    if static or centred:
+        known = tensors.get(f"{name}.activation_step_times")
+        steps = 0 if known is None else known.numel()
+        times = take("activation_step_times", torch.float32, steps)
+        if steps == 0 or bool((times.diff() >= 0).any()):
+            raise ArtifactError(f"{name}.activation_step_times must be descending flow times")
+        scale = take("activation_scale", torch.float32, steps) if static else None
+        if scale is not None and not bool((scale > 0).all()):
+            raise ArtifactError(f"{name}.activation_scale must be positive")
+        if centred:
+            offset = take("activation_offset", torch.bfloat16, steps, width)
+            bias = take("bias", torch.float32, steps, outputs)
+    if not centred and any(linear.bias is not None for linear in linears):
+        bias = take("bias", torch.float32, outputs)
+    return QuantizedLinear(
+        weight_packed=packed,
+        weight_scale=weight_scale,
+        in_features=record.in_features,
+        splits=record.splits,
+        activation_bits=scheme.activations.bits,
+        transform=transform,
+        permutation=permutation,
+        activation_scale=scale,
+        activation_step_times=times,
+        bias=bias,
+        group=group,
+        clock=policy.clock,
+        low_rank_down=down,
+        low_rank_up=up,
+        activation_clip=_activation_clip(record, scheme),
+        activation_offset=offset,
+        kernel=run.kernel,
+        threads=run.threads,
+        gpu=run.gpu,
+    )
+
+
+def _activation_scale(record: SiteRecord, scheme: Scheme) -> str:
+    """How a site's activations are scaled; the record says where the recipe leaves a choice."""
+    asked, stored = scheme.activations.scale, record.activation_scale
+    possible = ("per_step", "per_token") if asked == "per_step_or_token" else (asked,)
+    if stored not in possible:
+        raise ArtifactError(
+            f"site {record.site.name!r}: omega_config.json has activation_scale {stored!r}, its "
+            f"recipe {asked!r}"
+        )
+    return stored
+
+
+def _activation_clip(record: SiteRecord, scheme: Scheme) -> float:
+    """The share of a token's largest magnitude; the record has it where it was searched."""
+    asked, stored = scheme.activations.clip, record.activation_clip
+    if asked != "search" and stored is None:
+        return asked
+    if asked != "search" or not isinstance(stored, float) or not 0.0 < stored <= 1.0:
+        raise ArtifactError(
+            f"site {record.site.name!r}: omega_config.json has activation_clip {stored!r}, its "
+            f"recipe clip {asked!r}"
+        )
+    return stored
+
+
+def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise ArtifactError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+        )
+    return tensor
+
+
+def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the module's unquantized parameters and buffers their tensors, all of them."""
+    quantized = {
+        path
+        for path, child in module.named_modules()
+        if isinstance(child, QuantizedLinear | QuantizedEmbedding)
+    }
+    state = module.state_dict()
+    expected = {k: v for k, v in state.items() if k.rpartition(".")[0] not in quantized}
+    missing, extra = sorted({*expected} - {*tensors}), sorted({*tensors} - {*expected})
+    if missing or extra:
+        raise ArtifactError(f"tensors do not fit the policy: missing {missing}, extra {extra}")
+    for name, tensor in expected.items():
+        if tensor.shape != tensors[name].shape:
+            raise ArtifactError(
+                f"{name} has shape {list(tensors[name].shape)}, expected {list(tensor.shape)}"
+            )
+    for name, tensor in expected.items():
+        if tensor.is_floating_point() != tensors[name].is_floating_point():
+            raise ArtifactError(f"{name} is {tensors[name].dtype}, expected {tensor.dtype}")
+    narrow = {
+        f"{path}.{kind}"
+        for path, child in module.named_modules()
+        if getattr(child, "any_precision", False)
+        for kind, _ in child.named_parameters(recurse=False)
+    }
+    widened = {
+        name: value if name in narrow else value.to(expected[name].dtype)
+        for name, value in tensors.items()
+    }
+    module.load_state_dict(widened, strict=False, assign=True)
