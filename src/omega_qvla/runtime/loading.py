@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.artifact.checkpoint import Artifact, read_artifact
-from omega_qvla.artifact.packing import packed_width
 from omega_qvla.devices import check_memory
 from omega_qvla.errors import ArtifactError, PolicyError, ResourceError
-from omega_qvla.policies.base import Policy, linears_of
+from omega_qvla.policies.base import Policy
 from omega_qvla.policies.elementwise import use_elementwise
 from omega_qvla.policies.loading import policy_skeleton
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.step_table import StepTable
-from omega_qvla.quantization.low_rank import branch_rank
 from omega_qvla.quantization.simulation import install
-from omega_qvla.recipe import Recipe, Scheme
+from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.description import SiteRecord
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
 from omega_qvla.runtime.engine import (
@@ -34,6 +31,7 @@ from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.graph import use_graphs
 from omega_qvla.runtime.kernels import triton_gpu
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear, best_kernel
+from omega_qvla.runtime.site_loading import Run, load_site, require
 
 GPU_WORKSPACE = 1 << 30
 """Bytes a policy on a GPU is assumed to need beside its tensors: activations, keys and values, the
@@ -84,7 +82,7 @@ def load(
         _require_native(artifact.config, device)
         check_memory(gpu.gpu, _gpu_bytes(artifact), f"{directory} with its workspace")
     try:
-        loaded = _rebuild(artifact, policy, _Run(kernel, threads, gpu))
+        loaded = _rebuild(artifact, policy, Run(kernel, threads, gpu))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"{directory}: omega_config.json does not fit the tensors: "
@@ -97,19 +95,6 @@ def load(
         if graph and isinstance(loaded.policy, NativePolicy):
             use_graphs(loaded.policy)
     return loaded
-
-
-@dataclass(frozen=True)
-class _Run:
-    """How the linears of a policy multiply."""
-
-    kernel: str | None
-    threads: int | None
-    gpu: GpuRun | None
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.gpu is None else self.gpu.gpu.device
 
 
 def _gpu_run(device: str, tuning: str | Path | None) -> GpuRun:
@@ -138,7 +123,7 @@ def _gpu_bytes(artifact: Artifact) -> int:
     )
 
 
-def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedPolicy:
+def _rebuild(artifact: Artifact, policy: Policy | None, run: Run) -> QuantizedPolicy:
     config = artifact.config
     family = str(config["policy"]["family"])
     target = _structure(family, config, artifact, policy)
@@ -152,7 +137,7 @@ def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedP
     recipe = Recipe.model_validate(config["recipe"])
     for item in config["sites"]:
         record = SiteRecord.parse(item)
-        linear = _load_linear(record, recipe, remaining, target, run)
+        linear = load_site(record, recipe, remaining, target, run)
         linear.prepare()
         install(target.module, record.site.linears, linear)
     if config["embedding"] is not None:
@@ -160,7 +145,7 @@ def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedP
         count, width = target.module.get_parameter(f"{path}.weight").shape
         layout = embedding_layout(config["embedding"]["bits"], count, width)
         table = {
-            kind: _require(f"{path}.{kind}", remaining.pop(f"{path}.{kind}"), dtype, shape)
+            kind: require(f"{path}.{kind}", remaining.pop(f"{path}.{kind}"), dtype, shape)
             for kind, (dtype, shape) in layout.items()
         }
         install(target.module, [path], QuantizedEmbedding(**table, width=width))
@@ -182,130 +167,6 @@ def _structure(
             "load(directory, policy=TorchPolicy(module, ...)); its weights are not used"
         )
     return policy_skeleton(family, config["policy"]["config"], artifact.processor)
-
-
-def _load_linear(
-    record: SiteRecord,
-    recipe: Recipe,
-    tensors: dict[str, Tensor],
-    policy: Policy,
-    run: _Run,
-) -> QuantizedLinear:
-    """One site's module, from exactly the tensors that its recipe and the policy's shapes imply."""
-    name = record.site.name
-    scheme = recipe.scheme_of(record.site)
-    linears = linears_of(policy.module, record.site)
-    widths = {linear.in_features for linear in linears}
-    splits = tuple(linear.out_features for linear in linears)
-    if scheme is None or widths != {record.in_features} or splits != record.splits:
-        raise ArtifactError(
-            f"site {name!r}: the policy has {splits} outputs of {sorted(widths)} inputs, "
-            f"omega_config.json has {record.splits} of {record.in_features}"
-        )
-
-    def take(kind: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        full = f"{name}.{kind}"
-        if full not in tensors:
-            raise ArtifactError(f"tensor {full} is missing")
-        return _require(full, tensors.pop(full), dtype, shape)
-
-    outputs, block = sum(splits), scheme.transform.block
-    transform = permutation = bias = scale = times = offset = None
-    width = record.in_features
-    if not scheme.transform.identity:
-        width = -(-width // block) * block
-        transform = take("transform", torch.bfloat16, width // block, block, block)
-    if scheme.transform.permutation != "none":
-        permutation = take("permutation", torch.int32, width)
-        ordered = torch.arange(width, dtype=torch.int32, device=permutation.device)
-        if not torch.equal(permutation.sort().values, ordered):
-            raise ArtifactError(f"{name}.permutation is not a permutation of {width} channels")
-    if scheme.weights.bits == 4:
-        packed = take("weight_packed", torch.int32, outputs, packed_width(width))
-    else:
-        packed = take("weight_packed", torch.int8, outputs, width)
-    group = scheme.weights.group
-    scales = (outputs,) if group is None else (outputs, -(-width // group))
-    weight_scale = take("weight_scale", torch.float32, *scales)
-    shape = take("weight_shape", torch.int64, 2)
-    if shape.tolist() != [outputs, record.in_features]:
-        raise ArtifactError(
-            f"{name}.weight_shape is {shape.tolist()}, expected {[outputs, record.in_features]}"
-        )
-    down = up = None
-    if scheme.weights.low_rank is not None:
-        rank = branch_rank(scheme.weights.low_rank, outputs, record.in_features)
-        down = take("low_rank_down", torch.bfloat16, rank, record.in_features)
-        up = take("low_rank_up", torch.bfloat16, outputs, rank)
-    static, centred = _activation_scale(record, scheme) == "per_step", scheme.activations.centred
-    if static or centred:
-        known = tensors.get(f"{name}.activation_step_times")
-        steps = 0 if known is None else known.numel()
-        times = take("activation_step_times", torch.float32, steps)
-        if steps == 0 or bool((times.diff() >= 0).any()):
-            raise ArtifactError(f"{name}.activation_step_times must be descending flow times")
-        scale = take("activation_scale", torch.float32, steps) if static else None
-        if scale is not None and not bool((scale > 0).all()):
-            raise ArtifactError(f"{name}.activation_scale must be positive")
-        if centred:
-            offset = take("activation_offset", torch.bfloat16, steps, width)
-            bias = take("bias", torch.float32, steps, outputs)
-    if not centred and any(linear.bias is not None for linear in linears):
-        bias = take("bias", torch.float32, outputs)
-    return QuantizedLinear(
-        weight_packed=packed,
-        weight_scale=weight_scale,
-        in_features=record.in_features,
-        splits=record.splits,
-        activation_bits=scheme.activations.bits,
-        transform=transform,
-        permutation=permutation,
-        activation_scale=scale,
-        activation_step_times=times,
-        bias=bias,
-        group=group,
-        clock=policy.clock,
-        low_rank_down=down,
-        low_rank_up=up,
-        activation_clip=_activation_clip(record, scheme),
-        activation_offset=offset,
-        kernel=run.kernel,
-        threads=run.threads,
-        gpu=run.gpu,
-    )
-
-
-def _activation_scale(record: SiteRecord, scheme: Scheme) -> str:
-    """How a site's activations are scaled; the record says where the recipe leaves a choice."""
-    asked, stored = scheme.activations.scale, record.activation_scale
-    possible = ("per_step", "per_token") if asked == "per_step_or_token" else (asked,)
-    if stored not in possible:
-        raise ArtifactError(
-            f"site {record.site.name!r}: omega_config.json has activation_scale {stored!r}, its "
-            f"recipe {asked!r}"
-        )
-    return stored
-
-
-def _activation_clip(record: SiteRecord, scheme: Scheme) -> float:
-    """The share of a token's largest magnitude; the record has it where it was searched."""
-    asked, stored = scheme.activations.clip, record.activation_clip
-    if asked != "search" and stored is None:
-        return asked
-    if asked != "search" or not isinstance(stored, float) or not 0.0 < stored <= 1.0:
-        raise ArtifactError(
-            f"site {record.site.name!r}: omega_config.json has activation_clip {stored!r}, its "
-            f"recipe clip {asked!r}"
-        )
-    return stored
-
-
-def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-        raise ArtifactError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
-        )
-    return tensor
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
