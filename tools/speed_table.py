@@ -14,7 +14,7 @@ DOCUMENT = ROOT / "docs" / "kernels.md"
 RESULTS = ROOT / "benchmarks" / "results"
 LIMITED = "FBGEMM_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2"
 """Limits torch's libraries, as ``--kernel avx2`` limits ours."""
-CHUNK = "omega-qvla bench policy --artifact OUT --threads 2 --rounds 3"
+CHUNK = "omega-qvla bench policy --artifact OUT --threads 2"
 TABLES: tuple[tuple[str, str, str, Callable[[dict], Table]], ...] = (
     (
         "kernels",
@@ -37,13 +37,13 @@ TABLES: tuple[tuple[str, str, str, Callable[[dict], Table]], ...] = (
     (
         "chunk",
         "cpu-pi05-chunk.json",
-        f"{CHUNK} --policy random:pi05-libero",
+        f"{CHUNK} --rounds 5 --policy random:pi05-libero",
         lambda document: policy_table(document["rows"]),
     ),
     (
         "gr00t",
         "cpu-gr00t-chunk.json",
-        f"{CHUNK} --policy random:gr00t-n1.5-libero",
+        f"{CHUNK} --rounds 3 --policy random:gr00t-n1.5-libero",
         lambda document: policy_table(document["rows"]),
     ),
 )

@@ -24,10 +24,14 @@ from omega_qvla.evaluation.gpu_speed import (
     with_and_without_graph,
 )
 from omega_qvla.evaluation.policy_speed import PARTS
+from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.native import NativePolicy, Pass
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.bfloat16 import bfloat16_pass, in_bfloat16
 from omega_qvla.runtime.graph import GraphWarning
 from omega_qvla.runtime.kernels import triton_gpu as gpu
+from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.memory import predict
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -117,14 +121,30 @@ def test_a_part_that_fails_hangs_or_dies_keeps_what_it_found_and_says_why(
     }
 
 
+@pytest.mark.parametrize("policy", ["random:tiny-pi05", "random:tiny-gr00t"])
 def test_actions_are_compared_on_the_same_observation_and_noise(
-    script: ModuleType, tmp_path: Path
+    policy: str, script: ModuleType, tmp_path: Path
 ) -> None:
     """The processor with itself: the same integers, so the same actions; and a bound that bites."""
-    source = script.random_artifact("random:tiny-pi05").save_pretrained(tmp_path / "tiny")
+    source = script.random_artifact(policy).save_pretrained(tmp_path / "tiny")
     assert compare_actions(source, "cpu") == {"action_error_against_cpu": 0.0}
     with pytest.raises(MismatchError, match="differ by"):
         compare_actions(source, "cpu", most=-1.0)
+
+
+@pytest.mark.parametrize("recipe", [DEFAULT_RECIPE, "omega-w4a4"])
+def test_random_integers_take_the_bytes_of_quantized_ones(
+    recipe: str, script: ModuleType, tmp_path: Path
+) -> None:
+    policy = "random:tiny-gr00t"
+    source = script.random_artifact(policy, recipe).save_pretrained(tmp_path / "random")
+    predicted = predict(load_policy(policy), Recipe.load(recipe))
+    assert load(source).memory_report() == predicted
+
+
+def test_integers_that_cannot_be_drawn_are_refused(script: ModuleType) -> None:
+    with pytest.raises(ValueError, match="recipe 'svdquant': cannot draw what it stores of"):
+        script.random_artifact("random:tiny-pi05", "svdquant")
 
 
 def test_the_parts_of_a_chunk_add_up(small_policy: NativePolicy, few: Any) -> None:
