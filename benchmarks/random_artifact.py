@@ -22,7 +22,7 @@ from omega_qvla.policies.weight_store import hold
 from omega_qvla.quantization.embedding import quantize_rows
 from omega_qvla.quantization.pipeline import Quantization
 from omega_qvla.quantization.site import QuantizedSite
-from omega_qvla.quantization.transforms import BlockTransform
+from omega_qvla.quantization.transforms import BlockTransform, padded_width
 from omega_qvla.quantization.weights import QuantizedWeight
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scheme
 from omega_qvla.runtime.engine import QuantizedPolicy, build
@@ -41,7 +41,7 @@ def random_site(
     linears = linears_of(policy.module, site)
     width, outputs = linears[0].in_features, sum(linear.out_features for linear in linears)
     block = scheme.transform.block
-    padded = -(-width // block) * block
+    padded = padded_width(width, block)
     blocks, _ = torch.linalg.qr(torch.randn((padded // block, block, block), generator=generator))
     integers = torch.randint(-8, 8, (outputs, padded), generator=generator, dtype=torch.int8)
     scale = torch.full((outputs,), padded**-0.5 / _INTEGER_SPREAD)

@@ -21,6 +21,7 @@ from omega_qvla.artifact.packing import packed_width
 from omega_qvla.policies.base import PAPER_SCOPE, HasEmbedding, Policy, linears_of, sites_of
 from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.quantization.low_rank import branch_rank
+from omega_qvla.quantization.transforms import padded_width
 from omega_qvla.recipe import Recipe, Scheme
 from omega_qvla.runtime.embedding import embedding_layout
 
@@ -208,7 +209,7 @@ class _Usage:
 def _site_bytes(scheme: Scheme, in_features: int, outputs: int, *, biased: bool, steps: int) -> int:
     block = scheme.transform.block
     transformed = not scheme.transform.identity
-    width = -(-in_features // block) * block if transformed else in_features
+    width = padded_width(in_features, block) if transformed else in_features
     size = _weight_bytes(scheme, in_features, outputs) + 16
     size += 2 * width * block if transformed else 0
     size += 4 * width if scheme.transform.permutation != "none" else 0
@@ -225,7 +226,7 @@ def _weight_bytes(scheme: Scheme, in_features: int, outputs: int) -> int:
     """Integers and scales of a weight [N, K], and its low-rank branch."""
     width, weights = in_features, scheme.weights
     if not scheme.transform.identity:
-        width = -(-in_features // scheme.transform.block) * scheme.transform.block
+        width = padded_width(in_features, scheme.transform.block)
     groups = 1 if weights.group is None else -(-width // weights.group)
     row = 4 * packed_width(width) if weights.bits == 4 else width
     size = outputs * row + 4 * outputs * groups

@@ -19,6 +19,7 @@ from omega_qvla.artifact.packing import packed_width
 from omega_qvla.errors import ArtifactError
 from omega_qvla.policies.base import Policy, linears_of
 from omega_qvla.quantization.low_rank import branch_rank
+from omega_qvla.quantization.transforms import padded_width
 from omega_qvla.recipe import Recipe, Scheme
 from omega_qvla.runtime.description import SiteRecord
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear
@@ -85,10 +86,9 @@ def load_site(
             f"omega_config.json has {record.splits} of {record.in_features}"
         )
     own = _SiteTensors(name, tensors)
-    block = scheme.transform.block
-    width = record.in_features
+    width, outputs = record.in_features, sum(splits)
     if not scheme.transform.identity:
-        width = -(-width // block) * block
+        width = padded_width(width, scheme.transform.block)
     static = _activation_scale(record, scheme) == "per_step"
     biased = any(linear.bias is not None for linear in linears)
     return QuantizedLinear(
@@ -102,8 +102,8 @@ def load_site(
         threads=run.threads,
         gpu=run.gpu,
         **_transform(own, scheme, width),
-        **_weight(own, scheme, record.in_features, sum(splits), width),
-        **_activations(own, scheme, static, biased, sum(splits), width),
+        **_weight(own, scheme, record.in_features, outputs, width),
+        **_activations(own, scheme, static, biased, outputs, width),
     )
 
 
