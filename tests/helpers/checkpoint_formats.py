@@ -107,7 +107,7 @@ def openpi_statistics(width: int = 3) -> dict[str, Any]:
 
 
 def lerobot_config() -> dict[str, Any]:
-    """``config.json`` of LeRobot 0.4.4's pi05 with three cameras, the last a placeholder."""
+    """``config.json`` of LeRobot 0.6.1's pi05 with three cameras, the last a placeholder."""
     image = {"type": "VISUAL", "shape": [3, 480, 640]}
     return {
         "type": "pi05",
@@ -122,7 +122,13 @@ def lerobot_config() -> dict[str, Any]:
         "device": "cuda",
         "use_amp": False,
         "use_peft": False,
+        "push_to_hub": True,
+        "repo_id": None,
+        "private": None,
+        "tags": None,
         "license": None,
+        "pretrained_path": None,
+        "pretrained_revision": None,
         "paligemma_variant": "dummy",
         "action_expert_variant": "dummy",
         "dtype": "bfloat16",
@@ -131,8 +137,16 @@ def lerobot_config() -> dict[str, Any]:
         "max_state_dim": 8,
         "max_action_dim": 8,
         "num_inference_steps": 5,
+        "time_sampling_beta_alpha": 1.5,
+        "time_sampling_beta_beta": 1.0,
+        "time_sampling_scale": 0.999,
+        "time_sampling_offset": 0.001,
         "min_period": 0.004,
         "max_period": 4.0,
+        "use_relative_actions": False,
+        "relative_exclude_joints": ["gripper"],
+        "action_feature_names": None,
+        "rtc_config": None,
         "image_resolution": [28, 28],
         "empty_cameras": 1,
         "tokenizer_max_length": 200,
@@ -141,11 +155,39 @@ def lerobot_config() -> dict[str, Any]:
             "STATE": "QUANTILES",
             "ACTION": "QUANTILES",
         },
+        "gradient_checkpointing": False,
+        "compile_model": False,
+        "compile_mode": "max-autotune",
+        "freeze_vision_encoder": False,
+        "train_expert_only": False,
+        "optimizer_lr": 2.5e-05,
+        "optimizer_betas": [0.9, 0.95],
+        "optimizer_eps": 1e-08,
+        "optimizer_weight_decay": 0.01,
+        "optimizer_grad_clip_norm": 1.0,
+        "scheduler_warmup_steps": 1000,
+        "scheduler_decay_steps": 30000,
+        "scheduler_decay_lr": 2.5e-06,
     }
 
 
+LEROBOT_FIELDS_SINCE = {
+    "0.4.3": ("use_peft", "freeze_vision_encoder", "train_expert_only"),
+    "0.5.1": ("use_relative_actions", "relative_exclude_joints", "action_feature_names"),
+    "0.6.0": ("pretrained_revision",),
+}
+"""Fields of pi05's ``config.json`` by the release that brought them."""
+
+
+def older_lerobot_config(content: dict[str, Any], *releases: str) -> None:
+    """Take the fields that these releases brought out of a ``config.json``."""
+    for release in releases:
+        for name in LEROBOT_FIELDS_SINCE[release]:
+            del content[name]
+
+
 def lerobot_pipelines(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two pipelines as LeRobot 0.4.4 saves them for pi05."""
+    """The two pipelines as LeRobot 0.6.1 saves them for pi05."""
     norm = {
         "eps": 1e-8,
         "features": {**config["input_features"], **config["output_features"]},
@@ -164,9 +206,13 @@ def lerobot_pipelines(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
         {"registry_name": "to_batch_processor", "config": {}},
         {
+            "registry_name": "relative_actions_processor",
+            "config": {"enabled": False, "exclude_joints": ["gripper"], "action_names": None},
+        },
+        {
             "registry_name": "normalizer_processor",
             "config": norm,
-            "state_file": state.format("pre", 2, ""),
+            "state_file": state.format("pre", 3, ""),
         },
         {"registry_name": "pi05_prepare_state_tokenizer_processor_step", "config": {}},
         {"registry_name": "tokenizer_processor", "config": tokenize},
@@ -181,6 +227,7 @@ def lerobot_pipelines(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
             "config": {**norm, "features": dict(config["output_features"])},
             "state_file": state.format("post", 0, "un"),
         },
+        {"registry_name": "absolute_actions_processor", "config": {"enabled": False}},
         {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}},
     ]
     return (
@@ -474,7 +521,7 @@ def train_sentencepiece() -> bytes:
 def write_lerobot_pi05(
     directory: Path, tokenizer: bytes, prefix: str = "model.", **changes: Any
 ) -> Path:
-    """A pi05 checkpoint as LeRobot 0.4.4 writes it."""
+    """A pi05 checkpoint as LeRobot 0.6.1 writes it."""
     config = lerobot_config() | changes
     tensors = {prefix + k: v for k, v in official_tensors(tiny_official()).items()}
     _write_lerobot(directory, config, tensors, lerobot_pipelines(config))

@@ -12,6 +12,7 @@ import tyro
 from omega_qvla.errors import RecipeError, ResourceError
 from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.policies.checkpoints.choices import Choices
+from omega_qvla.policies.checkpoints.lerobot_writer import WrittenBy
 
 EVALUATION_SEED = 0
 """First seed of evaluation episodes; demonstrations use seeds far above."""
@@ -109,11 +110,26 @@ class Checkpoint:
         Path | None,
         tyro.conf.arg(help="PaliGemma's tokenizer.model, or the folder of Qwen's vocabulary"),
     ] = None
+    written_by: Annotated[
+        WrittenBy | None,
+        tyro.conf.arg(help="release of LeRobot that wrote a pi05 checkpoint, where it cannot tell"),
+    ] = None
+    ignore_settings: Annotated[
+        str | None,
+        tyro.conf.arg(help="unknown settings of a LeRobot config.json to go on without, NAME,.."),
+    ] = None
 
     @property
     def choices(self) -> Choices:
         """What the checkpoint leaves open, as it was answered."""
-        return Choices(self.training_config, self.tokenizer, self.embodiment, self.data_config)
+        return Choices(
+            training_config=self.training_config,
+            tokenizer=self.tokenizer,
+            embodiment=self.embodiment,
+            data_config=self.data_config,
+            written_by=self.written_by,
+            ignore_settings=tuple(names_of(self.ignore_settings) or ()),
+        )
 
 
 def names_of(text: str | None) -> list[str] | None:

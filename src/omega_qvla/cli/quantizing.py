@@ -50,6 +50,7 @@ class Quantize(Calibrated, Checkpoint, Common):
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         if self.dry_run:
             policy = _with_steps(policy_structure(self.policy, self.choices), self.steps)
+            screen.decisions(policy.decisions)
             sites = [{"name": name} for name in _covered_sites(policy, recipe)]
             content = recipe.model_dump(mode="json")
             report = _inspection(predict(policy, recipe), content, sites, best_kernel())
@@ -64,6 +65,7 @@ class Quantize(Calibrated, Checkpoint, Common):
         # A recipe that cascades runs on its own results, which needs the whole policy in memory.
         read = load_policy if recipe.cascade else stream_policy
         policy = _with_steps(read(self.policy, self.choices), self.steps)
+        screen.decisions(policy.decisions)
         source = self.calibration or default_calibration(self.policy)
         observations = calibration_of(source, policy, self, recipe.observations)
         screen.report(observations)
@@ -107,8 +109,10 @@ class Inspect(Common):
             quantized.kernel,
         )
         report["content_hash"] = quantized.content_hash
+        report["decisions"] = quantized.policy.decisions
         recipe = quantized.config["recipe"]
         screen.memory(report, str(self.directory))
+        screen.decisions(quantized.policy.decisions)
         screen.say(f"recipe   {recipe['name']} ({quantized.config['recipe_hash'][:16]})")
         screen.say(f"content  {quantized.content_hash}")
         screen.say(f"kernel   {quantized.kernel}; {len(quantized.sites)} quantized sites")

@@ -43,6 +43,11 @@ class Screen:
         for line in [] if observations.report is None else observations.report.lines():
             self.say(line)
 
+    def decisions(self, decisions: Mapping[str, str]) -> None:
+        """What was decided about a checkpoint, a line each."""
+        for question, answer in decisions.items():
+            self.say(f"{question}: {answer}")
+
     def table(self, content: TextTable, *, without: Sequence[str] = ()) -> None:
         """A table, less some columns, and its notes."""
         kept = [i for i, name in enumerate(content.header) if name not in without]

@@ -116,6 +116,8 @@ class Policy(Protocol):
     dropped_parameters: int
     store: WeightStore | None
     """Where parameters without values of their own are; None when all are in memory."""
+    decisions: Mapping[str, str]
+    """What was decided about the checkpoint, question → answer; empty where nothing had to be."""
 
     @property
     def module(self) -> nn.Module:

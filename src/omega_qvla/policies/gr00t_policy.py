@@ -174,6 +174,7 @@ class Gr00tN15Policy(NativePolicy):
             module,
             processor,
             dropped_parameters=self.dropped_parameters + removed,
+            decisions=self.decisions,
             store=None if self.store is None else KeptRows(self.store, stacked, rows),
         )
 

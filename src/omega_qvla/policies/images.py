@@ -6,12 +6,13 @@ The originals differ in ways that are visible to a policy, so each is reproduced
 |---|---|---|---|---|
 | ``pad_bilinear`` | not antialiased | yes | black | openpi ``image_tools.py``, tensors |
 | ``pad_antialiased`` | antialiased, as Pillow's | yes | black | openpi-client ``image_tools.py`` |
-| ``pad_lerobot`` | not antialiased | no | -3 | LeRobot ``modeling_pi05.py`` |
+| ``pad_lerobot`` | not antialiased | no | -3 | LeRobot ``modeling_pi05.py`` up to 0.4.4 |
+| ``pad_lerobot_black`` | not antialiased | no | black | the same from 0.5.0 on |
 | ``crop_and_resize`` | antialiased, after a crop | down | none | Isaac-GR00T ``video.py`` |
 | ``stretch_bicubic`` | bicubic, antialiased | yes | none | LeRobot's groot, Eagle's processor |
 
-LeRobot pads images in [0, 1] with -1 before it maps them to [-1, 1], hence the -3: its policies
-were fine-tuned with such bars, and must see them.
+Up to 0.4.4 LeRobot pads images in [0, 1] with -1 before it maps them to [-1, 1], hence the -3:
+policies that were fine-tuned with such bars must see them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-ImageFit = Literal["bilinear", "antialiased", "lerobot"]
+ImageFit = Literal["bilinear", "antialiased", "lerobot", "lerobot-0.5"]
 """Names of the ways to fit an image into a square without distortion."""
 
 
@@ -45,16 +46,19 @@ def pad_antialiased(image: np.ndarray, size: int) -> Tensor:
 
 def pad_lerobot(image: np.ndarray, size: int) -> Tensor:
     """One image uint8 [H, W, 3] → float32 [3, size, size] in [-1, 1], bars of -3 where needed."""
-    pixels = _resize(
-        _channels_first(image).to(torch.float32) / 255.0, _inner_size(image, size), antialias=False
-    )
-    return _bars(pixels.clamp(-1.0, 1.0), size, -1.0) * 2.0 - 1.0
+    return _pad_unit(image, size, -1.0) * 2.0 - 1.0
+
+
+def pad_lerobot_black(image: np.ndarray, size: int) -> Tensor:
+    """As ``pad_lerobot``, with black bars (-1)."""
+    return _pad_unit(image, size, 0.0) * 2.0 - 1.0
 
 
 FITS: Mapping[ImageFit, Callable[[np.ndarray, int], Tensor]] = {
     "bilinear": pad_bilinear,
     "antialiased": pad_antialiased,
     "lerobot": pad_lerobot,
+    "lerobot-0.5": pad_lerobot_black,
 }
 assert set(FITS) == set(get_args(ImageFit))
 
@@ -114,6 +118,13 @@ def _resize(pixels: Tensor, size: tuple[int, int], *, antialias: bool) -> Tensor
     return F.interpolate(
         pixels.unsqueeze(0), size=size, mode="bilinear", align_corners=False, antialias=antialias
     )[0]
+
+
+def _pad_unit(image: np.ndarray, size: int, bars: float) -> Tensor:
+    """An image in [0, 1] with bars of the given value, which is also the least that may remain."""
+    pixels = _channels_first(image).to(torch.float32) / 255.0
+    pixels = _resize(pixels, _inner_size(image, size), antialias=False)
+    return _bars(pixels.clamp(bars, 1.0), size, bars)
 
 
 def _bars(pixels: Tensor, size: int, value: float) -> Tensor:

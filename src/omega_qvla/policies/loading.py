@@ -15,7 +15,7 @@ from omega_qvla.policies import gr00t_n15, pi05
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.files import UNSAFE_SUFFIXES, unsafe_message
 from omega_qvla.policies.checkpoints.hub import fetch, looks_unpinned, parse_hub_id
-from omega_qvla.policies.checkpoints.layout import reader_for
+from omega_qvla.policies.checkpoints.layout import reader_for, require_asked
 from omega_qvla.policies.gr00t_n15 import EMBODIMENTS, Gr00tN15Config, Gr00tN15Module
 from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
@@ -106,10 +106,9 @@ def stream_policy(source: str | Path, choices: Choices | None = None) -> NativeP
     if scheme == "random":
         return _of_embodiment(stream_random(name), choices.embodiment)
     directory = policy_directory(source)
-    policy = reader_for(directory)(directory, choices)
-    if choices.embodiment is not None:
-        _require_embodiments(policy)
-    return policy
+    reader = reader_for(directory)
+    require_asked(reader, choices, str(directory))
+    return reader(directory, choices)
 
 
 def _of_embodiment(policy: NativePolicy, embodiment: str | None) -> NativePolicy:

@@ -60,6 +60,8 @@ class NativePolicy(ABC):
         dropped_parameters: how many parameters the checkpoint held that inference never reads.
         store: where the parameters are that have no values in the module; such a policy can be
             quantized layer by layer but not run.
+        decisions: what was decided about the checkpoint, question → answer, for its user to check:
+            which code wrote it, and what the network is shown and gives because of that.
     """
 
     family: str
@@ -78,6 +80,7 @@ class NativePolicy(ABC):
         modulation: Modulation | None = None,
         dropped_parameters: int = 0,
         store: WeightStore | None = None,
+        decisions: Mapping[str, str] | None = None,
     ) -> None:
         self.module = module.eval().requires_grad_(False)
         self.processor = processor
@@ -85,6 +88,7 @@ class NativePolicy(ABC):
         self.clock = FlowClock()
         self.dropped_parameters = dropped_parameters
         self.store = store
+        self.decisions = dict(decisions or {})
         self._modulation: Modulation = modulation or self.module.step_modulation
         self.step_table: StepTable | None = None
         self._schedules: dict[int, Any] = {}
@@ -206,6 +210,7 @@ class NativePolicy(ABC):
             self.processor,
             dropped_parameters=self.dropped_parameters,
             store=self.store,
+            decisions=self.decisions,
         )
 
     def with_steps(self, steps: int) -> Self:

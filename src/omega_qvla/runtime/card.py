@@ -13,6 +13,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     """Markdown text saying what the artifact is, how it was made and how to load it."""
     recipe = config["recipe"]
     left = Recipe.model_validate(recipe).left_in_16_bits
+    decisions = config["policy"].get("decisions", {})
     sites = Counter(site["component"] for site in config["sites"])
     lines = [
         "# Quantized vision-language-action policy",
@@ -24,6 +25,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"- calibrated on {config['calibration']['observations']} observations, fingerprint "
         f"`{config['calibration']['fingerprint']}`",
         f"- made by omega-qvla {config['library_version']}",
+        *(f"- {question}: {answer}" for question, answer in decisions.items()),
         "",
         "| part | quantized sites |",
         "|---|---|",

@@ -72,7 +72,11 @@ def describe(policy: Policy, quantization: Quantization) -> dict[str, Any]:
     recipe = quantization.recipe
     return {
         "library_version": version("omega-qvla"),
-        "policy": {"family": policy.family, "config": structure},
+        "policy": {
+            "family": policy.family,
+            "config": structure,
+            **({"decisions": dict(policy.decisions)} if policy.decisions else {}),
+        },
         "recipe": recipe.model_dump(mode="json"),
         "recipe_hash": recipe.content_hash,
         "calibration": {

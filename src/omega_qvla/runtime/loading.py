@@ -166,7 +166,9 @@ def _structure(
             "this artifact was made from a module of your own: give its structure with "
             "load(directory, policy=TorchPolicy(module, ...)); its weights are not used"
         )
-    return policy_skeleton(family, config["policy"]["config"], artifact.processor)
+    found = policy_skeleton(family, config["policy"]["config"], artifact.processor)
+    found.decisions = dict(config["policy"].get("decisions", {}))
+    return found
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

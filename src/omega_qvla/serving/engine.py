@@ -100,6 +100,7 @@ class PolicyEngine:
             state_parts=_parts(statistics.state),
             action_parts=_parts(statistics.actions),
             layout=layout,
+            decisions=self._policy.decisions,
         )
 
     def limits(self, margin: float) -> ActionLimits:

@@ -81,6 +81,7 @@ class Specification:
         noise_shape: (horizon, width) of the noise sampling starts from.
         state_parts, action_parts: named pieces and their widths, one after the other.
         layout: how the robot names things.
+        decisions: what was decided about the checkpoint, question → answer.
     """
 
     cameras: tuple[str, ...]
@@ -91,6 +92,7 @@ class Specification:
     state_parts: tuple[tuple[str, int], ...] = ()
     action_parts: tuple[tuple[str, int], ...] = ()
     layout: Layout = NATIVE
+    decisions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
         """The layout must be one for this policy.
@@ -117,6 +119,7 @@ class Specification:
             "state_keys": list(self.layout.state),
             "state_parts": [list(part) for part in self.state_parts],
             "action_parts": [list(part) for part in self.action_parts],
+            "decisions": dict(self.decisions),
         }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_formats import robot_observation
+from checkpoint_formats import older_lerobot_config, robot_observation
 from safetensors.torch import load_file, save_file
 
 import omega_qvla as oq
@@ -18,8 +18,9 @@ from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy, stream_policy
 from omega_qvla.policies.normalization import MeanStd, Range, Unchanged
+from omega_qvla.serving.engine import PolicyEngine
 
-NORM = "policy_preprocessor_step_2_normalizer_processor.safetensors"
+NORM = "policy_preprocessor_step_3_normalizer_processor.safetensors"
 CAMERAS = ("front", "wrist")
 
 
@@ -38,29 +39,187 @@ def test_a_directory_loads_with_no_choice_at_all(lerobot_directory: Callable[...
     config = policy.config
     assert (config.horizon, config.steps, config.cameras) == (4, 5, CAMERAS)
     assert (config.state_dim, config.robot_action_dim, config.action_dim) == (3, 3, 8)
-    assert (config.state_in_prompt, config.prompt_state_dim) == (True, 8)
-    assert config.image_fit == "lerobot"
+    assert (config.state_in_prompt, config.prompt_state_dim) == (True, None)
+    assert config.image_fit == "lerobot-0.5"
     chunk = policy.sample_actions(robot_observation(CAMERAS))
     assert chunk.shape == (4, 3) and np.isfinite(chunk).all()
     assert (chunk[:, 2] < 1e-6).all()  # the last action's quantiles are both 0
 
 
-def test_the_state_in_the_prompt_is_padded_after_normalization(
+def written_by(directory: Path, *without: str) -> Path:
+    """The directory with the ``config.json`` of an older release: less the fields later ones have;
+    up to 0.5.0 its pipelines have no steps for relative actions either."""
+    change_json(directory / "config.json", lambda c: older_lerobot_config(c, *without))
+
+    def without_relative(content: dict[str, Any]) -> None:
+        relative = ("relative_actions_processor", "absolute_actions_processor")
+        content["steps"] = [s for s in content["steps"] if s["registry_name"] not in relative]
+
+    if "0.5.1" in without:
+        for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+            change_json(directory / name, without_relative)
+    return directory
+
+
+V040, V043, V051 = ("0.6.0", "0.5.1", "0.4.3"), ("0.6.0", "0.5.1"), ("0.6.0",)
+OWN, PADDED = "192 64 192", "192 64 192 128 128 128 128 128"
+"""By hand: quantiles (-1, 1), (-2, 2), (0, 4) of the state (0.5, -1, 3), then five zeros."""
+
+
+@pytest.mark.parametrize(
+    ("without", "said", "bins", "bar", "evidence"),
+    [
+        ((), None, OWN, -1, "0.6.0 or later"),
+        (V051, None, OWN, -1, "0.5.1 or later"),
+        (V043, "lerobot-0.5", OWN, -1, "lerobot-0.5, as you said"),
+        (V043, "lerobot-0.4", PADDED, -3, "lerobot-0.4, as you said"),
+        (V040, None, PADDED, -3, "0.4.0 to 0.4.2"),
+    ],
+)
+def test_the_network_is_shown_what_the_release_that_wrote_the_checkpoint_shows_it(
+    without: tuple[str, ...],
+    said: Any,
+    bins: str,
+    bar: int,
+    evidence: str,
     lerobot_directory: Callable[..., Path],
 ) -> None:
-    """By hand: quantiles (-1, 1), (-2, 2), (0, 4) of the state (0.5, -1, 3), then five zeros."""
-    processor = load_policy(lerobot_directory()).processor
-    prompt = processor.prompt(robot_observation(CAMERAS))
-    bins = "192 64 192 128 128 128 128 128"
+    policy = load_policy(written_by(lerobot_directory(), *without), Choices(written_by=said))
+    observation = robot_observation(CAMERAS)
+    prompt = policy.processor.prompt(observation)
     assert prompt == f"Task: pick up the black bowl, State: {bins};\nAction: "
+    pixels, _ = policy.processor.encode(observation)
+    assert pixels.shape == (1, 2, 3, 28, 28)
+    assert (pixels[..., :4, :] == bar).all() and (pixels[..., 4:24, :] >= -1).all()
+    assert evidence in policy.decisions["written by"]
+    assert f"{bar}" in policy.decisions["images"]
 
 
-def test_images_that_are_not_square_get_lerobots_bars(
+def test_a_checkpoint_that_does_not_tell_its_release_is_refused_until_the_user_does(
     lerobot_directory: Callable[..., Path],
 ) -> None:
-    pixels, _ = load_policy(lerobot_directory()).processor.encode(robot_observation(CAMERAS))
-    assert pixels.shape == (1, 2, 3, 28, 28)
-    assert (pixels[..., :4, :] == -3).all() and (pixels[..., 4:24, :] >= -1).all()
+    directory = written_by(lerobot_directory(), *V043)
+    with pytest.raises(PolicyError, match=r"0\.4\.3, 0\.4\.4 or 0\.5\.0.*--written-by"):
+        load_policy(directory)
+
+
+@pytest.mark.parametrize(
+    ("without", "said"), [((), "lerobot-0.4"), (V051, "lerobot-0.4"), (V040, "lerobot-0.5")]
+)
+def test_a_release_that_contradicts_the_files_is_refused(
+    without: tuple[str, ...], said: Any, lerobot_directory: Callable[..., Path]
+) -> None:
+    directory = written_by(lerobot_directory(), *without)
+    with pytest.raises(PolicyError, match=rf"not by {said}: leave --written-by out"):
+        load_policy(directory, Choices(written_by=said))
+
+
+def test_a_fine_tune_that_kept_the_pipelines_of_an_older_base_is_read_by_its_own_release(
+    lerobot_directory: Callable[..., Path],
+) -> None:
+    newer = json.loads((lerobot_directory("newer") / "config.json").read_text())
+    directory = written_by(lerobot_directory(), *V043)
+    (directory / "config.json").write_text(json.dumps(newer))
+    policy = load_policy(directory)
+    assert "0.6.0 or later" in policy.decisions["written by"]
+    assert policy.config.prompt_state_dim is None
+
+
+@pytest.mark.parametrize("name", ["use_visual_memory", "include_state_in_prompt"])
+@pytest.mark.parametrize("value", [True, False])
+def test_a_setting_that_is_not_known_is_refused_by_name_unless_the_user_knows_it(
+    name: str, value: bool, lerobot_directory: Callable[..., Path]
+) -> None:
+    directory = lerobot_directory()
+    change_json(directory / "config.json", lambda content: content.update({name: value}))
+    with pytest.raises(PolicyError, match=rf"{name} = {value}.*--ignore-settings {name}"):
+        load_policy(directory)
+    policy = load_policy(directory, Choices(ignore_settings=(name,)))
+    assert policy.decisions["ignored settings"] == name
+    with pytest.raises(PolicyError, match="names chunk_size, which is not an unknown setting"):
+        load_policy(directory, Choices(ignore_settings=(name, "chunk_size")))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "name", "changes"),
+    [
+        ("pre", "tokenizer_processor", {"padding_side": "left"}),
+        ("pre", "tokenizer_processor", {"task_key": "instruction"}),
+        ("pre", "tokenizer_processor", {"truncation": False}),
+        ("pre", "tokenizer_processor", {"lower_case": True}),
+        ("pre", "normalizer_processor", {"clip": 5.0}),
+        ("pre", "pi05_prepare_state_tokenizer_processor_step", {"max_state_dim": 32}),
+        ("pre", "rename_observations_processor", {"strict": True}),
+        ("pre", "device_processor", {"float_dtype": "bfloat16"}),
+        ("pre", "to_batch_processor", {"size": 2}),
+        ("post", "unnormalizer_processor", {"clip": 5.0}),
+        ("post", "device_processor", {"float_dtype": "float16"}),
+        ("post", "absolute_actions_processor", {"exclude": []}),
+    ],
+)
+def test_a_step_with_a_changed_or_unknown_setting_is_refused(
+    pipeline: str, name: str, changes: dict[str, Any], lerobot_directory: Callable[..., Path]
+) -> None:
+    directory = lerobot_directory()
+    change_json(
+        directory / f"policy_{pipeline}processor.json",
+        lambda content: step(content, name)["config"].update(changes),
+    )
+    with pytest.raises(PolicyError, match=rf"(?s){name}.*{next(iter(changes))}"):
+        load_policy(directory)
+
+
+def test_steps_in_another_order_are_refused(lerobot_directory: Callable[..., Path]) -> None:
+    directory = lerobot_directory()
+
+    def swap(content: dict[str, Any]) -> None:
+        steps = content["steps"]
+        steps[3], steps[4] = steps[4], steps[3]  # the prompt before the state is normalized
+
+    change_json(directory / "policy_preprocessor.json", swap)
+    with pytest.raises(PolicyError, match="steps in another order"):
+        load_policy(directory)
+
+
+@pytest.mark.parametrize("where", ["config", "pre", "post"])
+def test_actions_that_are_differences_from_the_state_are_refused(
+    where: str, lerobot_directory: Callable[..., Path]
+) -> None:
+    directory = lerobot_directory()
+    if where == "config":
+        change_json(directory / "config.json", lambda c: c.update(use_relative_actions=True))
+    else:
+        name = {"pre": "relative", "post": "absolute"}[where] + "_actions_processor"
+        change_json(
+            directory / f"policy_{where}processor.json",
+            lambda content: step(content, name)["config"].update(enabled=True),
+        )
+    with pytest.raises(PolicyError, match="differences from the state"):
+        load_policy(directory)
+
+
+def test_answers_to_what_a_checkpoint_does_not_ask_are_refused(
+    lerobot_directory: Callable[..., Path],
+) -> None:
+    given = Choices(training_config="pi05_libero", data_config="libero")
+    expected = r"LeRobot's pi05, which has no use for --training-config, --data-config"
+    with pytest.raises(PolicyError, match=expected):
+        load_policy(lerobot_directory(), given)
+
+
+def test_what_was_decided_goes_into_the_artifact_and_to_its_robots(
+    lerobot_directory: Callable[..., Path], tmp_path: Path
+) -> None:
+    policy = load_policy(lerobot_directory())
+    quantized = oq.quantize(policy, [robot_observation(CAMERAS)], "rtn")
+    quantized.save_pretrained(tmp_path / "artifact")
+    loaded = oq.load(tmp_path / "artifact")
+    assert loaded.policy.decisions == policy.decisions
+    assert policy.decisions["cameras"] == "front, wrist; empty_camera_0 left out"
+    served = PolicyEngine(loaded).specification().dump()["decisions"]
+    assert served == policy.decisions
+    card = (tmp_path / "artifact" / "README.md").read_text()
+    assert f"- written by: {policy.decisions['written by']}" in card
 
 
 def test_weights_are_the_same_with_and_without_the_prefix_and_left_in_the_file(
@@ -146,6 +305,7 @@ def test_without_the_prompt_step_the_state_stays_out_of_the_prompt(
         ({"image_resolution": [224, 224]}, r"image_resolution \(224, 224\), the weights need"),
         ({"min_period": 0.1}, "min_period 0.1, the weights need 0.004"),
         ({"chunk_size": 0}, r"(?s)is not a LeRobot configuration: .*chunk_size"),
+        ({"n_obs_steps": 2}, r"(?s)is not a LeRobot configuration: .*n_obs_steps"),
         ({"use_peft": True}, "holds adapters to another checkpoint"),
         ({"input_features": {}}, "has no feature 'observation.state'"),
         ({"output_features": {}}, "has no feature 'action'"),

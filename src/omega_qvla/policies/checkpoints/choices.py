@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from omega_qvla.policies.checkpoints.lerobot_writer import WrittenBy
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -16,9 +18,15 @@ class Choices:
         tokenizer: PaliGemma's ``tokenizer.model``, or the directory of Qwen's files.
         embodiment: tag of the robot, for a GR00T checkpoint that knows several.
         data_config: name of GR00T's data configuration (``libero``), or a JSON file.
+        written_by: the release of LeRobot that wrote a pi05 checkpoint, where its files do not
+            tell (``lerobot_writer.py``).
+        ignore_settings: settings of a LeRobot ``config.json`` that this version does not know and
+            the user knows to be of no consequence.
     """
 
     training_config: str | None = None
     tokenizer: Path | None = None
     embodiment: str | None = None
     data_config: str | None = None
+    written_by: WrittenBy | None = None
+    ignore_settings: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ would be missing anyway.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,16 @@ def stream_gr00t(directory: Path, choices: Choices) -> Gr00tN15Policy:
         prompt_length=PROMPT_LENGTH,
         steps=head.num_inference_timesteps,
     )
-    return build(Gr00tProcessor(config, statistics, tokenizer), stored)
+    decisions = {
+        "layout": "Isaac-GR00T N1.5",
+        "embodiment": f"{tag} ({config.embodiment})",
+        "data configuration": str(choices.data_config),
+        "cameras": ", ".join(data.cameras),
+        "images": f"center crop of {data.image_crop:g}, stretched to a square",
+        "state": ", ".join(f"{part} {mode}" for part, mode in data.state.items()),
+        "actions": ", ".join(f"{part} {mode}" for part, mode in data.actions.items()),
+    }
+    return build(Gr00tProcessor(config, statistics, tokenizer), stored, decisions)
 
 
 def make_config(sizes: Sizes, where: Path, **conventions: Any) -> Gr00tN15Config:
@@ -134,7 +144,9 @@ def make_config(sizes: Sizes, where: Path, **conventions: Any) -> Gr00tN15Config
         raise PolicyError(f"{where}: the policy does not fit its robot: {error}") from error
 
 
-def build(processor: Gr00tProcessor, stored: StoredTensors) -> Gr00tN15Policy:
+def build(
+    processor: Gr00tProcessor, stored: StoredTensors, decisions: Mapping[str, str]
+) -> Gr00tN15Policy:
     """A policy that keeps the acting embodiment's layers alone.
 
     Raises:
@@ -146,7 +158,9 @@ def build(processor: Gr00tProcessor, stored: StoredTensors) -> Gr00tN15Policy:
     dropped = dropped_shapes(config)
     store = map_strictly(module, stored, dropped=dropped)
     count = dropped_count(stored, dropped)
-    whole = Gr00tN15Policy(module, processor, dropped_parameters=count, store=store)
+    whole = Gr00tN15Policy(
+        module, processor, dropped_parameters=count, store=store, decisions=decisions
+    )
     return whole.keep_embodiments((config.embodiment,))
 
 

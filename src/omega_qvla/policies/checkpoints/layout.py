@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,40 @@ Reader = Callable[[Path, Choices], NativePolicy]
 
 LEROBOT: dict[str, Reader] = {"pi05": stream_lerobot_pi05, "groot": stream_lerobot_groot}
 """LeRobot's policy types."""
+
+LAYOUTS: dict[Reader, tuple[str, frozenset[str]]] = {
+    stream_openpi: (
+        "openpi's (there is no config.json that names another)",
+        frozenset({"training_config", "tokenizer"}),
+    ),
+    stream_lerobot_pi05: (
+        "LeRobot's pi05",
+        frozenset({"tokenizer", "written_by", "ignore_settings"}),
+    ),
+    stream_lerobot_groot: (
+        "LeRobot's groot",
+        frozenset({"tokenizer", "embodiment", "ignore_settings"}),
+    ),
+    stream_gr00t: ("Isaac-GR00T's", frozenset({"tokenizer", "embodiment", "data_config"})),
+    stream_own: ("this project's own", frozenset({"embodiment"})),
+}
+"""What a user knows each layout as, and the fields of ``Choices`` that its reader reads."""
+
+
+def require_asked(reader: Reader, choices: Choices, where: str) -> None:
+    """Refuse an answer to what a checkpoint does not ask: it is meant for another one.
+
+    Raises:
+        PolicyError: an answer was given that this layout has no use for.
+    """
+    layout, asked = LAYOUTS[reader]
+    given = [f.name for f in fields(choices) if getattr(choices, f.name) != f.default]
+    unasked = [f"--{name.replace('_', '-')}" for name in given if name not in asked]
+    if unasked:
+        raise PolicyError(
+            f"the layout of {where} is {layout}, which has no use for {', '.join(unasked)}: leave "
+            "it out, or give the checkpoint it is meant for"
+        )
 
 
 def reader_for(directory: Path) -> Reader:

@@ -7,16 +7,17 @@ LeRobot 0.4 and later writes beside the weights
   each with a configuration; steps with statistics keep them as ``<feature>.<statistic>`` in a
   safetensors file that the step names (``*_step_N_<name>.safetensors``).
 
-The pipelines are code by name.  Steps that are known are read; any other step would change what the
-network sees, and is refused by name.
+The pipelines are code by name.  Steps that are known are read; any other step, order of steps or
+setting would change what the network sees, and is refused by name.  So is a setting of
+``config.json`` that is not known: it may be the one that leaves the state out of the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ from omega_qvla.policies.normalization import MeanStd, Normalization, Range, Unc
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+_PLACEHOLDER = f"{IMAGES}empty_camera_"
 RENAME, NORMALIZE, UNNORMALIZE = (
     "rename_observations_processor",
     "normalizer_processor",
@@ -35,6 +37,25 @@ RENAME, NORMALIZE, UNNORMALIZE = (
 )
 PLUMBING = ("to_batch_processor", "device_processor")
 """Steps that move tensors about and change no value."""
+
+BOOKKEEPING = frozenset(
+    [
+        "type",
+        "n_obs_steps",
+        "device",
+        "use_amp",
+        "use_peft",
+        "push_to_hub",
+        "repo_id",
+        "private",
+        "tags",
+        "license",
+        "pretrained_path",
+        "pretrained_revision",
+    ]
+)
+"""Settings that every ``config.json`` has (LeRobot's ``PreTrainedConfig``) and no value depends on,
+but ``type`` and ``n_obs_steps``, which are checked."""
 
 Statistics = Mapping[str, Mapping[str, tuple[float, ...]]]
 """Feature → statistic (``mean``, ``q01``…) → numbers per dimension."""
@@ -55,6 +76,7 @@ class PolicyFeatures(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     type: str
+    n_obs_steps: Literal[1] = 1
     input_features: dict[str, Feature] = Field(default_factory=dict)
     output_features: dict[str, Feature] = Field(default_factory=dict)
 
@@ -71,27 +93,49 @@ class PolicyFeatures(BaseModel):
 
     def cameras(self) -> list[str]:
         """Names of the image features in order; placeholders for absent cameras are left out."""
-        return [
-            key
-            for key, feature in self.input_features.items()
-            if feature.type == "VISUAL" and not key.startswith(f"{IMAGES}empty_camera_")
-        ]
+        return [key for key in self._images() if not key.startswith(_PLACEHOLDER)]
+
+    def placeholders(self) -> list[str]:
+        """Names of the image features that stand for absent cameras."""
+        return [key for key in self._images() if key.startswith(_PLACEHOLDER)]
+
+    def _images(self) -> list[str]:
+        return [key for key, feature in self.input_features.items() if feature.type == "VISUAL"]
 
 
-class _Rename(BaseModel):
+class StepSettings(BaseModel):
+    """The settings of one step: those that are known, and no others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Batch(StepSettings):
+    """The step that adds the dimension of a batch has no settings."""
+
+
+class _Device(StepSettings):
+    """The settings of the step that moves tensors: one that rounds them is another step."""
+
+    device: str
+    float_dtype: Literal["float32"] | None = None
+
+
+class _Rename(StepSettings):
     """The settings of the step that renames observations: the robot's name → the policy's."""
 
-    model_config = ConfigDict(frozen=True)
     rename_map: dict[str, str] = Field(default_factory=dict)
 
 
-class _Normalize(BaseModel):
-    """The settings of a normalizer or unnormalizer."""
+class _Normalize(StepSettings):
+    """The settings of a normalizer or unnormalizer; it has the features of ``config.json`` too."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    features: dict[str, Feature] = Field(default_factory=dict)
     norm_map: dict[str, str] = Field(default_factory=dict)
     eps: float = Field(default=1e-8, gt=0.0)
     normalize_observation_keys: tuple[str, ...] | None = None
+
+
+_PLUMBING_SETTINGS = {"to_batch_processor": _Batch, "device_processor": _Device}
 
 
 @dataclass(frozen=True)
@@ -117,10 +161,11 @@ def read_pipeline(directory: Path, name: str, known: Sequence[str]) -> dict[str,
     Args:
         directory: the policy directory.
         name: ``policy_preprocessor.json`` or ``policy_postprocessor.json``.
-        known: names of the steps the caller understands.
+        known: names of the steps the caller understands, in the order it understands them in.
 
     Raises:
-        PolicyError: the file or a statistics file is missing or invalid, or a step is not known.
+        PolicyError: the file or a statistics file is missing or invalid, a step is not known, or
+            the steps stand in another order.
     """
     if not (directory / name).exists():
         raise PolicyError(
@@ -136,6 +181,7 @@ def read_pipeline(directory: Path, name: str, known: Sequence[str]) -> dict[str,
     for entry in steps:
         step = _step(directory, where, entry)
         if step.name in PLUMBING:
+            parse_config(step.config, _PLUMBING_SETTINGS[step.name], step.where)
             continue
         if step.name not in known:
             raise PolicyError(
@@ -145,7 +191,44 @@ def read_pipeline(directory: Path, name: str, known: Sequence[str]) -> dict[str,
         if step.name in found:
             raise PolicyError(f"{where} has the step {step.name!r} twice")
         found[step.name] = step
+    expected = [step for step in known if step in found]
+    if list(found) != expected:
+        raise PolicyError(
+            f"{where} has its steps in another order ({', '.join(found)}) than LeRobot's own "
+            f"({', '.join(expected)}): it would compute something else"
+        )
     return found
+
+
+def require_known_settings(
+    content: Mapping[str, Any], known: Collection[str], ignored: Collection[str], where: str
+) -> None:
+    """Refuse settings of a ``config.json`` that nobody here knows the meaning of.
+
+    Args:
+        content: of ``config.json``.
+        known: names that are read, or known to change nothing at inference.
+        ignored: names that the user knows to change nothing.
+        where: names the file in errors.
+
+    Raises:
+        PolicyError: there are others; or one to be ignored is known or not there.
+    """
+    needless = [name for name in ignored if name not in content or name in known]
+    if needless:
+        raise PolicyError(
+            f"{where}: --ignore-settings names {', '.join(needless)}, which is not an unknown "
+            "setting of it"
+        )
+    unknown = [name for name in content if name not in known and name not in ignored]
+    if unknown:
+        shown = ", ".join(f"{name} = {content[name]!r:.80}" for name in unknown)
+        raise PolicyError(
+            f"{where} has settings that this version does not know and must not leave out, since "
+            f"they may change what the network sees: {shown}. If you know that a setting does not, "
+            f"go on with --ignore-settings {','.join(unknown)}, in Python "
+            "Choices(ignore_settings=...)"
+        )
 
 
 def require_step(steps: Mapping[str, Step], name: str, where: Path) -> Step:

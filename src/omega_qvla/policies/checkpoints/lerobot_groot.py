@@ -9,8 +9,9 @@ network is shown: cameras sorted by name, no crop, a bicubic resize, the instruc
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.choices import Choices
@@ -25,16 +26,19 @@ from omega_qvla.policies.checkpoints.gr00t_metadata import embodiment_id
 from omega_qvla.policies.checkpoints.gr00t_sizes import infer_sizes, untie
 from omega_qvla.policies.checkpoints.lerobot import (
     ACTION,
+    BOOKKEEPING,
     POSTPROCESSOR,
     PREPROCESSOR,
     RENAME,
     STATE,
     PolicyFeatures,
     Step,
+    StepSettings,
     parse_config,
     read_pipeline,
     refuse_adapters,
     renamed_cameras,
+    require_known_settings,
     require_step,
     without_prefix,
 )
@@ -58,6 +62,43 @@ PUBLISHED_HORIZON, PUBLISHED_STEPS = 16, 4
 """Of the base model that LeRobot fine-tunes; its own configuration does not hold them."""
 
 
+TRAINING = frozenset(
+    [
+        "chunk_size",
+        "n_action_steps",
+        "normalization_mapping",
+        "image_size",
+        "base_model_path",
+        "embodiment_tag",
+        "tune_llm",
+        "tune_visual",
+        "tune_projector",
+        "tune_diffusion_model",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_full_model",
+        "optimizer_lr",
+        "optimizer_betas",
+        "optimizer_eps",
+        "optimizer_weight_decay",
+        "warmup_ratio",
+        "use_bf16",
+        "video_backend",
+        "balance_dataset_weights",
+        "balance_trajectory_weights",
+        "dataset_paths",
+        "output_dir",
+        "save_steps",
+        "max_steps",
+        "batch_size",
+        "dataloader_num_workers",
+        "report_to",
+        "resume",
+    ]
+)
+"""Settings that a chunk does not depend on, or that the pipelines hold as they are in force."""
+
+
 class LerobotGroot(PolicyFeatures):
     """The settings of ``config.json`` that inference depends on."""
 
@@ -65,22 +106,36 @@ class LerobotGroot(PolicyFeatures):
     max_state_dim: int = Field(default=64, ge=1)
     max_action_dim: int = Field(default=32, ge=1)
     tokenizer_assets_repo: str = ASSETS
+    lora_rank: Literal[0] = 0
 
 
-class PackInputs(BaseModel):
-    """The settings of the packing step."""
+class _MinMax(StepSettings):
+    """What the steps that normalize have in common."""
 
-    model_config = ConfigDict(frozen=True)
+    normalize_min_max: bool = True
+
+
+class PackInputs(_MinMax):
+    """The settings of the packing step; the widths are those of ``config.json``."""
+
+    state_horizon: Literal[1] = 1
+    action_horizon: int = PUBLISHED_HORIZON
+    max_state_dim: int | None = None
+    max_action_dim: int | None = None
+    language_key: Literal["task"] = "task"
     formalize_language: bool = False
     embodiment_tag: str
     embodiment_mapping: dict[str, int]
 
 
-class _Unpack(BaseModel):
-    """The settings of the step that maps actions back; the packing step has the same flag."""
+class _Unpack(_MinMax):
+    """The settings of the step that maps actions back."""
 
-    model_config = ConfigDict(frozen=True)
-    normalize_min_max: bool = True
+    env_action_dim: int | None = None
+
+
+class _Eagle(StepSettings):
+    """The steps that tokenize have no settings in a file."""
 
 
 def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
@@ -93,12 +148,18 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
     """
     content, where = read_json(directory, CONFIG), directory / CONFIG
     refuse_adapters(directory, content)
+    known = BOOKKEEPING | TRAINING | frozenset(LerobotGroot.model_fields)
+    require_known_settings(content, known, choices.ignore_settings, str(where))
     settings: LerobotGroot = parse_config(content, LerobotGroot, str(where))
     before = read_pipeline(directory, PREPROCESSOR, (RENAME, PACK, ENCODE, COLLATE))
     after = read_pipeline(directory, POSTPROCESSOR, (UNPACK,))
     packing = require_step(before, PACK, directory / PREPROCESSOR)
     unpacking = require_step(after, UNPACK, directory / POSTPROCESSOR)
     pack: PackInputs = parse_config(packing.config, PackInputs, packing.where)
+    parse_config(unpacking.config, _Unpack, unpacking.where)
+    for name in (ENCODE, COLLATE):
+        if name in before:
+            parse_config(before[name].config, _Eagle, before[name].where)
     if pack.formalize_language:
         raise PolicyError(f"{packing.where} rewrites the instruction, which is not supported")
     state_dim, action_dim = (settings.width(key, str(where)) for key in (STATE, ACTION))
@@ -132,7 +193,18 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
         prompt_length=PROMPT_LENGTH,
         steps=PUBLISHED_STEPS,
     )
-    return build(Gr00tProcessor(config, statistics, tokenizer), stored)
+    decisions = {
+        "layout": "LeRobot, GR00T N1.5",
+        "embodiment": f"{tag} ({config.embodiment})",
+        "cameras": f"{', '.join(cameras)}, sorted as LeRobot sorts them",
+        "images": "stretched to a square",
+        "denoising": f"{PUBLISHED_STEPS} steps, {PUBLISHED_HORIZON} actions (the base's; "
+        "the files do not say)",
+        "actions": "absolute",
+    }
+    if choices.ignore_settings:
+        decisions["ignored settings"] = ", ".join(choices.ignore_settings)
+    return build(Gr00tProcessor(config, statistics, tokenizer), stored, decisions)
 
 
 def _min_max(step: Step, key: str, width: int) -> Normalization:
@@ -141,8 +213,7 @@ def _min_max(step: Step, key: str, width: int) -> Normalization:
     Raises:
         PolicyError: they are missing (LeRobot would go on with raw units) or of another width.
     """
-    settings: _Unpack = parse_config(step.config, _Unpack, step.where)
-    if not settings.normalize_min_max:
+    if not step.config.get("normalize_min_max", True):
         return Unchanged(width=width)
     given = step.statistics.get(key, {})
     if "min" not in given or "max" not in given:

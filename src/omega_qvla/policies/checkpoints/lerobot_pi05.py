@@ -1,26 +1,27 @@
 """pi0.5 as LeRobot saves it (``policies/pi05``).
 
 Weights are openpi's under the prefix ``model.``.  Beyond the layout, LeRobot differs from openpi in
-what the network is shown, and its policies were trained on that:
-
-* the normalized state is padded with zeros to ``max_state_dim`` *before* it is written into the
-  prompt, so that 32 numbers appear there whatever the robot;
-* images that are not square get bars of -3 instead of -1 (``images.py``);
-* statistics without spread are treated differently (``normalization.py``).
+what the network is shown, and its policies were trained on that: statistics without spread are
+treated differently (``normalization.py``), and releases up to 0.4.4 write another prompt and other
+bars around images (``lerobot_writer.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.files import read_json
 from omega_qvla.policies.checkpoints.lerobot import (
     ACTION,
+    BOOKKEEPING,
+    IMAGES,
     NORMALIZE,
     POSTPROCESSOR,
     PREPROCESSOR,
@@ -28,14 +29,18 @@ from omega_qvla.policies.checkpoints.lerobot import (
     STATE,
     UNNORMALIZE,
     PolicyFeatures,
+    Step,
+    StepSettings,
     normalization,
     parse_config,
     read_pipeline,
     refuse_adapters,
     renamed_cameras,
+    require_known_settings,
     require_step,
     without_prefix,
 )
+from omega_qvla.policies.checkpoints.lerobot_writer import Writer, writer_of
 from omega_qvla.policies.checkpoints.paligemma import paligemma_tokenizer
 from omega_qvla.policies.checkpoints.pi05_sizes import (
     GEMMA_VARIANTS,
@@ -43,7 +48,7 @@ from omega_qvla.policies.checkpoints.pi05_sizes import (
     infer_sizes,
     untie,
 )
-from omega_qvla.policies.checkpoints.shards import StoredTensors, find_tensors
+from omega_qvla.policies.checkpoints.shards import find_tensors
 from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.policies.normalization import NormalizationStatistics
 from omega_qvla.policies.pi05 import (
@@ -57,10 +62,40 @@ from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 
 CONFIG, PREFIX = "config.json", "model."
 PROMPT, TOKENIZE = "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor"
+RELATIVE, ABSOLUTE = "relative_actions_processor", "absolute_actions_processor"
+
+TRAINING = frozenset(
+    [
+        "dtype",
+        "n_action_steps",
+        "time_sampling_beta_alpha",
+        "time_sampling_beta_beta",
+        "time_sampling_scale",
+        "time_sampling_offset",
+        "rtc_config",
+        "empty_cameras",
+        "tokenizer_max_length",
+        "normalization_mapping",
+        "gradient_checkpointing",
+        "compile_model",
+        "compile_mode",
+        "freeze_vision_encoder",
+        "train_expert_only",
+        "optimizer_lr",
+        "optimizer_betas",
+        "optimizer_eps",
+        "optimizer_weight_decay",
+        "optimizer_grad_clip_norm",
+        "scheduler_warmup_steps",
+        "scheduler_decay_steps",
+        "scheduler_decay_lr",
+    ]
+)
+"""Settings that a chunk does not depend on, or that the pipelines hold as they are in force."""
 
 
 class LerobotPi05(PolicyFeatures):
-    """The settings of ``config.json`` that inference depends on; training's are left unread."""
+    """The settings of ``config.json`` that inference depends on."""
 
     model_config = ConfigDict(frozen=True)
     chunk_size: int = Field(ge=1, le=10_000)
@@ -72,54 +107,79 @@ class LerobotPi05(PolicyFeatures):
     action_expert_variant: str = "gemma_300m"
     min_period: float = TIME_MIN_PERIOD
     max_period: float = TIME_MAX_PERIOD
+    use_relative_actions: bool = False
+    relative_exclude_joints: tuple[str, ...] = ()
+    action_feature_names: tuple[str, ...] | None = None
 
 
-class _Tokenize(BaseModel):
-    """The settings of the tokenizer step."""
+class _Prompt(StepSettings):
+    """The step that writes the prompt has no settings in any release."""
 
-    model_config = ConfigDict(frozen=True)
+
+class _Tokenize(StepSettings):
+    """The settings of the tokenizer step; padding is masked, and prompts are never cut here."""
+
     tokenizer_name: str | None = None
     max_length: int = Field(ge=1)
-    padding_side: str = "right"
+    task_key: Literal["task"] = "task"
+    padding_side: Literal["right"] = "right"
+    padding: Literal["max_length"] = "max_length"
+    truncation: Literal[True] = True
+
+
+class _Relative(StepSettings):
+    """The settings of the step that makes actions relative to the state."""
+
+    enabled: bool = False
+    exclude_joints: tuple[str, ...] = ()
+    action_names: tuple[str, ...] | None = None
+
+
+class _Absolute(StepSettings):
+    """The settings of the step that undoes it."""
+
+    enabled: bool = False
 
 
 def stream_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
     """A pi0.5 policy from a directory in LeRobot's layout, its weights left in the file.
 
     Raises:
-        PolicyError: a file is missing or invalid, a processing step is not known, statistics are
-            missing, or the weights do not fit the configuration.
+        PolicyError: a file is missing or invalid, a setting or a processing step is not known,
+            statistics are missing, the weights do not fit the configuration, or something has to
+            be said that ``choices`` leaves open.
         ResourceError: a library for the tokenizer is missing.
     """
-    module, processor, stored = _read_structure(directory, choices)
-    dropped = dropped_shapes(module.config)
-    store = map_strictly(module, stored, dropped=dropped)
-    count = dropped_count(stored, dropped)
-    return Pi05Policy(module, processor, dropped_parameters=count, store=store)
-
-
-def _read_structure(
-    directory: Path, choices: Choices
-) -> tuple[Pi05Module, Pi05Processor, StoredTensors]:
     content, where = read_json(directory, CONFIG), str(directory / CONFIG)
     refuse_adapters(directory, content)
+    known = BOOKKEEPING | TRAINING | frozenset(LerobotPi05.model_fields)
+    require_known_settings(content, known, choices.ignore_settings, where)
     settings: LerobotPi05 = parse_config(content, LerobotPi05, where)
+    writer = writer_of(content, choices.written_by, where)
     stored = untie(without_prefix(find_tensors(directory), PREFIX))
     sizes = infer_sizes(stored)
     _require_agreement(settings, sizes, where)
-    processor = _processor(directory, choices, settings, sizes)
+    processor = _processor(directory, choices, settings, sizes, writer)
     with torch.device("meta"):
-        return Pi05Module(processor.config), processor, stored
+        module = Pi05Module(processor.config)
+    dropped = dropped_shapes(module.config)
+    return Pi05Policy(
+        module,
+        processor,
+        dropped_parameters=dropped_count(stored, dropped),
+        store=map_strictly(module, stored, dropped=dropped),
+        decisions=_decisions(settings, processor, writer, choices),
+    )
 
 
 def _processor(
-    directory: Path, choices: Choices, settings: LerobotPi05, sizes: Sizes
+    directory: Path, choices: Choices, settings: LerobotPi05, sizes: Sizes, writer: Writer
 ) -> Pi05Processor:
     where = str(directory / CONFIG)
     state_dim, action_dim = (settings.width(key, where) for key in (STATE, ACTION))
-    known = (RENAME, NORMALIZE, PROMPT, TOKENIZE)
+    known = (RENAME, RELATIVE, NORMALIZE, PROMPT, TOKENIZE)
     before = read_pipeline(directory, PREPROCESSOR, known)
-    after = read_pipeline(directory, POSTPROCESSOR, (UNNORMALIZE,))
+    after = read_pipeline(directory, POSTPROCESSOR, (UNNORMALIZE, ABSOLUTE))
     normalize = require_step(before, NORMALIZE, directory / PREPROCESSOR)
     unnormalize = require_step(after, UNNORMALIZE, directory / POSTPROCESSOR)
     tokenize = require_step(before, TOKENIZE, directory / PREPROCESSOR)
@@ -128,6 +188,9 @@ def _processor(
         raise PolicyError(
             f"{tokenize.where} names the tokenizer {tokens.tokenizer_name}; pi0.5 reads PaliGemma's"
         )
+    if PROMPT in before:
+        parse_config(before[PROMPT].config, _Prompt, before[PROMPT].where)
+    _refuse_relative_actions(settings, {**before, **after}, where)
     config = Pi05Config(
         **sizes._asdict(),
         horizon=settings.chunk_size,
@@ -136,15 +199,58 @@ def _processor(
         cameras=_cameras(settings, renamed_cameras(settings, before), where),
         prompt_length=tokens.max_length,
         state_in_prompt=PROMPT in before,
-        prompt_state_dim=settings.max_state_dim if PROMPT in before else None,
+        prompt_state_dim=settings.max_state_dim if PROMPT in before and writer.pads_state else None,
         steps=settings.num_inference_steps,
-        image_fit="lerobot",
+        image_fit=writer.image_fit,
     )
     statistics = NormalizationStatistics(
         state=normalization(normalize, STATE, state_dim),
         actions=normalization(unnormalize, ACTION, action_dim),
     )
     return Pi05Processor(config, statistics, paligemma_tokenizer(directory, choices.tokenizer))
+
+
+def _refuse_relative_actions(settings: LerobotPi05, steps: Mapping[str, Step], where: str) -> None:
+    """Actions that are differences from the state need their steps; these are not done here.
+
+    Raises:
+        PolicyError: a step is enabled, or should be.
+    """
+    enabled = settings.use_relative_actions
+    for name, model in ((RELATIVE, _Relative), (ABSOLUTE, _Absolute)):
+        if name in steps:
+            step = steps[name]
+            enabled |= parse_config(step.config, model, step.where).enabled
+    if enabled:
+        raise PolicyError(
+            f"{where}: the actions of this policy are differences from the state "
+            "(use_relative_actions), which this version does not add up"
+        )
+
+
+def _decisions(
+    settings: LerobotPi05, processor: Pi05Processor, writer: Writer, choices: Choices
+) -> dict[str, str]:
+    """What the files say, or the user said, about how this policy is to be shown the world."""
+    config = processor.config
+    own, padded = config.state_dim, config.prompt_state_dim
+    state = f"the robot's {own} numbers"
+    if padded is not None:
+        state = f"{state}, then zeros up to {padded}"
+    bars = "-3" if config.image_fit == "lerobot" else "-1 (black)"
+    placeholders = [key.removeprefix(IMAGES) for key in settings.placeholders()]
+    left_out = f"; {', '.join(placeholders)} left out" if placeholders else ""
+    found = {
+        "layout": "LeRobot, pi05",
+        "written by": writer.evidence,
+        "state in the prompt": state if config.state_in_prompt else "none",
+        "images": f"padded to a square with {bars}",
+        "cameras": f"{', '.join(config.cameras)}{left_out}",
+        "actions": "absolute",
+    }
+    if choices.ignore_settings:
+        found["ignored settings"] = ", ".join(choices.ignore_settings)
+    return found
 
 
 def _cameras(settings: LerobotPi05, names: tuple[str, ...], where: str) -> tuple[str, ...]:

@@ -42,26 +42,40 @@ def stream_openpi(directory: Path, choices: Choices) -> Pi05Policy:
             something has to be chosen that ``choices`` leaves open.
         ResourceError: a library for the tokenizer is missing.
     """
-    module, processor, stored = _read_structure(directory, choices)
+    module, processor, stored, decisions = _read_structure(directory, choices)
     dropped = dropped_shapes(module.config)
     store = map_strictly(module, stored, dropped=dropped)
     count = dropped_count(stored, dropped)
-    return Pi05Policy(module, processor, dropped_parameters=count, store=store)
+    return Pi05Policy(module, processor, dropped_parameters=count, store=store, decisions=decisions)
 
 
 def _read_structure(
     directory: Path, choices: Choices
-) -> tuple[Pi05Module, Pi05Processor, StoredTensors]:
-    """A module on the meta device, the processor, and the tensors under the module's names."""
+) -> tuple[Pi05Module, Pi05Processor, StoredTensors, dict[str, str]]:
+    """Module on the meta device, processor, tensors under the module's names, and decisions."""
     content = read_json(directory, CONFIG) if (directory / CONFIG).exists() else {}
     if "vision" in content or content.get("family") == Pi05Policy.family:
-        processor = _self_contained(directory)
+        processor, decisions = _self_contained(directory), {}
         stored = untie(find_tensors(directory))
     else:
         stored = untie(find_tensors(directory))
         processor = _as_published(directory, choices, stored, content)
+        decisions = _decisions(processor.config, choices)
     with torch.device("meta"):
-        return Pi05Module(processor.config), processor, stored
+        return Pi05Module(processor.config), processor, stored, decisions
+
+
+def _decisions(config: Pi05Config, choices: Choices) -> dict[str, str]:
+    """What the user's training configuration says of how the policy is shown the world."""
+    own = f"the robot's {config.state_dim} numbers"
+    return {
+        "layout": "openpi, PyTorch",
+        "training configuration": str(choices.training_config),
+        "state in the prompt": own if config.state_in_prompt else "none",
+        "images": "padded to a square with -1 (black)",
+        "cameras": ", ".join(config.cameras),
+        "actions": "absolute",
+    }
 
 
 def _self_contained(directory: Path) -> Pi05Processor:
