@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from omega_qvla.calibration.lerobot import map_cameras
+from omega_qvla.calibration.lerobot_frames import (
+    Frame,
+    ObservationReader,
+    RowReader,
+    UnreadableError,
+    decode_image,
+)
 from omega_qvla.calibration.lerobot_metadata import read_dataset
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError
@@ -358,3 +368,47 @@ def test_a_mutated_description_is_refused_or_read_but_never_crashes(
         assert str(root) in str(error)
     finally:
         (root / "meta" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+
+
+def test_an_image_before_the_beginning_of_its_episode_is_not_shown(write_dataset: Write) -> None:
+    """The description lets the second episode begin between two frames; the nearest is before."""
+    from pyarrow import parquet
+
+    written = write_dataset("v3.0", lengths=(20, 20), told=(0, 1))
+    path = written.root / "meta/episodes/chunk-000/file-000.parquet"
+    table = parquet.read_table(path)
+    rows = table.to_pylist()
+    for camera in written.cameras:
+        rows[1][f"videos/{camera}/from_timestamp"] = 2.04
+    parquet.write_table(type(table).from_pylist(rows), path)
+    dataset = read_dataset(written.root)
+    frames = RowReader(dataset, dataset.state_parts(None)).frames(dataset.episodes[1], [0, 1])
+    reader = ObservationReader(dataset, map_cameras(dataset, None))
+    before, after = (frame for frame in frames if isinstance(frame, Frame))
+    with pytest.raises(UnreadableError, match="belongs to another episode"):
+        reader.read(before)
+    reader.read(after)
+    assert reader.displaced == {(1, 1): pytest.approx(0.04)}
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA", "P", "LA"])
+def test_images_that_are_not_rgb_are_refused_by_their_kind(mode: str) -> None:
+    """LeRobot shows a policy another number of channels there, or raw depths."""
+    image = pytest.importorskip("PIL.Image", reason="the extra `data` is not installed")
+    buffer = io.BytesIO()
+    image.new(mode, (4, 3)).save(buffer, "PNG")
+    with pytest.raises(ObservationError, match=rf"of kind {mode}, not RGB"):
+        decode_image({"bytes": buffer.getvalue()})
+
+
+def test_an_image_is_turned_as_its_exif_data_say(write_dataset: Write) -> None:
+    """As the ``datasets`` library does, with which LeRobot reads images."""
+    image = pytest.importorskip("PIL.Image", reason="the extra `data` is not installed")
+    pixels = np.zeros((3, 4, 3), np.uint8)
+    pixels[0, 0] = 255
+    exif = image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    buffer = io.BytesIO()
+    image.fromarray(pixels).save(buffer, "PNG", exif=exif)
+    turned = decode_image({"bytes": buffer.getvalue()})
+    assert turned.shape == (4, 3, 3) and np.array_equal(turned, np.rot90(pixels, -1))

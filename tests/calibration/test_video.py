@@ -39,7 +39,7 @@ def test_every_frame_is_found_by_its_time_in_any_order(
     with Video(video, "video") as opened:
         for number in numbers:
             time = float(np.float32(number / FPS))  # as the tables of LeRobot store it
-            assert shown(opened.frame_at(time, TOLERANCE)) == (0, 0, number)
+            assert shown(opened.frame_at(time, TOLERANCE).image) == (0, 0, number)
 
 
 def test_ascending_times_decode_no_frame_twice(
@@ -50,8 +50,8 @@ def test_ascending_times_decode_no_frame_twice(
         decoded: list[float] = []
         frames = opened._decode
 
-        def counted() -> Any:
-            for frame in frames():
+        def counted(first: int) -> Any:
+            for frame in frames(first):
                 decoded.append(frame.time)
                 yield frame
 
@@ -69,8 +69,8 @@ def test_a_far_frame_is_reached_through_its_keyframe_alone(
         decoded: list[float] = []
         frames = opened._decode
 
-        def counted() -> Any:
-            for frame in frames():
+        def counted(first: int) -> Any:
+            for frame in frames(first):
                 decoded.append(frame.time)
                 yield frame
 
@@ -87,7 +87,7 @@ def test_a_time_without_a_frame_is_refused_and_the_video_stays_usable(
     with Video(video, "video") as opened:
         with pytest.raises(ObservationError, match="no frame at"):
             opened.frame_at(time, TOLERANCE)
-        assert shown(opened.frame_at(1.0, TOLERANCE)) == (0, 0, 10)
+        assert shown(opened.frame_at(1.0, TOLERANCE).image) == (0, 0, 10)
 
 
 def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_damage_counts_against_the_frames_that_depend_on_it_and_no_others(
     with Video(written.video(0), "video") as opened:
         for number in range(LENGTH):
             try:
-                assert shown(opened.frame_at(number / FPS, TOLERANCE)) == (0, 0, number)
+                assert shown(opened.frame_at(number / FPS, TOLERANCE).image) == (0, 0, number)
             except ObservationError:
                 refused.append(number)
     assert 0 < len(refused) < LENGTH // 2
@@ -161,6 +161,29 @@ def test_a_file_cut_short_gives_the_frames_it_still_has(
     front.write_bytes(content[: len(content) * 2 // 3])
     with Video(front, "front") as opened:
         for number in range(20):
-            assert shown(opened.frame_at(number / FPS, TOLERANCE)) == (0, 0, number)
+            assert shown(opened.frame_at(number / FPS, TOLERANCE).image) == (0, 0, number)
         with pytest.raises(ObservationError, match=r"front (is damaged|has no frame)"):
             opened.frame_at(5.5, TOLERANCE)
+
+
+def test_more_than_8_bits_are_refused_by_name(tmp_path: Path) -> None:
+    """Depth maps are stored so, and how such colours are converted depends on the decoder."""
+    av = pytest.importorskip("av", reason="the extra `data` is not installed")
+    with av.open(str(tmp_path / "deep.mp4"), "w") as container:
+        stream: Any = container.add_stream("libx265", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p10le"
+        frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(ObservationError, match=r"deep has 10 bits per channel \(yuv420p10le\)"):
+        Video(tmp_path / "deep.mp4", "deep")
+
+
+@pytest.mark.parametrize(("time", "number"), [(0.26, 3), (0.24, 2), (0.25, 2), (-0.04, 0)])
+def test_the_nearest_frame_is_shown_the_earlier_of_two(
+    video: Path, time: float, number: int, shown: Shown
+) -> None:
+    with Video(video, "video") as opened:
+        found = opened.frame_at(time, TOLERANCE + 1e-4)
+        assert shown(found.image) == (0, 0, number)
+        assert found.time == pytest.approx(number / FPS)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from omega_qvla.calibration.fingerprint import content_digest
 from omega_qvla.calibration.lerobot_frames import (
+    LEROBOT_TOLERANCE,
     Frame,
     ObservationReader,
     RowReader,
@@ -94,6 +95,9 @@ def stream_lerobot(
         except UnreadableError as error:
             skipped.append(error.skipped)
     _require_enough(root, len(plan), len(kept), skipped)
+    if cameras is None and dataset.depth:
+        remarks.append(f"depth maps are left out: {_listed(dataset.depth)}")
+    remarks += _displacement(reader, kept)
     report = SourceReport(_summary(dataset, kept, split), tuple(skipped), tuple(remarks))
     return Streamed(lambda number: reader.read(kept[number]), digests), report
 
@@ -120,13 +124,20 @@ def map_cameras(dataset: LeRobotDataset, cameras: Cameras) -> dict[str, str | No
     else:
         wanted = {name: name for name in cameras}
     known = dataset.camera_names
+    for name, key in wanted.items():
+        if key in dataset.depth_names:
+            raise ObservationError(
+                f"{dataset.root}: camera {name!r} would be {key!r}, which is a depth map; policies "
+                f"are shown colours. The dataset has {_listed(dataset.cameras)}"
+            )
     lost = [name for name, key in wanted.items() if key is not None and key not in known]
     if lost or all(key is None for key in wanted.values()):
         first = next(iter(dataset.default_cameras().values()), "FEATURE")
         example = f"{(lost or ['NAME'])[0]}={first}"
+        robot = "" if dataset.robot is None else f" (robot {dataset.robot!r})"
         raise ObservationError(
             f"{dataset.root} has no camera {_listed(wanted[name] for name in lost)}: the policy "
-            f"has {_listed(wanted)}, the dataset {_listed(dataset.cameras)}. Say which is "
+            f"has {_listed(wanted)}, the dataset {_listed(dataset.cameras)}{robot}. Say which is "
             f"which with --cameras {example} (in Python a mapping from the policy's names to the "
             "dataset's); NAME=none (in Python None) leaves a camera of the policy out"
         )
@@ -212,10 +223,23 @@ def _require_enough(root: Path, chosen: int, kept: int, skipped: Sequence[Skippe
     )
 
 
+def _displacement(reader: ObservationReader, kept: Sequence[Frame]) -> list[str]:
+    """A remark on images that are shown at another time than their row's, if there are any."""
+    if not reader.displaced:
+        return []
+    largest = 1000 * max(reader.displaced.values())
+    return [
+        f"the images of {len(reader.displaced)} of {len(kept)} frames are up to {largest:.1f} ms "
+        f"away from their rows in time; LeRobot refuses more than tolerance_s={LEROBOT_TOLERANCE}, "
+        "unless it is told another"
+    ]
+
+
 def _summary(dataset: LeRobotDataset, kept: Sequence[Frame], split: str) -> str:
     prompts = {frame.prompt for frame in kept}
     episodes = {frame.episode.index for frame in kept}
     return (
         f"{len(kept)} {split} observations of {len(prompts)} tasks from {len(episodes)} episodes "
-        f"of {dataset.root} (LeRobot {dataset.version})"
+        f"of {dataset.root} (LeRobot {dataset.version}"
+        f"{'' if dataset.robot is None else f', robot {dataset.robot}'})"
     )

@@ -1,8 +1,9 @@
 """The chosen frames of a LeRobot dataset: their rows, and observations made of them.
 
 A row gives the numbers of a frame and the time of its images.  The image of a row is the video
-frame whose timestamp is the row's, as LeRobot and Isaac-GR00T choose it; where there is none within
-half a frame period, or where it would lie in the next episode, the row has no image.
+frame whose timestamp is nearest to the row's, as LeRobot and Isaac-GR00T choose it; where there is
+none within half a row period, or where it would lie in another episode, the row has no image.
+LeRobot by default wants it within 0.1 ms: rows that have it farther away are counted.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from omega_qvla.calibration.streamed import Skipped
 from omega_qvla.calibration.video import Video
 from omega_qvla.errors import ObservationError, ResourceError
 from omega_qvla.policies.base import Observation
+
+LEROBOT_TOLERANCE = 1e-4
+"""Seconds; LeRobot's default ``tolerance_s``."""
 
 _OPEN_VIDEOS = 8
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -150,10 +154,15 @@ class ObservationReader:
     Args:
         dataset: where the frames are.
         mapping: the policy's cameras → the dataset's features, None for one that is left out.
+
+    Attributes:
+        displaced: of the frames read so far, those whose image LeRobot would find too far away in
+            time: (episode, number) → seconds.
     """
 
     def __init__(self, dataset: LeRobotDataset, mapping: Mapping[str, str | None]) -> None:
         self._dataset, self._mapping = dataset, mapping
+        self.displaced: dict[tuple[int, int], float] = {}
         self._videos: OrderedDict[str, Video] = OrderedDict()
 
     def read(self, frame: Frame) -> Observation:
@@ -192,7 +201,16 @@ class ObservationReader:
         time = clip.start + frame.time
         if time > clip.end - tolerance:
             raise ObservationError(f"its time {frame.time:.3f} s is past the end of its video")
-        return self._open(clip.path).frame_at(time, tolerance)
+        shown = self._open(clip.path).frame_at(time, tolerance + LEROBOT_TOLERANCE)
+        if not clip.start - LEROBOT_TOLERANCE <= shown.time < clip.end:
+            raise ObservationError(
+                f"the image nearest to {frame.time:.3f} s belongs to another episode"
+            )
+        away = abs(shown.time - time)
+        if away >= LEROBOT_TOLERANCE:
+            place = (frame.episode.index, frame.number)
+            self.displaced[place] = max(away, self.displaced.get(place, 0.0))
+        return shown.image
 
     def _open(self, relative: str) -> Video:
         if relative not in self._videos:
@@ -206,12 +224,15 @@ class ObservationReader:
 def decode_image(cell: Any) -> np.ndarray:
     """An encoded image as datasets store it, ``{"bytes": …, "path": …}`` → uint8 [H, W, 3].
 
+    An image is turned as its EXIF data say, as in LeRobot.
+
     Raises:
-        ObservationError: no bytes, not an image, or of an unreasonable size.
+        ObservationError: no bytes, not an image, not in colour with 8 bits per channel, or of an
+            unreasonable size.
         ResourceError: Pillow is not installed.
     """
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise ResourceError(
             "reading LeRobot images needs Pillow: pip install 'omega-qvla[data]'"
@@ -223,7 +244,12 @@ def decode_image(cell: Any) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS) as image:
             if image.width * image.height > _MAX_IMAGE_PIXELS:
                 raise ObservationError(f"the image claims {image.width} × {image.height} pixels")
-            return np.array(image.convert("RGB"))
+            if image.mode != "RGB":
+                raise ObservationError(
+                    f"the image is of kind {image.mode}, not RGB with 8 bits per channel; "
+                    "depth maps and grey images cannot be shown to a policy"
+                )
+            return np.array(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ObservationError(f"the image is damaged: {error}") from error
 

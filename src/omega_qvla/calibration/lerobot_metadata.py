@@ -46,11 +46,34 @@ class _Feature(BaseModel):
     model_config = ConfigDict(extra="ignore")
     dtype: str
     shape: tuple[int, ...]
+    names: Any = None
+    info: dict[str, Any] | None = None
+    video_info: dict[str, Any] | None = None
+
+    @property
+    def is_depth(self) -> bool:
+        """Whether LeRobot takes it for a depth map."""
+        told = {**(self.video_info or {}), **(self.info or {})}
+        return bool(told.get("is_depth_map") or told.get("video.is_depth_map"))
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """What its numbers are called; empty where that is not said for each of them.
+
+        LeRobot writes a list, or in older versions a mapping with one list (``{"motors": […]}``).
+        """
+        names = self.names
+        if isinstance(names, dict) and len(names) == 1:
+            (names,) = names.values()
+        if not isinstance(names, list) or len(names) != math.prod(self.shape):
+            return ()
+        return tuple(names) if all(isinstance(name, str) for name in names) else ()
 
 
 class _Info(BaseModel):
     model_config = ConfigDict(extra="ignore")
     codebase_version: str
+    robot_type: Any = None
     fps: float = Field(gt=0, allow_inf_nan=False)
     chunks_size: int = Field(default=1000, ge=1)
     data_path: str
@@ -124,7 +147,10 @@ class LeRobotDataset:
         fps: frames per second.
         images: camera features stored as encoded images in the parquet files.
         videos: camera features stored as videos.
+        depth: camera features that are depth maps, which no policy here is shown.
+        robot: the kind of robot, where it is said.
         widths: numbers per row of every numeric feature.
+        dimensions: what these numbers are called, for the features where it is said.
         modality: GR00T's names; empty in datasets without them.
         episodes: in the order of the metadata.
         tasks: the instruction of every task index.
@@ -135,14 +161,17 @@ class LeRobotDataset:
     fps: float
     images: tuple[str, ...]
     videos: tuple[str, ...]
+    depth: tuple[str, ...]
+    robot: str | None
     widths: Mapping[str, int]
+    dimensions: Mapping[str, tuple[str, ...]]
     modality: _Modality
     episodes: Sequence[Episode]
     tasks: Mapping[int, str] = field(repr=False)
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Camera features, however they are stored."""
+        """Camera features in colour, however they are stored."""
         return (*self.images, *self.videos)
 
     @cached_property
@@ -160,6 +189,13 @@ class LeRobotDataset:
                 names |= {name: key, f"video.{name}": key}
         return names
 
+    @property
+    def depth_names(self) -> set[str]:
+        """Everything a depth map may be called."""
+        short = {key.removeprefix(_CAMERA_PREFIX) for key in self.depth}
+        named = {n for n, c in self.modality.video.items() if c.original_key in self.depth}
+        return {*self.depth, *short, *named, *(f"video.{name}" for name in named)}
+
     def default_cameras(self) -> dict[str, str]:
         """The dataset's own cameras: those GR00T names, else all, by their short names."""
         named = {n: self.camera_names[n] for n in self.modality.video if n in self.camera_names}
@@ -171,18 +207,46 @@ class LeRobotDataset:
         bookkeeping = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
         return [*self.modality.state, *(name for name in self.widths if name not in bookkeeping)]
 
+    @property
+    def whole_state(self) -> str | None:
+        """The feature that is the state where nothing else is asked for."""
+        return next((name for name in _STATE_NAMES if name in self.widths), None)
+
+    def state_dimensions(self, parts: Sequence[StatePart]) -> tuple[str, ...]:
+        """What the numbers of a state are called; empty where one of them has no name.
+
+        Args:
+            parts: what the state is put together from.
+
+        Returns:
+            GR00T's names where they cover the state, ``left_arm[0]`` and so on for parts of several
+            numbers; else the names of the features' own numbers.
+        """
+        places = [(part.feature, i) for part in parts for i in range(part.start, part.end)]
+        named: dict[tuple[str, int], str] = {}
+        for name, part in self.modality.state.items():
+            for number, label in enumerate(numbered(name, part.end - part.start)):
+                named[part.original_key, part.start + number] = label
+        if not named.keys() >= set(places):
+            named = {
+                (feature, i): name
+                for feature, names in self.dimensions.items()
+                for i, name in enumerate(names)
+            }
+        return tuple(named[place] for place in places) if named.keys() >= set(places) else ()
+
     def state_parts(self, names: Sequence[str] | None) -> list[StatePart]:
         """The slices a state is put together from, in the order of the names.
 
         Args:
-            names: features, or GR00T's names with or without ``state.``; by default the whole
-                ``observation.state`` (or ``state``).
+            names: features, GR00T's names with or without ``state.``, or names of single numbers of
+                the whole state; by default the whole ``observation.state`` (or ``state``).
 
         Raises:
             ObservationError: a name is unknown, or a slice is wider than its feature.
         """
         if names is None:
-            names = [name for name in _STATE_NAMES if name in self.widths][:1]
+            names = [] if self.whole_state is None else [self.whole_state]
         if not names:
             raise ObservationError(
                 f"{self.root} has no {' or '.join(_STATE_NAMES)}; say what the state is with "
@@ -194,9 +258,14 @@ class LeRobotDataset:
         if name in self.widths:
             return StatePart(name, 0, self.widths[name])
         part = self.modality.state.get(name.removeprefix("state."))
+        numbers = self.dimensions.get(self.whole_state or "", ())
+        if part is None and numbers.count(name) == 1:
+            place = numbers.index(name)
+            return StatePart(self.whole_state or "", place, place + 1)
         if part is None:
+            own = f"; numbers of {self.whole_state}: {', '.join(numbers)}" if numbers else ""
             raise ObservationError(
-                f"{self.root} has no state {name!r}; known: {', '.join(self.state_names)}"
+                f"{self.root} has no state {name!r}; known: {', '.join(self.state_names)}{own}"
             )
         width = self.widths.get(part.original_key, 0)
         if not part.start < part.end <= width:
@@ -205,6 +274,11 @@ class LeRobotDataset:
                 f"[{part.start}:{part.end}], which has {width} numbers"
             )
         return StatePart(part.original_key, part.start, part.end)
+
+
+def numbered(name: str, width: int) -> list[str]:
+    """What the numbers of a named part are called: its name, or ``name[0]``, ``name[1]``, …"""
+    return [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
 
 
 def is_dataset(path: Path) -> bool:
@@ -224,9 +298,14 @@ def read_dataset(root: Path) -> LeRobotDataset:
         ResourceError: pyarrow is not installed.
     """
     info = _read_info(root)
+    kinds = ("image", "video")
     cameras = {
-        kind: tuple(key for key, feature in info.features.items() if feature.dtype == kind)
-        for kind in ("image", "video")
+        kind: tuple(
+            key
+            for key, feature in info.features.items()
+            if feature.dtype == kind and not feature.is_depth
+        )
+        for kind in kinds
     }
     if cameras["video"] and not info.video_path:
         raise ObservationError(f"{root / INFO} has video features but no video_path")
@@ -240,6 +319,9 @@ def read_dataset(root: Path) -> LeRobotDataset:
         fps=info.fps,
         images=cameras["image"],
         videos=cameras["video"],
+        depth=tuple(k for k, f in info.features.items() if f.dtype in kinds and f.is_depth),
+        robot=info.robot_type if isinstance(info.robot_type, str) else None,
+        dimensions={k: f.dimensions for k, f in info.features.items() if f.dimensions},
         widths={
             key: math.prod(feature.shape)
             for key, feature in info.features.items()
