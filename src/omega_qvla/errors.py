@@ -48,7 +48,11 @@ class NotAnArtifactError(ArtifactError):
 
 
 class ResumeError(OmegaError):
-    """Interrupted work cannot be continued because its inputs changed."""
+    """Interrupted work cannot be continued: its inputs changed, or a part of it is gone."""
+
+
+class OutputError(OmegaError):
+    """An output is there already and was not asked to be replaced, or another is writing it."""
 
 
 class ResourceError(OmegaError):
