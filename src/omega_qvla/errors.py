@@ -61,6 +61,10 @@ class ResourceError(OmegaError):
     exit_status = 3
 
 
+class MissingPackageError(ResourceError):
+    """A package that this part of the library needs is not installed, or cannot be imported."""
+
+
 class SimulatorUnavailable(OmegaError):  # noqa: N818 - a state of the machine, not a fault
     """The simulator or its renderer is not installed; names the package that brings it."""
 

@@ -31,7 +31,8 @@ from omega_qvla.calibration.parquet import (
 )
 from omega_qvla.calibration.streamed import Skipped
 from omega_qvla.calibration.video import Video
-from omega_qvla.errors import ObservationError, ResourceError
+from omega_qvla.errors import ObservationError
+from omega_qvla.extras import needing
 from omega_qvla.policies.base import Observation
 
 _OPEN_VIDEOS = 8
@@ -210,12 +211,8 @@ def decode_image(cell: Any) -> np.ndarray:
         ObservationError: no bytes, not an image, or of an unreasonable size.
         ResourceError: Pillow is not installed.
     """
-    try:
+    with needing("reading the images of a LeRobot dataset", "data"):
         from PIL import Image
-    except ImportError as error:
-        raise ResourceError(
-            "reading LeRobot images needs Pillow: pip install 'omega-qvla[data]'"
-        ) from error
     content = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if not isinstance(content, bytes):
         raise ObservationError("the image is not stored in the file")
