@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from omega_qvla.artifact import read_artifact, write_artifact
 from omega_qvla.cli import main
 from omega_qvla.cli.screen import Pace
 
@@ -98,6 +100,29 @@ def test_verify_passes_on_an_intact_artifact_and_names_a_flipped_bit(
     assert not report["ok"] and report["failures"][0]["file"] == shard.name
     assert run("inspect", str(damaged)) == 1
     assert shard.name in capsys.readouterr().err
+
+
+def test_verify_and_load_refuse_an_artifact_of_fewer_sites_than_its_recipe_quantizes(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written consistently, hashes and all: only recipe and policy can tell."""
+    whole = read_artifact(artifact)
+    config, missing = dict(whole.config), whole.config["sites"][-1]
+    config["sites"] = config["sites"][:-1]
+    tensors = {
+        name: tensor
+        for name, tensor in whole.tensors.items()
+        if not name.startswith(f"{missing['name']}.")
+    }
+    shape = (sum(missing["splits"]), missing["in_features"])
+    tensors[f"{missing['linears'][0]}.weight"] = torch.zeros(shape, dtype=torch.bfloat16)
+    smaller, card = tmp_path / "smaller", (artifact / "README.md").read_text()
+    write_artifact(smaller, config=config, tensors=tensors, processor=whole.processor, card=card)
+    assert run("verify", str(artifact)) == 0
+    assert run("verify", str(smaller)) == 1
+    assert "in no site" in capsys.readouterr().out
+    assert run("inspect", str(smaller)) == 1
+    assert missing["linears"][0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

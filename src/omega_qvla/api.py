@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 
 from omega_qvla.calibration.observations import Observations
@@ -35,7 +35,8 @@ def quantize(
             ``Recipe``.
         scope: ``all`` is the recipe as written; ``paper`` quantizes backbone and action head only.
         work_directory: keeps a journal of finished sites here, so that a killed run can resume.
-        resume: continue the journal in ``work_directory`` instead of starting again.
+        resume: continue the journal in ``work_directory``; without it, one with finished sites is
+            refused, so that nothing is lost by mistake.
         progress: called with (sites done, sites in all, site name).
         device: ``cpu``, or ``cuda`` or ``cuda:N`` to compute on an NVIDIA GPU (docs/gpu.md); the
             policy is on the CPU before and after, and so is what it becomes.
@@ -45,15 +46,22 @@ def quantize(
         Either runs on the CPU; ``load(directory, device="cuda")`` puts a saved one on a GPU.
 
     Raises:
+        OutputError: another process is computing sites for the journal.
         RecipeError, ObservationError, PolicyError, NonFiniteError, ResumeError, ResourceError.
     """
     gpu = None if device == "cpu" else find_gpu(device)
     chosen = Recipe.load(recipe).scoped(scope)
-    journal = None
-    if work_directory is not None:
-        directory = Path(work_directory)
-        journal = partial(Journal, directory, resume=resume)
-    return build(
-        policy,
-        quantize_policy(policy, observations, chosen, journal=journal, progress=progress, gpu=gpu),
-    )
+    with ExitStack() as until_built:  # a streamed policy's sites are read from its journal
+
+        def journal(header: dict[str, str]) -> Journal:
+            assert work_directory is not None
+            opened = Journal(Path(work_directory), header, resume=resume)
+            return until_built.enter_context(opened)
+
+        keeping = None if work_directory is None else journal
+        return build(
+            policy,
+            quantize_policy(
+                policy, observations, chosen, journal=keeping, progress=progress, gpu=gpu
+            ),
+        )

@@ -48,13 +48,21 @@ class NotAnArtifactError(ArtifactError):
 
 
 class ResumeError(OmegaError):
-    """Interrupted work cannot be continued because its inputs changed."""
+    """Interrupted work cannot be continued: its inputs changed, or a part of it is gone."""
+
+
+class OutputError(OmegaError):
+    """An output is there already and was not asked to be replaced, or another is writing it."""
 
 
 class ResourceError(OmegaError):
     """Not enough memory, disk or device."""
 
     exit_status = 3
+
+
+class MissingPackageError(ResourceError):
+    """A package that this part of the library needs is not installed, or cannot be imported."""
 
 
 class SimulatorUnavailable(OmegaError):  # noqa: N818 - a state of the machine, not a fault

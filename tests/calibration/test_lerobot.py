@@ -212,7 +212,7 @@ def test_without_the_extra_the_message_names_it(
     for name in ("pyarrow", "av"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(ResourceError, match=r"omega-qvla\[data\]"):
+            with pytest.raises(ResourceError, match=r"pip install 'pyarrow>="):
                 Observations.from_lerobot(root)
 
 

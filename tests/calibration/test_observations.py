@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omega_qvla.calibration.fingerprint import content_digest
 from omega_qvla.calibration.observations import Observations, as_observations
+from omega_qvla.calibration.streamed import Streamed
 from omega_qvla.errors import ObservationError
 
 
@@ -33,6 +35,22 @@ def test_a_saved_set_comes_back_the_same(observations: Observations, saved: Path
     assert len(loaded) == len(observations)
     assert all(same(dict(a), dict(b)) for a, b in zip(loaded, observations, strict=True))
     assert loaded.fingerprint == observations.fingerprint
+
+
+def test_a_reader_that_fails_is_an_error_and_not_the_end_of_the_observations() -> None:
+    items = [{"state": np.full(2, i, np.float32)} for i in range(4)]
+    broken: set[int] = set()
+
+    def read(number: int) -> dict[str, Any]:
+        if number in broken:
+            raise IndexError("from inside")
+        return items[number]
+
+    digests = [content_digest(item) for item in items]
+    assert len(list(Observations(Streamed(read, digests)))) == 4
+    broken.add(2)
+    with pytest.raises(IndexError, match="from inside"):
+        list(Observations(Streamed(read, digests)))
 
 
 def test_writing_again_gives_the_same_bytes(

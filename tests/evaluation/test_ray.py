@@ -97,7 +97,7 @@ def test_an_error_on_ray_arrives_with_its_kind(ray):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ResourceError, match=r"omega-qvla\[scale\]"):
+    with pytest.raises(ResourceError, match=r"pip install 'ray>="):
         RayCrew("local")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import pytest
 import torch
 
 import omega_qvla as oq
+from omega_qvla.artifact.claims import Claim
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import (
     NonFiniteError,
     ObservationError,
+    OutputError,
     PolicyError,
     ResourceError,
     ResumeError,
@@ -38,6 +41,7 @@ from omega_qvla.quantization import pipeline
 from omega_qvla.quantization.journal import HEADER, Journal, discard_journal
 from omega_qvla.quantization.pipeline import quantize_policy, work_shares
 from omega_qvla.recipe import Recipe
+from omega_qvla.runtime.engine import build
 
 LAST = "paligemma_with_expert.gemma_expert.model.layers.1"
 SITES = 18
@@ -228,17 +232,14 @@ def test_killed_work_resumes_to_the_same_bytes(uninterrupted: Path, tmp_path: Pa
     assert directory_bytes(tmp_path / "out") == directory_bytes(uninterrupted)
 
 
-def test_without_resume_the_work_starts_again(
-    policy: Pi05Policy,
-    observations: Observations,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_finished_sites_are_never_discarded_unasked(
+    policy: Pi05Policy, observations: Observations, tmp_path: Path
 ) -> None:
-    with pytest.raises(StopError):
-        oq.quantize(policy, observations, "rtn", work_directory=tmp_path, progress=Recorder(5))
-    computed = count_computed(monkeypatch)
-    oq.quantize(policy, observations, "rtn", work_directory=tmp_path)
-    assert len(computed) == SITES
+    interrupted(policy, observations, tmp_path)
+    before = directory_bytes(tmp_path)
+    with pytest.raises(ResumeError, match=r"3 finished site\(s\).*resume"):
+        oq.quantize(policy, observations, "rtn", work_directory=tmp_path)
+    assert directory_bytes(tmp_path) == before
 
 
 def interrupted(policy: Pi05Policy, observations: Observations, work: Path) -> None:
@@ -292,6 +293,86 @@ def test_a_damaged_journal_file_is_refused_by_name(
         oq.quantize(policy, observations, "rtn", work_directory=tmp_path, resume=True)
 
 
+def streamed_policy(policy: Pi05Policy, directory: Path) -> Any:
+    """The policy read from a checkpoint piece by piece; its finished sites stay in the journal."""
+    write_openpi(policy, directory)
+    return stream_policy(str(directory))
+
+
+def test_a_removed_journal_file_is_an_error_and_computed_again_when_resumed(
+    policy: Pi05Policy, observations: Observations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed, work = streamed_policy(policy, tmp_path / "checkpoint"), tmp_path / "journal"
+    removed = work / "site-00004.safetensors"
+
+    def remove(done: int, _total: int, _what: str) -> None:
+        if done == 9:
+            removed.unlink()
+
+    with pytest.raises(ResumeError, match=r"site-00004.*removed.*resume"):
+        oq.quantize(streamed, observations, "rtn", work_directory=work, progress=remove)
+    computed = count_computed(monkeypatch)
+    made = oq.quantize(streamed, observations, "rtn", work_directory=work, resume=True)
+    assert len(computed) == 1
+    whole = oq.quantize(load_policy(str(tmp_path / "checkpoint")), observations, "rtn")
+    whole.save_pretrained(tmp_path / "whole")
+    made.save_pretrained(tmp_path / "out")
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "whole")
+
+
+def test_a_stored_sequence_ends_at_its_length_and_not_before(
+    policy: Pi05Policy, observations: Observations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = streamed_policy(policy, tmp_path / "checkpoint")
+    recipe = Recipe.load("rtn")
+    with Journal(tmp_path / "journal", {}, resume=False) as journal:
+        sites = quantize_policy(streamed, observations, recipe, journal=lambda _: journal).sites
+        names = [site.site.name for site in sites]
+        assert len(names) == SITES and sites[-1].site.name == names[-1]
+        assert [site.site.name for site in sites[2:5]] == names[2:5]
+        with pytest.raises(IndexError):
+            sites[SITES]
+        load = journal.load
+
+        def broken(index: int, site: Any) -> Any:
+            if index == 3:
+                raise IndexError("from inside")
+            return load(index, site)
+
+        monkeypatch.setattr(journal, "load", broken)
+        with pytest.raises(IndexError, match="from inside"):
+            list(sites)
+
+
+def test_two_quantizations_of_one_journal_are_never_mixed(
+    policy: Pi05Policy, observations: Observations, tmp_path: Path
+) -> None:
+    """The second is refused before it computes anything; a reader of what is finished is not."""
+
+    def second(done: int, _total: int, _what: str) -> None:
+        if done == 5:
+            for resume in (False, True):
+                with pytest.raises(OutputError, match=f"process {os.getpid()} "):
+                    oq.quantize(policy, observations, "rtn", work_directory=tmp_path, resume=resume)
+
+    whole = oq.quantize(policy, observations, "rtn", work_directory=tmp_path, progress=second)
+    with Claim(tmp_path):
+        read = oq.quantize(policy, observations, "rtn", work_directory=tmp_path, resume=True)
+    assert all(torch.equal(value, read.tensors()[name]) for name, value in whole.tensors().items())
+
+
+def test_fewer_sites_than_the_recipe_quantizes_are_no_policy(
+    policy: Pi05Policy, observations: Observations
+) -> None:
+    whole = quantize_policy(policy, observations, Recipe.load("rtn"))
+    some = replace(whole, sites=list(whole.sites)[3:])
+    twice = replace(whole, sites=[*whole.sites, whole.sites[0]])
+    with pytest.raises(PolicyError, match=r"linears that the recipe quantizes are in no site"):
+        build(policy, some)
+    with pytest.raises(PolicyError, match=r"linears are in two sites"):
+        build(policy, twice)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff"])
 def test_a_damaged_journal_header_is_refused(
     content: bytes, policy: Pi05Policy, observations: Observations, tmp_path: Path
@@ -322,7 +403,8 @@ def test_a_directory_with_other_things_in_it_is_neither_used_nor_emptied(
 
 
 def test_a_discarded_journal_leaves_nothing(tmp_path: Path) -> None:
-    Journal(tmp_path / "work", {"recipe": "x"}, resume=False)
+    with Journal(tmp_path / "work", {"recipe": "x"}, resume=False):
+        pass
     discard_journal(tmp_path / "work")
     assert list(tmp_path.iterdir()) == []
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from omega_qvla.errors import MissingPackageError
 from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.results import ReportError
 
@@ -47,7 +48,7 @@ def test_full_precision_without_rivals_is_drawn(row, save, tmp_path):
 
 def test_missing_matplotlib_names_the_extra(saved, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ReportError, match=r"omega-qvla\[report\]"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'matplotlib>=.*'report'"):
         comparison_figure(saved, tmp_path / "never.png")
     assert not (tmp_path / "never.png").exists()
 

@@ -23,12 +23,14 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from omega_qvla.artifact.claims import Claim
 from omega_qvla.artifact.files import (
     ContainedDirectory,
     DamageError,
@@ -129,6 +131,7 @@ def write_artifact(
     processor: Mapping[str, bytes],
     card: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    claim: Claim | None = None,
 ) -> str:
     """Save an artifact; an earlier one is replaced only when the new one is complete.
 
@@ -139,11 +142,13 @@ def write_artifact(
         processor: file name → bytes, for ``processor/``.
         card: text of ``README.md``.
         max_shard_bytes: tensor files are cut so that none is larger, unless one tensor is.
+        claim: on the destination, where the caller has it; taken for the time of writing otherwise.
 
     Returns:
         The content hash.
 
     Raises:
+        OutputError: another process or thread is writing there.
         ArtifactError: something that an artifact cannot hold.
         NotAnArtifactError: the destination holds something else; it is not touched.
         NonFiniteError: a tensor holds NaN or Inf; names it.
@@ -159,7 +164,7 @@ def write_artifact(
     plan = assign_shards(specs, max_shard_bytes)
     shards = {shard_name(i, len(plan)): names for i, names in enumerate(plan)}
     preflight_disk(target, _disk_bytes(small, shards, specs))
-    with replace_directory(target) as work:
+    with Claim(target) if claim is None else nullcontext(), replace_directory(target) as work:
         manifest = _write_tree(work, small, shards, specs, tensors)
     return manifest.content_hash
 
@@ -331,6 +336,26 @@ def read_artifact(directory: str | os.PathLike[str], *, verify: bool = True) -> 
         ) from error
     except MemoryError as error:
         raise ResourceError(f"not enough memory to read artifact {root}") from error
+
+
+def read_description(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """``omega_config.json`` and the processor's files; no tensor is read and nothing is hashed.
+
+    Raises:
+        NotAnArtifactError, ArtifactError: as :func:`read_artifact`.
+    """
+    root = _shown(directory)
+    try:
+        with ContainedDirectory(directory) as folder:
+            config, manifest = _read_config(folder), _read_manifest(folder)
+            names = [f"{PROCESSOR}/{name}" for name in manifest.processor]
+            files = [_open_sized(folder, name, manifest) for name in names]
+            contents = [file.read(limit_of(file.name)) for file in files]
+            return config, dict(zip(manifest.processor, contents, strict=True))
+    except DamageError as error:
+        raise ArtifactError(
+            f"artifact {root} is damaged: {error}; save or copy it again"
+        ) from error
 
 
 def verify_artifact(directory: str | os.PathLike[str]) -> VerifyReport:

@@ -32,7 +32,8 @@ from omega_qvla.calibration.parquet import (
 )
 from omega_qvla.calibration.streamed import Skipped
 from omega_qvla.calibration.video import Video
-from omega_qvla.errors import ObservationError, ResourceError
+from omega_qvla.errors import ObservationError
+from omega_qvla.extras import needing
 from omega_qvla.policies.base import Observation
 
 LEROBOT_TOLERANCE = 1e-4
@@ -231,12 +232,8 @@ def decode_image(cell: Any) -> np.ndarray:
             unreasonable size.
         ResourceError: Pillow is not installed.
     """
-    try:
+    with needing("reading the images of a LeRobot dataset", "data"):
         from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ResourceError(
-            "reading LeRobot images needs Pillow: pip install 'omega-qvla[data]'"
-        ) from error
     content = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if not isinstance(content, bytes):
         raise ObservationError("the image is not stored in the file")

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from omega_qvla.errors import ObservationError, ResourceError
+from omega_qvla.errors import ObservationError
+from omega_qvla.extras import needing
 
 _BUFFER_BYTES = 1 << 20
 _NUMBER_ROWS = 4096
@@ -120,13 +121,9 @@ def open_parquet(path: Path, where: str) -> Iterator[Any]:
         ObservationError: missing, or not readable as parquet.
         ResourceError: pyarrow is not installed.
     """
-    try:
+    with needing("reading a LeRobot dataset", "data"):
         import pyarrow as arrow
         from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ResourceError(
-            "reading LeRobot datasets needs pyarrow: pip install 'omega-qvla[data]'"
-        ) from error
     if not path.is_file():
         raise ObservationError(f"{where} is missing; the dataset was not downloaded whole")
     try:

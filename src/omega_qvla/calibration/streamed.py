@@ -9,7 +9,7 @@ again and compared.  A source that changes in between is an error, not another c
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -105,6 +105,10 @@ class Streamed(Sequence[Observation]):
             if len(self._recent) > _RECENT:
                 self._recent.popitem(last=False)
         return self._recent[number]
+
+    def __iter__(self) -> Iterator[Observation]:
+        # Not by the protocol of __getitem__, which takes any IndexError of a reader for the end.
+        return (self[i] for i in range(len(self)))
 
     def select(self, places: Sequence[int]) -> Streamed:
         """The observations at these places of this sequence; nothing is read."""

@@ -43,7 +43,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from omega_qvla.errors import ObservationError, ResourceError
+from omega_qvla.errors import ObservationError
+from omega_qvla.extras import needing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,13 +82,9 @@ class Video:
     """
 
     def __init__(self, path: Path, where: str) -> None:
-        try:
+        with needing("reading the videos of a LeRobot dataset", "data"):
             import av
             from av.error import FFmpegError
-        except ImportError as error:
-            raise ResourceError(
-                "reading LeRobot videos needs PyAV: pip install 'omega-qvla[data]'"
-            ) from error
         if not path.is_file():
             raise ObservationError(f"{where} is missing; the dataset was not downloaded whole")
         self.where = where

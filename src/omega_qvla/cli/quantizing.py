@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +20,10 @@ from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.policies.loading import load_policy, policy_structure, stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
-from omega_qvla.quantization.pipeline import work_shares
+from omega_qvla.quantization.pipeline import planned_sites, work_shares
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.runtime.linear import best_kernel
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.loading import coverage_failures, load
 from omega_qvla.runtime.memory import predict
 
 
@@ -51,7 +51,7 @@ class Quantize(Calibrated, Checkpoint, Common):
         if self.dry_run:
             policy = _with_steps(policy_structure(self.policy, self.choices), self.steps)
             screen.decisions(policy.decisions)
-            sites = [{"name": name} for name in _covered_sites(policy, recipe)]
+            sites = [{"name": site.name} for site in planned_sites(policy, recipe)]
             content = recipe.model_dump(mode="json")
             report = _inspection(predict(policy, recipe), content, sites, best_kernel())
             screen.memory(report, f"{self.policy} with {recipe.name}, predicted")
@@ -131,6 +131,8 @@ class Verify(Common):
 
     def run(self, screen: Screen) -> int:
         report = verify_artifact(self.directory)
+        if report.ok:
+            report = replace(report, failures=coverage_failures(self.directory))
         for failure in report.failures:
             screen.say(f"FAILED {failure}")
         screen.say(f"{report.checked} checked, {len(report.failures)} failed")
@@ -146,15 +148,6 @@ def _inspection(
     memory: Mapping[str, Any], recipe: Mapping[str, Any], sites: Sequence[Any], kernel: str
 ) -> dict[str, Any]:
     return {"schema": 1, **memory, "recipe": recipe, "kernel": kernel, "sites": list(sites)}
-
-
-def _covered_sites(policy: NativePolicy, recipe: Recipe) -> list[str]:
-    return [
-        site.name
-        for stage in policy.stages()
-        for site in stage.sites
-        if recipe.scheme_of(site) is not None
-    ]
 
 
 def _is_torch(directory: Path) -> bool:

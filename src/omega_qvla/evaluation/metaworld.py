@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.errors import SimulatorUnavailable
+from omega_qvla.errors import MissingPackageError, SimulatorUnavailable
 from omega_qvla.evaluation.offscreen import OffscreenRenderer
+from omega_qvla.extras import needing
 
 Array = npt.NDArray[Any]
 Observation = dict[str, Any]
@@ -39,9 +40,9 @@ STATE_DIM = 4
 START_JITTER_M = (0.08, 0.05, 0.04)
 """Half-ranges, in metres, of the random offset of the hand's starting position."""
 
-_SUCCESS_HINT = (
-    "the Meta-World simulator needs `pip install omega-qvla[sim]` and the Debian packages "
-    "libegl1 and libgl1-mesa-dri (`apt-get install libegl1 libgl1-mesa-dri`)"
+_RENDERING = (
+    "the Meta-World simulator renders without a screen, with the Debian packages libegl1 and "
+    "libgl1-mesa-dri (`apt-get install libegl1 libgl1-mesa-dri`)"
 )
 _HIDDEN_BODIES = frozenset(
     {"right_arm_base_link", "head", "right_hand", "pedestal", "torso", "screen"}
@@ -134,11 +135,11 @@ def _simulator() -> tuple[Any, Any]:
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "1")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), needing("the Meta-World simulator", "sim"):
             warnings.simplefilter("ignore")
             return importlib.import_module("mujoco"), importlib.import_module("metaworld.env_dict")
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise SimulatorUnavailable(f"{_SUCCESS_HINT}: {error}") from error
+    except (MissingPackageError, AttributeError, OSError, RuntimeError) as error:
+        raise SimulatorUnavailable(f"{error}; {_RENDERING}") from error
 
 
 class MetaWorldEnv:
@@ -275,7 +276,7 @@ class MetaWorldEnv:
             renderer = OffscreenRenderer(self._mujoco, self.image_size, _RENDER_FLAGS_OFF)
             renderer.upload(self._env.model)
         except Exception as error:  # the GL bindings raise many unrelated types here
-            raise SimulatorUnavailable(f"{_SUCCESS_HINT}: {error}") from error
+            raise SimulatorUnavailable(f"{_RENDERING}: {error}") from error
         return renderer
 
     def _follow(self) -> Any:

@@ -34,6 +34,7 @@ from omega_qvla.policies.base import Policy
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
@@ -185,6 +186,8 @@ def simulated(
     resume: bool,
 ) -> Built:
     """Factory of :func:`quantized_blueprint` for a recipe that cannot exist as integers."""
+    if not resume:
+        discard_journal(Path(journal))  # what a killed comparison left
     policy: Any = quantize(
         _load_full(**full),
         Observations(calibration),

@@ -25,10 +25,10 @@ from typing import Any
 from omega_qvla.errors import ResourceError
 from omega_qvla.evaluation.channel import LENGTHS, decode, encode
 from omega_qvla.evaluation.crew import Death, Reply
+from omega_qvla.extras import needing
 
 LOCAL, AUTO = "local", "auto"
 _CONNECT_S = 5.0
-_EXTRA = "Ray is not installed: pip install 'omega-qvla[scale]'"
 
 
 class RayCrew:
@@ -131,10 +131,8 @@ def _unpack(message: bytes) -> dict[str, Any]:
 
 
 def _import_ray() -> Any:
-    try:
+    with needing("running on a Ray cluster", "scale"):
         return importlib.import_module("ray")
-    except ImportError as error:
-        raise ResourceError(_EXTRA) from error
 
 
 def _require_reachable(address: str) -> None:

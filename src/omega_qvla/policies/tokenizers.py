@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from omega_qvla.errors import PolicyError, ResourceError
+from omega_qvla.errors import PolicyError
+from omega_qvla.extras import needing
 from omega_qvla.policies.checkpoints.files import parse_json
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -44,10 +45,8 @@ class SentencePieceTokenizer:
     kind: Literal["sentencepiece"] = "sentencepiece"
 
     def __init__(self, model: bytes, where: str) -> None:
-        try:
+        with needing(where, "hub"):
             from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise _needs_extra("sentencepiece", where) from error
         try:
             self._processor = SentencePieceProcessor(model_proto=model)
             if not model or self._processor.vocab_size() == 0:
@@ -100,10 +99,8 @@ class QwenTokenizer:
     kind: Literal["qwen"] = "qwen"
 
     def __init__(self, files: Mapping[str, bytes], where: str) -> None:
-        try:
+        with needing(where, "hub"):
             import tokenizers
-        except ImportError as error:
-            raise _needs_extra("tokenizers", where) from error
         vocab, merges, added = (_required(files, name, where) for name in QWEN_FILES)
         self._files = dict(zip(QWEN_FILES, (vocab, merges, added), strict=True))
         ids = _token_ids(vocab, f"{where}: vocab.json")
@@ -194,7 +191,3 @@ def _required(files: Mapping[str, bytes], name: str, where: str) -> bytes:
     if name not in files:
         raise PolicyError(f"{where} refers to {name}, which is missing")
     return files[name]
-
-
-def _needs_extra(library: str, where: str) -> ResourceError:
-    return ResourceError(f"{where} needs the package {library}; run: pip install 'omega-qvla[hub]'")

@@ -7,6 +7,9 @@ from the present inputs is refused with the list of differences, because mixing 
 recipes or two checkpoints would give an artifact nobody asked for.  The device is one of these
 inputs: two of them round sums differently, and sites of both would make an artifact that no run
 from start to end gives.  A header without one is of the CPU, which was once the only one.
+
+Whoever computes sites for a journal has claimed its directory (``artifact/claims.py``): a second
+process is refused before it computes any.  Reading needs no claim: what is there is finished.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from omega_qvla.artifact.claims import Claim
 from omega_qvla.errors import ResourceError, ResumeError
 from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.quantization.low_rank import LowRankBranch
@@ -35,48 +39,93 @@ from omega_qvla.recipe import ActivationScheme
 HEADER = "header.json"
 ON_CPU = "cpu"
 """What a header says of work on the CPU."""
+_SITE_SUFFIX = ".safetensors"
 _OURS = re.compile(r"(header\.json|site-\d{5}\.safetensors)(\.partial)?")
 
 
 class Journal:
-    """Finished sites of one quantization, on disk.
+    """Finished sites of one quantization, on disk; a context that ends with the work.
 
     Args:
         directory: where to keep them; created if needed.
         header: everything the result depends on (recipe, weights, calibration, version).
-        resume: continue what is there; without it an existing journal is discarded.
+        resume: continue what is there.
 
     Raises:
-        ResumeError: the directory holds something else, or ``resume`` and its header differs from
-            ``header``.
+        ResumeError: the directory holds something else; or finished sites, and not ``resume``; or
+            its header differs from ``header``.
+        OutputError: another process is computing sites for it.
         ResourceError: the disk is full.
     """
 
     def __init__(self, directory: Path, header: Mapping[str, str], *, resume: bool) -> None:
         self.directory = directory
-        found = _own_files(directory)
-        if not resume:
-            _remove(found)
-            found = []
-        path = directory / HEADER
-        if path in found:
+        self._claim: Claim | None = None
+        try:
+            if not (resume and (directory / HEADER).exists()):
+                self._require_claim()
+            self._open(header, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, header: Mapping[str, str], resume: bool) -> None:
+        path, finished = self.directory / HEADER, finished_sites(self.directory)
+        if finished and not resume:
+            raise ResumeError(
+                f"{self.directory} has {finished} finished site(s) of an interrupted quantization: "
+                "continue with resume, or remove it to start again"
+            )
+        if path.exists() and resume:
             _require_same(path, header)
             return
-        if any(file.suffix != ".partial" for file in found):
+        if finished:
             raise ResumeError(
-                f"{directory} has finished sites but no {HEADER}; start again without resume"
+                f"{self.directory} has finished sites but no {HEADER} that says what of; remove it "
+                "and start again"
             )
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ResourceError(f"cannot create {directory}: {error}") from error
+            raise ResourceError(f"cannot create {self.directory}: {error}") from error
         _write(path, json.dumps(dict(header), indent=1, sort_keys=True).encode())
 
-    def load(self, index: int, site: QuantizationSite) -> QuantizedSite | None:
-        """The finished site with this index, or None if it has to be computed."""
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others compute sites for it."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+
+    def find(self, index: int, site: QuantizationSite) -> QuantizedSite | None:
+        """The finished site with this index, or None if it has to be computed, by the caller.
+
+        Raises:
+            ResumeError: what is there is damaged.
+            OutputError: it has to be computed, and another process is at it.
+        """
+        if not self._path(index).exists():
+            self._require_claim()
+        # Looked for again: another process may have finished it before this one had the claim.
+        return self.load(index, site) if self._path(index).exists() else None
+
+    def load(self, index: int, site: QuantizationSite) -> QuantizedSite:
+        """The finished site with this index.
+
+        Raises:
+            ResumeError: it is damaged, or gone although it was there.
+        """
         path = self._path(index)
         if not path.exists():
-            return None
+            raise ResumeError(
+                f"{path}, the finished site {site.name!r}, was removed while it was needed; "
+                "continue with resume, and it is computed again"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -103,8 +152,21 @@ class Journal:
         content = save(tensors, metadata={"site": text, "sha256": _digest(tensors, text)})
         _write(self._path(index), content)
 
+    def _require_claim(self) -> None:
+        if self._claim is None:
+            self._claim = Claim(self.directory)
+
     def _path(self, index: int) -> Path:
-        return self.directory / f"site-{index:05d}.safetensors"
+        return self.directory / f"site-{index:05d}{_SITE_SUFFIX}"
+
+
+def finished_sites(directory: Path) -> int:
+    """How many finished sites a journal has; 0 where there is none.
+
+    Raises:
+        ResumeError: the directory holds something that is not a journal.
+    """
+    return sum(file.suffix == _SITE_SUFFIX for file in _own_files(directory))
 
 
 def discard_journal(directory: Path) -> None:
@@ -112,9 +174,12 @@ def discard_journal(directory: Path) -> None:
 
     Raises:
         ResumeError: the directory holds something that is not a journal.
+        OutputError: another process is computing sites for it.
     """
-    _remove(_own_files(directory))
-    if directory.exists():
+    if not directory.exists():
+        return
+    with Claim(directory):
+        _remove(_own_files(directory))
         directory.rmdir()
 
 
@@ -153,9 +218,11 @@ def _require_same(path: Path, header: Mapping[str, str]) -> None:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ResumeError(f"{path} is unreadable ({error}); start again without resume") from error
+        raise ResumeError(
+            f"{path} is unreadable ({error}); remove {path.parent} and start again"
+        ) from error
     if not isinstance(found, dict):
-        raise ResumeError(f"{path} is not a journal header; start again without resume")
+        raise ResumeError(f"{path} is not a journal header; remove {path.parent} and start again")
     before, now = {"device": ON_CPU, **found}, {"device": ON_CPU, **header}
     different = [
         f"{key}: was {before.get(key)!r}, now {now.get(key)!r}"
@@ -165,13 +232,13 @@ def _require_same(path: Path, header: Mapping[str, str]) -> None:
     if before["device"] != now["device"]:
         raise ResumeError(
             f"cannot resume {path.parent}: it was begun on another device, which rounds sums "
-            f"differently ({'; '.join(different)}); go on where it was begun (device=), or start "
-            "again without resume"
+            f"differently ({'; '.join(different)}); go on where it was begun (device=), or remove "
+            "it and start again"
         )
     if different:
         raise ResumeError(
             f"cannot resume {path.parent}: its inputs changed ({'; '.join(different)}); "
-            "restore them, or start again without resume"
+            "restore them, or remove it and start again"
         )
 
 

@@ -124,7 +124,7 @@ def quantize_policy(
     given = as_observations(observations)
     numbers = given.spread_indices(recipe.observations)
     used = given.spread(recipe.observations)
-    covered = [site for site in sites_of(policy) if recipe.scheme_of(site) is not None]
+    covered = planned_sites(policy, recipe)
     if not covered:
         raise PolicyError(
             f"recipe {recipe.name!r} covers no part of this {policy.family} policy; its sites are "
@@ -159,6 +159,7 @@ def quantize_policy(
                 if number + 1 < len(stages):
                     states = after or _advance(stage, states)
             work.leave_stage()
+        _require_all(covered, work.done)
         quantization = Quantization(
             recipe=recipe,
             sites=work.finished,
@@ -172,6 +173,11 @@ def quantize_policy(
         simulated = simulate(policy, quantization)
         factors = match_attention(policy.clone(), simulated, used, recipe.seed, device)
         return replace(quantization, attention=factors)
+
+
+def planned_sites(policy: Policy, recipe: Recipe) -> list[QuantizationSite]:
+    """The sites that a recipe quantizes, in execution order."""
+    return [site for site in sites_of(policy) if recipe.scheme_of(site) is not None]
 
 
 def simulate(policy: Policy, quantization: Quantization) -> Policy:
@@ -234,9 +240,7 @@ def work_shares(policy: Policy, recipe: Recipe) -> list[float]:
     3 N K² for propagation and proxy loss (docs/full-size.md).
     """
     done = [0.0]
-    for site in sites_of(policy):
-        if recipe.scheme_of(site) is None:
-            continue
+    for site in planned_sites(policy, recipe):
         linears = linears_of(policy.module, site)
         inputs, outputs = linears[0].in_features, sum(linear.out_features for linear in linears)
         done.append(done[-1] + inputs**2 * (_TYPICAL_ROWS + 4 / 3 * inputs + 3 * outputs))
@@ -246,6 +250,14 @@ def work_shares(policy: Policy, recipe: Recipe) -> list[float]:
 def _advance(stage: Stage, states: Sequence[State]) -> list[State]:
     with torch.no_grad():
         return [stage.run(state) for state in states]
+
+
+def _require_all(planned: Sequence[QuantizationSite], done: Sequence[QuantizationSite]) -> None:
+    missing = [site.name for site in planned if site not in done]
+    if missing:
+        raise PolicyError(
+            f"{len(missing)} of {len(planned)} sites were not quantized: {', '.join(missing[:3])}"
+        )
 
 
 def _require_streamable(recipe: Recipe) -> None:
@@ -356,7 +368,7 @@ class _Work:
         return quantized
 
     def _stored(self, site: QuantizationSite) -> QuantizedSite | None:
-        return None if self.journal is None else self.journal.load(self.index[site.name], site)
+        return None if self.journal is None else self.journal.find(self.index[site.name], site)
 
     def _measure(
         self, stage: Stage, states: Sequence[State], sites: Sequence[QuantizationSite]
@@ -401,10 +413,12 @@ class _StoredSites(Sequence[QuantizedSite]):
     def __getitem__(self, index: int | slice) -> QuantizedSite | Sequence[QuantizedSite]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        site = self._journal.load(index, self._sites[index])
-        if site is None:
-            raise IndexError(index)
-        return site
+        number = range(len(self))[index]
+        return self._journal.load(number, self._sites[number])
+
+    def __iter__(self) -> Iterator[QuantizedSite]:
+        # Not by the protocol of __getitem__, which takes any IndexError for the end.
+        return (self[i] for i in range(len(self)))
 
 
 def _quantize_embedding(

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from omega_qvla.extras import needing
 from omega_qvla.report.files import write_file
 from omega_qvla.report.results import ReportError
 from omega_qvla.report.sections import Section, sections_of
@@ -67,12 +68,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
 
 
 def _render(sources: Sources, sections: Sequence[Section]) -> str:
-    try:
+    with needing("a report", "report"):
         jinja2 = importlib.import_module("jinja2")
-    except ImportError as error:
-        raise ReportError(
-            f"a report needs jinja2: pip install 'omega-qvla[report]' ({error})"
-        ) from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

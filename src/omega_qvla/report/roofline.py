@@ -8,13 +8,13 @@ can do with operands in registers.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omega_qvla.report.results import ReportError
+from omega_qvla.report.style import matplotlib_modules
 
 _BYTES_PER_WEIGHT = {
     "torch fp32": 4.0,
@@ -48,11 +48,7 @@ def roofline_figure(json_path: str | Path, png_path: str | Path) -> Path:
         ReportError: the file is not one, or matplotlib is not installed.
     """
     document = _read(Path(json_path))
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-        figure_module = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ReportError("figures need matplotlib: pip install 'omega-qvla[report]'") from error
+    matplotlib, figure_module = matplotlib_modules()
     with matplotlib.rc_context(_RC):
         figure = figure_module.Figure(figsize=(8.5, 5.2), layout="constrained")
         axes = figure.subplots()

@@ -14,7 +14,7 @@ import math
 import re
 from typing import Any
 
-from omega_qvla.report.results import ReportError
+from omega_qvla.extras import needing
 
 CONDITION_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 MARKERS = ("o", "D", "s", "^")
@@ -70,12 +70,8 @@ def matplotlib_modules() -> tuple[Any, Any]:
     Raises:
         ReportError: not installed; names the extra.
     """
-    try:
+    with needing("drawing figures", "report"):
         return importlib.import_module("matplotlib"), importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ReportError(
-            f"figures need matplotlib: pip install 'omega-qvla[report]' ({error})"
-        ) from error
 
 
 def part_of_matplotlib(name: str) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from omega_qvla.policies.base import Policy, QuantizationSite
-from omega_qvla.quantization.pipeline import Quantization
+from omega_qvla.quantization.pipeline import Quantization, planned_sites
 from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.memory import kept_linears, reference_parameters
@@ -104,6 +105,40 @@ def describe(policy: Policy, quantization: Quantization) -> dict[str, Any]:
         "adaptive_norm": "keep" if quantization.step_table is None else "table",
         "reference_parameters": reference_parameters(policy),
     }
+
+
+def coverage_faults(policy: Policy, config: Mapping[str, Any]) -> list[str]:
+    """Where the sites of ``omega_config.json`` are not what its recipe quantizes of this policy.
+
+    Linears are compared, since how they are grouped into sites may differ.
+
+    Args:
+        policy: the structure; its tensors do not matter.
+        config: the content of the file.
+
+    Returns:
+        One line per kind of difference; empty if each linear that the recipe quantizes is in
+        exactly one site, no other is in any, and the linears left in 16 bits are those listed.
+    """
+    recipe = Recipe.model_validate(config["recipe"])
+    planned = {name for site in planned_sites(policy, recipe) for name in site.linears}
+    counts = Counter(
+        name for item in config["sites"] for name in SiteRecord.parse(item).site.linears
+    )
+    differences = {
+        f"of {len(planned)} linears that the recipe quantizes are in no site": planned - {*counts},
+        "linears of sites are not among those the recipe quantizes here": {*counts} - planned,
+        "linears are in two sites": {name for name, count in counts.items() if count > 1},
+        "linears differ from those that the recipe leaves in 16 bits": {
+            *kept_linears(policy, recipe)
+        }
+        ^ {str(name) for name in config["kept"]},
+    }
+    return [
+        f"{len(names)} {what}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
+        for what, names in differences.items()
+        if names
+    ]
 
 
 def _searched_clip(recipe: Recipe, site: QuantizedSite) -> float | None:

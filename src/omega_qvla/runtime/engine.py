@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.artifact.checkpoint import write_artifact
+from omega_qvla.artifact.claims import Claim
 from omega_qvla.artifact.memory import MemorySummary
 from omega_qvla.errors import NotRealizableError, PolicyError
 from omega_qvla.policies.base import Observation, Policy
@@ -29,7 +30,7 @@ from omega_qvla.quantization.pipeline import Quantization, simulate
 from omega_qvla.quantization.simulation import SimulatedLinear, install
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.card import model_card
-from omega_qvla.runtime.description import SiteRecord, describe
+from omega_qvla.runtime.description import SiteRecord, coverage_faults, describe
 from omega_qvla.runtime.embedding import QuantizedEmbedding
 from omega_qvla.runtime.fused import CpuElementwise
 from omega_qvla.runtime.linear import REFERENCE, QuantizedLinear, best_kernel
@@ -74,10 +75,16 @@ class QuantizedPolicy:
         """One action chunk; see the policy's own ``sample_actions``."""
         return self.policy.sample_actions(observation, noise, steps=steps, generator=generator)
 
-    def save_pretrained(self, directory: str | Path) -> Path:
+    def save_pretrained(self, directory: str | Path, *, claim: Claim | None = None) -> Path:
         """Write the artifact atomically; an earlier one is replaced only when this is complete.
 
+        Args:
+            directory: new, empty, or an earlier artifact.
+            claim: on the directory, where the caller has it; taken for the time of writing
+                otherwise.
+
         Raises:
+            OutputError: another process or thread is writing there; says which.
             ResourceError: not enough disk.
             ArtifactError: the directory holds something that is not an artifact.
         """
@@ -89,6 +96,7 @@ class QuantizedPolicy:
             tensors=self.tensors(),
             processor=processor,
             card=model_card(self.config),
+            claim=claim,
         )
         return target
 
@@ -178,14 +186,24 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
     """Turn a quantization of ``policy`` into something that runs.
 
     Realizable recipes give integers; the others their simulation.
+
+    Raises:
+        PolicyError: the sites are not exactly what the recipe quantizes of this policy.
     """
     if not quantization.recipe.realizable:
         return SimulatedPolicy(policy, quantization)
     config = describe(policy, quantization)
+    faults = coverage_faults(policy, config)
     target = policy.clone()
+    installed = 0
     for site in quantization.sites:
         linear = QuantizedLinear.from_site(site, target.clock)
         install(target.module, site.site.linears, linear)
+        installed += 1
+    if installed != len(config["sites"]):
+        faults.append(f"{installed} of {len(config['sites'])} sites were given")
+    if faults:
+        raise PolicyError(f"the quantization is not of this policy: {'; '.join(faults)}")
     if quantization.embedding is not None:
         rows = quantization.embedding
         install(target.module, [rows.path], QuantizedEmbedding.from_rows(rows))

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.artifact.checkpoint import Artifact, read_artifact
+from omega_qvla.artifact.checkpoint import Artifact, read_artifact, read_description
+from omega_qvla.artifact.files import Failure
+from omega_qvla.artifact.manifest import CONFIG
 from omega_qvla.devices import check_memory
-from omega_qvla.errors import ArtifactError, PolicyError, ResourceError
+from omega_qvla.errors import ArtifactError, OmegaError, PolicyError, ResourceError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.elementwise import use_elementwise
 from omega_qvla.policies.loading import policy_skeleton
@@ -19,7 +21,7 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.step_table import StepTable
 from omega_qvla.quantization.simulation import install
 from omega_qvla.recipe import Recipe
-from omega_qvla.runtime.description import SiteRecord
+from omega_qvla.runtime.description import SiteRecord, coverage_faults
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
 from omega_qvla.runtime.engine import (
     STEP_TABLE,
@@ -97,6 +99,26 @@ def load(
     return loaded
 
 
+def coverage_failures(directory: str | Path) -> list[Failure]:
+    """Whether an artifact's sites are what its recipe quantizes of its policy; reads no tensors.
+
+    A module of the user's own is not in its artifact: ``load`` compares it when it is given one.
+
+    Raises:
+        NotAnArtifactError, ArtifactError: its description cannot be read.
+    """
+    config, processor = read_description(directory)
+    try:
+        if config["policy"]["family"] == "torch":
+            return []
+        given = config["policy"]
+        structure = policy_skeleton(str(given["family"]), given["config"], processor)
+        faults = coverage_faults(structure, config)
+    except (KeyError, TypeError, ValueError, AttributeError, OmegaError) as error:
+        faults = [f"does not describe a policy: {type(error).__name__}: {error}"]
+    return [Failure(CONFIG, None, fault) for fault in faults]
+
+
 def _gpu_run(device: str, tuning: str | Path | None) -> GpuRun:
     gpu = triton_gpu.find(device)
     return GpuRun(gpu, None if tuning is None else triton_gpu.tuner(gpu, Path(tuning)))
@@ -127,6 +149,9 @@ def _rebuild(artifact: Artifact, policy: Policy | None, run: Run) -> QuantizedPo
     config = artifact.config
     family = str(config["policy"]["family"])
     target = _structure(family, config, artifact, policy)
+    faults = coverage_faults(target, config)
+    if faults:
+        raise ArtifactError(f"{artifact.root}: omega_config.json: {'; '.join(faults)}")
     # The artifact gives its tensors away: one that has been repacked must not stay mapped.
     remaining = {name: tensor.to(run.device) for name, tensor in artifact.tensors.items()}
     artifact.tensors.clear()

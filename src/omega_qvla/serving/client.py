@@ -24,17 +24,14 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.errors import ResourceError, ServingError, WireError
+from omega_qvla.errors import ServingError, WireError
+from omega_qvla.extras import needing
 from omega_qvla.serving.action_queue import DEFAULT_BLENDING, ActionQueue, Blending
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, decode_map, encode
 
-try:
+with needing("a remote policy", "serve"):
     from websockets.exceptions import ConnectionClosed, WebSocketException
     from websockets.sync.client import ClientConnection, connect
-except ImportError as error:
-    raise ResourceError(
-        "a remote policy needs the package websockets: pip install 'omega-qvla[serve]'"
-    ) from error
 
 Array = npt.NDArray[Any]
 

@@ -24,23 +24,19 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from omega_qvla.errors import ResourceError
+from omega_qvla.extras import needing
 from omega_qvla.serving.arrivals import Pace, Turnstile
 from omega_qvla.serving.backlog import DEFAULT_LIMIT_BYTES, Backlog, Inbox
 from omega_qvla.serving.core import Core
 from omega_qvla.serving.listener import Doorstep, DoorstepSocket, bind
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds
 
-try:
+with needing("serving", "serve"):
     from websockets.asyncio.server import Server, ServerConnection, serve
     from websockets.exceptions import ConnectionClosed as ConnectionClosed  # for the fronts
     from websockets.frames import DATA_OPCODES, Frame, Opcode
     from websockets.http11 import Request as HttpRequest
     from websockets.http11 import Response
-except ImportError as error:
-    raise ResourceError(
-        "serving needs the package websockets: pip install 'omega-qvla[serve]'"
-    ) from error
 
 Talk = Callable[[ServerConnection], Awaitable[None]]
 Admit = Callable[[ServerConnection, HttpRequest], Response | None]

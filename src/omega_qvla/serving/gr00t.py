@@ -20,7 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from omega_qvla.errors import PolicyError, ResourceError, ServingError
+from omega_qvla.errors import PolicyError, ServingError
+from omega_qvla.extras import needing
 from omega_qvla.serving.access import is_loopback
 from omega_qvla.serving.backlog import DEFAULT_LIMIT_BYTES, Backlog, Inbox, Message
 from omega_qvla.serving.core import Core, Reply
@@ -34,13 +35,9 @@ from omega_qvla.serving.gr00t_messages import (
 from omega_qvla.serving.specification import Request
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds, decode_map, encode, gr00t_array
 
-try:
+with needing("GR00T's protocol", "serve"):
     import zmq
     import zmq.asyncio
-except ImportError as error:
-    raise ResourceError(
-        "GR00T's protocol needs the package pyzmq: pip install 'omega-qvla[serve]'"
-    ) from error
 
 _HANDSHAKE_MS = 5000
 _MESSAGES_PER_CLIENT = 1

@@ -138,6 +138,6 @@ def test_a_revision_that_the_hub_knows_as_a_branch_is_refused(
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(ResourceError, match=r"pip install 'omega-qvla\[hub\]'"):
+    with pytest.raises(ResourceError, match=r"pip install 'huggingface-hub>=.*extra 'hub'"):
         oq.load_policy(f"owner/name@{COMMIT}")
     assert hub.cached_file("owner/name", "tokenizer.model") is None

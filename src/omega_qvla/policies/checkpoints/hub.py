@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omega_qvla.errors import PolicyError, ResourceError
+from omega_qvla.extras import needing
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "merges.txt")
 """Files to fetch; training state, code and other formats stay where they are."""
@@ -129,13 +130,9 @@ def _unpinned(name: str, why: str) -> PolicyError:
 
 
 def _library() -> Any:
-    try:
+    with needing("reading a policy from the hub", "hub"):
         import huggingface_hub
         import huggingface_hub.errors
-    except ImportError as error:
-        raise ResourceError(
-            "hub ids need the package huggingface-hub; run: pip install 'omega-qvla[hub]'"
-        ) from error
     return huggingface_hub
 
 

@@ -13,7 +13,10 @@ Without the extension (no compiler at installation) ``instruction_set()`` is Non
 from __future__ import annotations
 
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -21,12 +24,26 @@ from torch import Tensor
 
 from omega_qvla.errors import ObservationError, PolicyError, ResourceError
 
-try:
-    from omega_qvla.runtime.kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:  # built only where there is a C++ compiler
-    _cpu = None
+_EXTENSION = "omega_qvla.runtime.kernels._cpu"
 
-_extension: ModuleType | None = _cpu
+
+def _compiled() -> ModuleType | None:
+    """The kernels in C++; None where there was no compiler, or, said aloud, they do not load."""
+    if find_spec(_EXTENSION) is None:
+        return None
+    try:
+        return import_module(_EXTENSION)
+    except ImportError as error:
+        warnings.warn(
+            f"the compiled kernels are installed but cannot be loaded ({error}), so the slow "
+            "reference multiplies; install omega-qvla again on this machine",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+_extension = _compiled()
 
 PANEL = 32
 """Outputs per weight panel."""

@@ -17,6 +17,7 @@ import torch
 
 from omega_qvla.devices import Gpu, find_gpu
 from omega_qvla.errors import ResourceError
+from omega_qvla.extras import needing
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
 
 LEAST_CAPABILITY = (8, 0)
@@ -57,13 +58,8 @@ def programs() -> ModuleType:
     Raises:
         ResourceError: Triton is not installed, or too old.
     """
-    try:
+    with needing("multiplying on a GPU (PyTorch's CUDA builds bring it)", "gpu"):
         triton = importlib.import_module("triton")
-    except ImportError as error:
-        raise ResourceError(
-            "the GPU kernels need Triton: pip install 'omega-qvla[gpu]' (PyTorch's CUDA builds "
-            "bring it)"
-        ) from error
     check_version(triton.__version__)
     return importlib.import_module("omega_qvla.runtime.kernels.triton_device")
 
