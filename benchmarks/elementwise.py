@@ -123,7 +123,7 @@ def chunks(name: str, batch: int, threads: int) -> Operation:
     observations = list(oq.Observations.load(name))[:batch]
     policy = oq.quantize(oq.load_policy(name), observations, recipe="rtn")
     assert isinstance(policy, QuantizedPolicy)
-    inputs = [policy.processor.encode(one) for one in observations]
+    inputs = [policy.encode(one) for one in observations]
     source = np.random.default_rng(0)
     noises = [source.standard_normal(policy.noise_shape).astype(np.float32) for _ in inputs]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +27,8 @@ def batched(point_policy):
     """A policy that answers several observations in one pass, and remembers which."""
 
     class Batched(point_policy):
-        processor = SimpleNamespace(encode=lambda observation: observation)
+        def encode(self, observation):
+            return observation
 
         def __init__(self):
             super().__init__()

@@ -26,7 +26,7 @@ def family(request: pytest.FixtureRequest) -> NativePolicy:
 
 
 def encoded(policy: Any, observations: Any) -> list[Any]:
-    return [policy.processor.encode(observation) for observation in observations]
+    return [policy.encode(observation) for observation in observations]
 
 
 def test_a_batch_gives_what_each_observation_gives_alone(

@@ -54,7 +54,7 @@ def sample_in_every_way(policy: NativePolicy, observations: Observations) -> lis
         for item, noise in zip(observations, noises, strict=True)
         for steps in (None, 2)
     ]
-    encoded = [policy.processor.encode(item) for item in observations]
+    encoded = [policy.encode(item) for item in observations]
     several = policy.sample_noises(observations[0], noises).numpy()
     return [*alone, several, *policy.sample_batch(encoded, noises)]
 

@@ -268,7 +268,8 @@ def time_whole_chunk(subject: Subject, observation: Mapping[str, Any]) -> float:
     inputs = policy.processor.encode(observation)
     noise = torch.zeros((1, *policy.noise_shape), device=policy.device)
     begin = _now(policy)
-    policy.processor.decode(subject.run(inputs, noise, policy.steps)[0])
+    chunk = subject.run(inputs, noise, policy.steps)[0]
+    policy.processor.decode(chunk, policy.processor.anchor(observation))
     return 1e3 * (_now(policy) - begin)
 
 
@@ -306,7 +307,8 @@ def time_chunk(policy: NativePolicy, observation: dict[str, Any]) -> dict[str, f
     marks.append(_now(policy))
     observed = policy.read(seen)
     marks.append(_now(policy))
-    policy.processor.decode(policy.denoise(observed, noise, policy.steps)[0])
+    chunk = policy.denoise(observed, noise, policy.steps)[0]
+    policy.processor.decode(chunk, policy.processor.anchor(observation))
     marks.append(_now(policy))
     parts = [*(b - a for a, b in pairwise(marks)), marks[-1] - marks[0]]
     return dict(zip(PARTS, (1e3 * part for part in parts), strict=True))

@@ -42,7 +42,7 @@ class Sampler(Protocol):
 
     ``sample_normalized(observation, noise=...)``, same signature and in the network's units, is
     optional; so are ``sample_noises(observation, noises)``, the same for several noises at once,
-    and ``sample_batch(inputs, noises)`` with ``processor.encode``, for several observations.
+    and ``sample_batch(encoded, noises)`` with ``encode``, for several observations.
     """
 
     @property
@@ -143,7 +143,7 @@ def sample_together(
     if batch is None or len(observations) == 1:
         pairs = zip(observations, noises, strict=True)
         return [policy.sample_actions(observation, noise=noise) for observation, noise in pairs]
-    encode = cast(Any, policy).processor.encode
+    encode = cast(Any, policy).encode
     return batch([encode(observation) for observation in observations], noises)
 
 

@@ -189,7 +189,7 @@ def time_chunk(policy: NativePolicy, observation: dict[str, Any]) -> dict[str, f
     filled = perf_counter()
     noise = torch.zeros((1, *policy.noise_shape))
     chunk = policy.denoise(observed, noise, policy.steps)
-    policy.processor.decode(chunk[0])
+    policy.processor.decode(chunk[0], policy.processor.anchor(observation))
     end = perf_counter()
     parts = (looked - begin, filled - looked, end - filled, end - begin)
     return dict(zip(PARTS, (1e3 * part for part in parts), strict=True))

@@ -11,7 +11,7 @@ Conventions follow Isaac-GR00T's N1.5 release (``data/transform``, ``model/trans
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from omega_qvla.policies.processing import (
     require_prompt,
     require_state,
 )
+from omega_qvla.policies.relative_actions import Mask
 
 
 class Gr00tInputs(NamedTuple):
@@ -51,6 +52,8 @@ class Gr00tProcessor:
     config: Gr00tN15Config
     statistics: NormalizationStatistics
     tokenizer: Tokenizer
+
+    relative_actions: ClassVar[Mask] = ()
 
     def __post_init__(self) -> None:
         """Statistics and tokenizer must fit the network.
@@ -126,7 +129,10 @@ class Gr00tProcessor:
             )
         return token_ids
 
-    def decode(self, chunk: Tensor) -> np.ndarray:
+    def anchor(self, observation: Observation) -> None:
+        """Nothing: the actions of GR00T N1.5 are absolute."""
+
+    def decode(self, chunk: Tensor, anchor: None = None) -> np.ndarray:
         """Normalized chunk [H, A] → robot actions [H, robot_action_dim], float32."""
         robot = chunk[:, : self.config.robot_action_dim].to(torch.float32).cpu().numpy()
         return self.statistics.actions.unnormalize(robot)

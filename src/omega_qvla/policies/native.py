@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
 from omega_qvla.policies.outlier_paths import OutlierPath
+from omega_qvla.policies.processing import Encoded
 from omega_qvla.policies.step_table import StepTable
 from omega_qvla.policies.weight_store import WeightStore, hold
 from omega_qvla.recipe import Scope
@@ -147,6 +148,15 @@ class NativePolicy(ABC):
     @abstractmethod
     def initial_state(self, observation: Observation, generator: torch.Generator) -> State:
         """The state the first stage starts from; ``generator`` draws the sampling noise."""
+
+    def encode(self, observation: Observation) -> Encoded:
+        """All that ``sample_batch`` needs of one observation.
+
+        Raises:
+            ObservationError: the processor refuses it.
+        """
+        processor = self.processor
+        return Encoded(processor.encode(observation), processor.anchor(observation))
 
     def see(self, observation: Observation) -> Any:
         """Observation → image tokens, and what else ``read`` wants."""
@@ -300,7 +310,7 @@ class NativePolicy(ABC):
             ObservationError: the processor refuses the observation; or the noise is misshaped.
         """
         chunk = self.sample_normalized(observation, noise, steps=steps, generator=generator)
-        return self.processor.decode(chunk)
+        return self.processor.decode(chunk, self.processor.anchor(observation))
 
     @torch.inference_mode()
     def sample_noises(
@@ -327,7 +337,7 @@ class NativePolicy(ABC):
     @torch.inference_mode()
     def sample_batch(
         self,
-        inputs: Sequence[Sequence[Tensor]],
+        encoded: Sequence[Encoded],
         noises: Sequence[np.ndarray],
         *,
         steps: int | None = None,
@@ -339,7 +349,7 @@ class NativePolicy(ABC):
         its neighbours; floating-point sums may be ordered by the size of the batch.
 
         Args:
-            inputs: what the processor encodes of each observation.
+            encoded: what ``encode`` gives of each observation.
             noises: [horizon, action_dim] standard normal each.
             steps: number of denoising steps; the policy's default when absent.
 
@@ -350,12 +360,14 @@ class NativePolicy(ABC):
             ObservationError: a noise is misshaped or not finite.
         """
         starts = [self._noise(noise, None) for noise in noises]
+        inputs = [each.inputs for each in encoded]
         chunks: dict[int, np.ndarray] = {}
         for rows in _alike(inputs):
             together = [torch.cat(parts) for parts in zip(*(inputs[i] for i in rows), strict=True)]
             start = torch.cat([starts[i] for i in rows])
             batch = self._chunks(together, start, steps)
-            chunks |= {i: self.processor.decode(c) for i, c in zip(rows, batch, strict=True)}
+            for i, chunk in zip(rows, batch, strict=True):
+                chunks[i] = self.processor.decode(chunk, encoded[i].anchor)
         return [chunks[i] for i in range(len(inputs))]
 
     def _noise(

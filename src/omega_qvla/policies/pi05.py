@@ -50,6 +50,7 @@ from omega_qvla.policies.layers import (
     embedding,
     rotary_table,
 )
+from omega_qvla.policies.relative_actions import Mask
 
 TIME_MIN_PERIOD, TIME_MAX_PERIOD = 4e-3, 4.0
 
@@ -81,6 +82,8 @@ class Pi05Config(BaseModel):
         prompt_state_dim: width to which the normalized state is padded with zeros before it is
             written into the prompt (LeRobot: 32); None writes the robot's own dimensions (openpi).
         image_fit: how images are fitted into the square, see ``images.py``.
+        relative_actions: which of the robot's actions are relative to its state, see
+            ``relative_actions.py``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -100,6 +103,16 @@ class Pi05Config(BaseModel):
     steps: int = 10
     prompt_state_dim: int | None = None
     image_fit: ImageFit = "bilinear"
+    relative_actions: Mask = ()
+
+    @model_validator(mode="after")
+    def _relative_actions_must_have_a_state(self) -> Pi05Config:
+        if len(self.relative_actions) > min(self.state_dim, self.robot_action_dim):
+            raise ValueError(
+                f"{len(self.relative_actions)} actions may be relative to the state, but the robot "
+                f"has {self.robot_action_dim} actions and {self.state_dim} numbers of state"
+            )
+        return self
 
     @model_validator(mode="after")
     def _attention_must_match(self) -> Pi05Config:

@@ -41,6 +41,7 @@ from omega_qvla.policies.processing import (
     require_prompt,
     require_state,
 )
+from omega_qvla.policies.relative_actions import Mask, to_absolute
 from omega_qvla.recipe import Scope
 
 
@@ -72,6 +73,11 @@ class Pi05Processor:
                 f"the tokenizer has {self.tokenizer.size} tokens, the embedding "
                 f"{self.config.vocabulary}"
             )
+
+    @property
+    def relative_actions(self) -> Mask:
+        """Which of the robot's actions are relative to its state."""
+        return self.config.relative_actions
 
     def encode(self, observation: Observation) -> tuple[Tensor, Tensor]:
         """Observation → (pixels [1, V, 3, S, S] in [-1, 1], token ids [1, T]).
@@ -110,10 +116,29 @@ class Pi05Processor:
         start = len(self.tokenizer.encode(""))
         return [*self.tokenizer.encode(prompt[:-1]), *self.tokenizer.encode("\n")[start:]]
 
-    def decode(self, chunk: Tensor) -> np.ndarray:
-        """Normalized chunk [H, A] → robot actions [H, robot_action_dim], float32."""
+    def anchor(self, observation: Observation) -> np.ndarray | None:
+        """The state [state_dim] that relative actions are counted from; None without such actions.
+
+        Raises:
+            ObservationError: the state is missing, misshaped or not finite.
+        """
+        if not any(self.relative_actions):
+            return None
+        return require_state(observation, self.config.state_dim)
+
+    def decode(self, chunk: Tensor, anchor: np.ndarray | None = None) -> np.ndarray:
+        """Normalized chunk [H, A] → robot actions [H, robot_action_dim], float32 and absolute.
+
+        Args:
+            chunk: from the network.
+            anchor: what ``anchor`` gives of the observation that the chunk answers.
+
+        Raises:
+            PolicyError: actions are relative and there is no anchor.
+        """
         robot = chunk[:, : self.config.robot_action_dim].to(torch.float32).cpu().numpy()
-        return self.statistics.actions.unnormalize(robot)
+        actions = self.statistics.actions.unnormalize(robot)
+        return to_absolute(actions, anchor, self.relative_actions)
 
 
 class Pi05Policy(NativePolicy):

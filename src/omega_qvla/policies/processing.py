@@ -13,15 +13,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.tokenizers import QwenTokenizer, SentencePieceTokenizer
 
 STATE_BINS = 256
 _WORD = re.compile(r"-?\d+|\w+|[^\w\s]")
+
+
+class Encoded(NamedTuple):
+    """One observation as a policy computes with it.
+
+    Attributes:
+        inputs: what the network reads, one row each.
+        anchor: [state_dim] float32, what relative actions are counted from; None where actions are
+            absolute.
+    """
+
+    inputs: Sequence[Tensor]
+    anchor: np.ndarray | None
 
 
 class Tokenizer(Protocol):

@@ -73,8 +73,8 @@ class PolicyEngine:
         self._threads, self._steps = threads, steps
 
     def encode(self, observation: Mapping[str, Any]) -> Any:
-        """Tensors of one observation."""
-        return self._policy.processor.encode(observation)
+        """Tensors of one observation, and what its actions are counted from."""
+        return self._policy.encode(observation)
 
     def sample(self, inputs: Sequence[Any], noises: Sequence[Array]) -> Sequence[Array]:
         """Chunks in the robot's units; observations alike share one forward pass."""
@@ -114,7 +114,7 @@ class PolicyEngine:
             PolicyError: some dimension has no statistics.
         """
         width = self._policy.config.robot_action_dim
-        low, high = _range(self._policy.processor.statistics.actions)
+        low, high = self._action_range()
         low, high = low[:width], high[:width]
         if not bool(np.isfinite(low).all() and np.isfinite(high).all()):
             raise PolicyError(
@@ -125,6 +125,18 @@ class PolicyEngine:
         return ActionLimits(
             tuple((low - spread).tolist()), tuple((high + spread).tolist()), (np.inf,) * width
         )
+
+    def _action_range(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Bounds of the actions as the robot gets them; a relative one is added to a state."""
+        statistics = self._policy.processor.statistics
+        low, high = _range(statistics.actions)
+        mask = self._policy.processor.relative_actions
+        if not any(mask):
+            return low, high
+        low, high = low.copy(), high.copy()
+        for bound, state in zip((low, high), _range(statistics.state), strict=True):
+            bound[: len(mask)] += np.where(mask, state[: len(mask)], 0.0)
+        return low, high
 
     def warm_up_observation(self) -> dict[str, Any]:
         """Black images and a state of zeros: it takes the time of any other observation."""
