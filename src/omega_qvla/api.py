@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from omega_qvla.calibration.observations import Observations
+from omega_qvla.calibration.observations import Observations, as_observations
 from omega_qvla.devices import find_gpu
 from omega_qvla.policies.base import Observation, Policy
+from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.quantization.journal import Journal
 from omega_qvla.quantization.pipeline import Progress, quantize_policy
+from omega_qvla.quantization.rehearsal import rehearse
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, build
 
@@ -53,7 +55,15 @@ def quantize(
     if work_directory is not None:
         directory = Path(work_directory)
         journal = partial(Journal, directory, resume=resume)
-    return build(
+    given = as_observations(observations)
+    rehearsal = None
+    if isinstance(policy, TorchPolicy) and gpu is None:
+        rehearsal = rehearse(policy, given.spread(chosen.observations)[0], chosen)
+        policy = rehearsal.policy
+    quantized = build(
         policy,
-        quantize_policy(policy, observations, chosen, journal=journal, progress=progress, gpu=gpu),
+        quantize_policy(policy, given, chosen, journal=journal, progress=progress, gpu=gpu),
     )
+    if rehearsal is not None:
+        rehearsal.check(quantized.policy)
+    return quantized
