@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from omega_qvla.calibration.observations import Observations
+from omega_qvla.calibration.observations import Observations, as_observations
 from omega_qvla.devices import find_gpu
 from omega_qvla.policies.base import Observation, Policy
+from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.quantization.journal import Journal
 from omega_qvla.quantization.pipeline import Progress, quantize_policy
+from omega_qvla.quantization.rehearsal import rehearse
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, build
 
@@ -51,6 +53,11 @@ def quantize(
     """
     gpu = None if device == "cpu" else find_gpu(device)
     chosen = Recipe.load(recipe).scoped(scope)
+    given = as_observations(observations)
+    rehearsal = None
+    if isinstance(policy, TorchPolicy) and gpu is None:
+        rehearsal = rehearse(policy, given.spread(chosen.observations)[0], chosen)
+        policy = rehearsal.policy
     with ExitStack() as until_built:  # a streamed policy's sites are read from its journal
 
         def journal(header: dict[str, str]) -> Journal:
@@ -59,9 +66,10 @@ def quantize(
             return until_built.enter_context(opened)
 
         keeping = None if work_directory is None else journal
-        return build(
+        quantized = build(
             policy,
-            quantize_policy(
-                policy, observations, chosen, journal=keeping, progress=progress, gpu=gpu
-            ),
+            quantize_policy(policy, given, chosen, journal=keeping, progress=progress, gpu=gpu),
         )
+    if rehearsal is not None:
+        rehearsal.check(quantized.policy)
+    return quantized

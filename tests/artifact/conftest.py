@@ -41,6 +41,7 @@ def example() -> dict[str, Any]:
             "scalar": torch.tensor(2.0, dtype=torch.float64),
             "empty": torch.zeros(0, 3),
             "bytes": torch.arange(5, dtype=torch.uint8),
+            "flags": torch.tensor([True, False, True]),
         },
         "processor": {"stats.json": b"{}", "tokenizer.model": bytes(range(256))},
         "card": "# card\n",

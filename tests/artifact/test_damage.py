@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from omega_qvla.artifact import read_artifact, verify_artifact
+from omega_qvla.artifact import read_artifact, verify_artifact, write_artifact
 from omega_qvla.artifact.files import ContainedDirectory, DamageError
 from omega_qvla.errors import ArtifactError, NotAnArtifactError
 
@@ -143,7 +143,7 @@ def test_mistyped_tensor(saved: Path, kit: ModuleType) -> None:
 
 HEADER_EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown dtype": (lambda e: e.update(dtype="F8_E4M3"), "dtype: expected one of"),
-    "boolean dtype": (lambda e: e.update(dtype="BOOL"), "dtype: expected one of"),
+    "boolean dtype": (lambda e: e.update(dtype="BOOL"), "found BOOL [5, 7]"),
     "dtype of another kind": (lambda e: e.update(dtype=["I8"]), "dtype: expected one of"),
     "huge extent": (lambda e: e.update(shape=[2**62, 4]), "shape: expected"),
     "overflowing product": (lambda e: e.update(shape=[2**30] * 8), "shape: expected"),
@@ -389,3 +389,14 @@ def test_reading_leaks_no_descriptors(saved: Path) -> None:
         with pytest.raises(ArtifactError):
             read_artifact(saved)
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_boolean_that_is_neither_true_nor_false_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    flags = torch.tensor([True, False, True])
+    write_artifact(root, config={}, tensors={"flags": flags}, processor={}, card="")
+    assert torch.equal(read_artifact(root).tensors["flags"], flags)
+    path = shard_of(root, "flags")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x02")
+    with pytest.raises(ArtifactError, match=r"flags.*neither 0 nor 1"):
+        read_artifact(root, verify=False)

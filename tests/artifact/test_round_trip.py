@@ -152,7 +152,6 @@ def test_nan_is_never_saved(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tensors": {"b": torch.zeros(1, dtype=torch.bool)}}, "torch.bool"),
         ({"tensors": {"c": torch.zeros(1, dtype=torch.complex64)}}, "torch.complex64"),
         ({"tensors": {"s": torch.eye(2).to_sparse()}}, "sparse"),
         ({"tensors": {"m": torch.zeros(1, device="meta")}}, "meta"),

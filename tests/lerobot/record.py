@@ -29,9 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from lerobot_cases import (
     ACTION_WIDTH,
     CAMERAS,
@@ -46,6 +43,8 @@ from lerobot_cases import (
     statistics,
     weight,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 IMAGES, STATE, ACTION = "observation.images.", "observation.state", "action"
 TOKENS, MASK = "observation.language.tokens", "observation.language.attention_mask"
@@ -334,7 +333,9 @@ def main(job: dict[str, Any]) -> None:
         if case.name in job["cases"]:
             for part in job["parts"]:
                 PARTS[part](lerobot, case, out / case.name)
-            print(f"{case.name}: {', '.join(job['parts'])} by LeRobot {lerobot.version}", flush=True)
+            print(
+                f"{case.name}: {', '.join(job['parts'])} by LeRobot {lerobot.version}", flush=True
+            )
 
 
 if __name__ == "__main__":

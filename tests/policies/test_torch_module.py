@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import omega_qvla as oq
-from omega_qvla.errors import ArtifactError, PolicyError
+from omega_qvla.cli import main
+from omega_qvla.errors import ArtifactError, ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock
+from omega_qvla.policies.slots import PATH_IN_SLOT
 from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.linear import QuantizedLinear
 
@@ -99,7 +102,7 @@ def test_the_example_of_the_design_end_to_end(
     quantized = oq.quantize(policy, data, recipe="omega-w4a4")
     assert isinstance(quantized, QuantizedPolicy)
     integers = {
-        name
+        name.removesuffix(PATH_IN_SLOT)
         for name, child in quantized.policy.module.named_modules()
         if isinstance(child, QuantizedLinear)
     }
@@ -299,10 +302,50 @@ def test_an_artifact_of_a_module_needs_its_structure(
         oq.load(tmp_path / "out")
     with pytest.raises(PolicyError, match="'torch' policy, not 'pi05'"):
         oq.load(tmp_path / "out", policy=policy)
-    smaller = nn.Module()
-    smaller.llm = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8, bias=False))
-    with pytest.raises((ArtifactError, PolicyError), match=r"exp\.0\.attn"):
-        oq.load(tmp_path / "out", policy=wrap(smaller, action_head=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda: wrap(Network(), action_head=None), r"exp\.0\.attn, .* but no linear that"),
+        (lambda: wrap(Network(), backbone=r"llm\.2"), r"llm\.0 is quantized in the artifact"),
+        (
+            lambda: wrap(Network(), action_head=r"exp\..*"),
+            r"exp\.0\.unused, .* but not by the artifact's",
+        ),
+        (
+            lambda: wrap(Network(), backbone=r"exp\..\.(attn|mlp)", action_head=r"llm\..*"),
+            "in another part",
+        ),
+        (lambda: wrap(Network(), steps=STEPS + 1), "steps=4, this one has 5"),
+        (lambda: wrap(Network(), noise_shape=(1, 24)), r"noise_shape=\[3, 24\], this one has"),
+        (lambda: wrap(Network(), step_module="exp.0"), "step_module=None, this one has 'exp.0'"),
+        (lambda: wrap(Network().bfloat16()), r"exp\.0\.attn\.bias, .* of another dtype"),
+        (lambda: wrap(other_width()), r"'llm\.2': the policy has \(8,\) outputs"),
+        (lambda: wrap(with_another_buffer()), r"missing \['more'\]"),
+    ],
+)
+def test_another_module_is_not_loaded_into(
+    change: Callable[[], oq.TorchPolicy],
+    expected: str,
+    data: list[dict[str, Tensor]],
+    tmp_path: Path,
+) -> None:
+    oq.quantize(wrap(Network()), data, "rtn").save_pretrained(tmp_path / "out")
+    with pytest.raises((ArtifactError, PolicyError), match=expected):
+        oq.load(tmp_path / "out", policy=change())
+
+
+def other_width() -> nn.Module:
+    module = Network()
+    module.llm[2] = nn.Linear(24, 8, bias=False)
+    return module
+
+
+def with_another_buffer() -> nn.Module:
+    module = Network()
+    module.register_buffer("more", torch.zeros(3))
+    return module
 
 
 def test_the_number_of_steps_of_a_module_is_its_own(
@@ -312,3 +355,178 @@ def test_the_number_of_steps_of_a_module_is_its_own(
     assert policy.sample_actions(data[0], start, steps=STEPS).shape == (3, 24)
     with pytest.raises(PolicyError, match="fixed by its sample function"):
         policy.sample_actions(data[0], start, steps=STEPS + 1)
+
+
+# --- its artifact ---------------------------------------------------------------------------------
+
+
+def test_the_card_loads_what_it_describes(
+    data: list[dict[str, Tensor]],
+    start: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantized = oq.quantize(wrap(Network()), data, "rtn")
+    quantized.save_pretrained(tmp_path / "this/directory")
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "this/directory/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"module": Network(5), "sample": with_clock, "observation": data[0]}
+    exec(code, names)
+    again = names["policy"]
+    assert torch.equal(
+        again.sample_actions(data[0], start), quantized.sample_actions(data[0], start)
+    )
+
+
+def command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_inspect_and_verify_need_no_module(
+    data: list[dict[str, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    quantized = oq.quantize(wrap(Network()), data, "svdquant")
+    quantized.save_pretrained(out)
+    assert command("verify", str(out)) == 0
+    assert command("inspect", str(out), "--json", str(tmp_path / "inspect.json")) == 0
+    assert "action_head" in capsys.readouterr().out
+    report = json.loads((tmp_path / "inspect.json").read_text())
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    expected = quantized.memory_report(directory_bytes=size)
+    assert report["components"] == expected["components"] and report["total_bytes"] == size
+
+
+@pytest.mark.parametrize("name", ["serve", "eval"])
+def test_commands_that_need_to_know_observations_say_what_to_do_in_python(
+    name: str, data: list[dict[str, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    oq.quantize(wrap(Network()), data, "rtn").save_pretrained(tmp_path / "out")
+    assert command(name, str(tmp_path / "out")) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "load(directory, policy=TorchPolicy(module, ...))" in shown
+    assert "sample_actions" in shown
+
+
+# --- noise ---------------------------------------------------------------------------------------
+
+
+def test_noise_is_a_tensor_given_or_drawn(data: list[dict[str, Tensor]], start: Tensor) -> None:
+    seen: list[Any] = []
+
+    def keep(module: nn.Module, observation: Any, noise: Any, clock: FlowClock) -> Tensor:
+        seen.append(noise)
+        return with_clock(module, observation, noise, clock)
+
+    policy = wrap(Network(), keep)
+    policy.sample_actions(data[0])
+    policy.sample_actions(data[0], generator=torch.Generator().manual_seed(3))
+    policy.sample_actions(data[0], start.numpy())
+    policy.sample_actions(data[0], start)
+    assert all(isinstance(noise, Tensor) and noise.shape == (3, 24) for noise in seen)
+    assert torch.equal(seen[1], torch.randn(3, 24, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(seen[2], start) and seen[3] is start
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_noise_that_does_not_fit_is_refused(data: list[dict[str, Tensor]], start: Tensor) -> None:
+    policy = wrap(Network())
+    with pytest.raises(ObservationError, match=r"noise must have shape \[3, 24\], got \[24\]"):
+        policy.sample_actions(data[0], start[0])
+    with pytest.raises(ObservationError, match="NaN"):
+        policy.sample_actions(data[0], start * torch.nan)
+
+
+def test_an_observation_may_bring_its_noise(data: list[dict[str, Tensor]], start: Tensor) -> None:
+    policy = wrap(Network().eval(), noise_shape=None)
+    bringing = {**data[0], "noise": start}
+    expected = wrap(Network().eval()).sample_actions(data[0], start)
+    assert torch.equal(policy.sample_actions(bringing), expected)
+    assert torch.equal(policy.sample_actions(data[0], start.numpy()), expected)
+
+
+# --- the clock -----------------------------------------------------------------------------------
+
+
+def entering(steps: list[tuple[int, float]]) -> Sample:
+    def sample(module: nn.Module, observation: Any, noise: Any, clock: FlowClock) -> Tensor:
+        memory, x = module.llm(observation["x"]), noise
+        for i, t in steps:
+            with clock.step(i, t):
+                x = x - module.velocity(x, memory) / STEPS
+        return x
+
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([(0, 1.0), (1, 0.5)], r"entered the clock 2 times, with the step numbers \[0, 1\]"),
+        ([(i, 1 - i / 5) for i in range(5)], "steps=4, but sample entered the clock 5 times"),
+        ([(i + 1, 1 - i / 4) for i in range(4)], r"step numbers \[1, 2, 3, 4\]"),
+        ([(0, 1 - i / 4) for i in range(4)], r"step numbers \[0, 0, 0, 0\]"),
+        ([(i, 1000.0 - i) for i in range(4)], r"flow times \[1000, 999, .*not all in \[0, 1\]"),
+        ([(i, float("nan")) for i in range(4)], "not all in"),
+        ([(i, t) for i, t in enumerate((1.0, 0.2, 0.5, 0.1))], "neither rise nor fall"),
+        ([(i, 0.5) for i in range(4)], "neither rise nor fall"),
+    ],
+)
+def test_steps_that_cannot_be_meant_are_refused_at_the_first_sample(
+    steps: list[tuple[int, float]],
+    expected: str,
+    data: list[dict[str, Tensor]],
+    start: Tensor,
+) -> None:
+    policy = wrap(Network(), entering(steps))
+    with pytest.raises(PolicyError, match=expected):
+        policy.sample_actions(data[0], start)
+    begun: list[str] = []
+    with pytest.raises(PolicyError, match=expected):
+        oq.quantize(policy, data, progress=lambda _done, _total, name: begun.append(name))
+    assert begun == []
+
+
+class Loop(Network):
+    """Calls its denoising step as LeRobot's policies do: a method, or a module's ``forward``."""
+
+    def sample(self, observation: Any, noise: Tensor) -> Tensor:
+        memory, x = self.llm(observation["x"]) + self.offset, noise
+        for _ in range(STEPS):
+            x = x - self.denoise_step(x, memory) / STEPS
+        return x
+
+    def denoise_step(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.exp[1].forward(self.exp[0](x + memory))
+
+
+def loop(module: Any, observation: Any, noise: Any, clock: FlowClock) -> Tensor:
+    del clock
+    return module.sample(observation, noise)
+
+
+def test_a_method_may_be_the_denoising_step(data: list[dict[str, Tensor]], start: Tensor) -> None:
+    quantized = oq.quantize(wrap(Loop(), loop, step_module="denoise_step"), data)
+    assert len(quantized.tensors()["exp.0.attn.activation_step_times"]) == STEPS
+    assert bool(torch.isfinite(quantized.sample_actions(data[0], start)).all())
+    assert "denoise_step" not in vars(quantized.policy.module)
+
+
+def test_a_forward_that_is_called_by_its_name_is_counted(
+    data: list[dict[str, Tensor]],
+) -> None:
+    head = {"action_head": r"exp\.1\.(attn|mlp)", "step_module": "exp.1"}
+    quantized = oq.quantize(wrap(Loop(), loop, **head), data)
+    assert len(quantized.tensors()["exp.1.attn.activation_step_times"]) == STEPS
+
+
+def test_a_step_module_that_is_never_called_is_named(
+    data: list[dict[str, Tensor]], start: Tensor
+) -> None:
+    policy = wrap(Loop(), loop, step_module="read_out")
+    with pytest.raises(PolicyError, match=r"'read_out' was never called .*clock\.step\(i, t\)"):
+        policy.sample_actions(data[0], start)

@@ -61,7 +61,7 @@ from omega_qvla.artifact.shards import (
     TensorSpec,
     assign_shards,
     file_digest,
-    find_nonfinite,
+    find_impossible,
     header_bytes,
     map_tensors,
     read_header,
@@ -401,7 +401,7 @@ def _read(folder: ContainedDirectory, root: Path, check_hash: _HashCheck) -> Art
             _raise_first(iter(failures))
     tensors: dict[str, Tensor] = {}
     for file, spans in shards:
-        _raise_first(find_nonfinite(file, spans))
+        _raise_first(find_impossible(file, spans))
         tensors |= map_tensors(file, spans)
     return Artifact(
         config,
@@ -453,7 +453,7 @@ def _file_failures(folder: ContainedDirectory, name: str, manifest: Manifest) ->
     yield from _strictness_failures(name, spans, entries)
     yield from _hash_failures(file, manifest, spans)
     yield from _tensor_hash_failures(file, manifest, spans)
-    yield from find_nonfinite(file, spans)
+    yield from find_impossible(file, spans)
 
 
 def _read_config(folder: ContainedDirectory) -> dict[str, Any]:

@@ -47,6 +47,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 """Every dtype an artifact may hold, by its safetensors name."""
 
@@ -294,15 +295,20 @@ def _check_layout(file: OpenFile, spans: Mapping[str, Span], start: int) -> None
         raise DamageError(file.name, f"expected {position} bytes, found {file.size}")
 
 
-def find_nonfinite(file: OpenFile, spans: Mapping[str, Span]) -> Iterator[Failure]:
-    """One failure for every floating tensor that holds NaN or Inf; streams."""
+def find_impossible(file: OpenFile, spans: Mapping[str, Span]) -> Iterator[Failure]:
+    """One failure for every tensor that holds a value it cannot have; streams."""
     for name, span in spans.items():
-        if not span.spec.is_float:
+        dtype = DTYPES[span.spec.dtype]
+        if not span.spec.is_float and dtype != torch.bool:
             continue
         for chunk in file.chunks(span.begin, span.end):
-            values = torch.frombuffer(chunk, dtype=DTYPES[span.spec.dtype])
-            if not bool(torch.isfinite(values).all()):
-                yield Failure(file.name, name, "holds NaN or Inf")
+            if dtype == torch.bool:
+                possible, reason = max(chunk) <= 1, "holds a byte that is neither 0 nor 1"
+            else:
+                values = torch.frombuffer(chunk, dtype=dtype)
+                possible, reason = bool(torch.isfinite(values).all()), "holds NaN or Inf"
+            if not possible:
+                yield Failure(file.name, name, reason)
                 break
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage, State, linears_of
+from omega_qvla.policies.slots import same_tensor, version_of
 
 SAMPLE_ROWS = 1024
 """Rows kept per (site, step)."""
@@ -221,6 +222,30 @@ class SiteStatistics:
         return rows
 
 
+class _InputsOfSite:
+    """Which inputs of a site's linears are another one's, seen already.
+
+    They are called one after the other with one tensor.  In a user's module they may also be called
+    with several, all of which count.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+        self._version: int | None = None
+        self._linears: set[int] = set()
+
+    def is_new(self, number: int, x: Tensor) -> bool:
+        """Whether this call of linear ``number`` begins another round of calls."""
+        known = self._seen
+        if known is not None and number not in self._linears:
+            same = known is x or same_tensor(known, self._version, x)
+            if same and self._version == version_of(x):
+                self._linears.add(number)
+                return False
+        self._seen, self._version, self._linears = x, version_of(x), {number}
+        return True
+
+
 def capture(
     stage: Stage,
     states: Sequence[State],
@@ -250,18 +275,25 @@ def capture(
     current = {"observation": 0}
     handles = []
     for site in sites:
-        linear = linears_of(module, site)[0]
+        linears = linears_of(module, site)
         generator = torch.Generator().manual_seed(seed(site))
-        device = linear.weight.device
-        statistics = SiteStatistics(site, linear.in_features, generator, device)
+        device = linears[0].weight.device
+        statistics = SiteStatistics(site, linears[0].in_features, generator, device)
         found[site.name] = statistics
+        inputs_of_site = _InputsOfSite()
+        for number, linear in enumerate(linears):
 
-        def watch(
-            _module: nn.Module, inputs: tuple[Tensor, ...], watched: SiteStatistics = statistics
-        ) -> None:
-            watched.update(inputs[0], clock, current["observation"])
+            def watch(
+                _module: nn.Module,
+                inputs: tuple[Tensor, ...],
+                number: int = number,
+                new: _InputsOfSite = inputs_of_site,
+                watched: SiteStatistics = statistics,
+            ) -> None:
+                if new.is_new(number, inputs[0]):
+                    watched.update(inputs[0], clock, current["observation"])
 
-        handles.append(linear.register_forward_pre_hook(watch))
+            handles.append(linear.register_forward_pre_hook(watch))
     try:
         with torch.no_grad():
             for index, state in enumerate(states):
@@ -273,7 +305,7 @@ def capture(
     for name, statistics in found.items():
         if statistics.count == 0:
             raise PolicyError(
-                f"{name!r} was never called during calibration; if its weight is read directly "
-                "(as nn.MultiheadAttention does), leave it out of the pattern"
+                f"{name!r} was never called during calibration; leave it out of the pattern, or "
+                "calibrate with observations that reach it"
             )
     return found, after

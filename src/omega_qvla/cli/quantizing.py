@@ -10,20 +10,21 @@ from typing import Annotated, Any
 import tyro
 
 from omega_qvla.api import quantize
-from omega_qvla.artifact import preflight, read_artifact, verify_artifact
+from omega_qvla.artifact import preflight, verify_artifact
 from omega_qvla.cli.options import Calibrated, Checkpoint, Common, Positional, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import calibration_of, default_calibration
 from omega_qvla.devices import find_gpu
-from omega_qvla.errors import PolicyError, RecipeError
+from omega_qvla.errors import RecipeError
 from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.policies.loading import load_policy, policy_structure, stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import planned_sites, work_shares
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
+from omega_qvla.runtime.inspection import inspect_artifact
 from omega_qvla.runtime.linear import best_kernel
-from omega_qvla.runtime.loading import coverage_failures, load
+from omega_qvla.runtime.loading import coverage_failures
 from omega_qvla.runtime.memory import predict
 
 
@@ -96,27 +97,19 @@ class Inspect(Common):
     directory: Positional[Path] = tyro.MISSING
 
     def run(self, screen: Screen) -> int:
-        quantized = load(self.directory) if not _is_torch(self.directory) else None
-        if quantized is None:
-            raise PolicyError(
-                f"{self.directory} was made from a module of your own; inspect it from Python with "
-                "load(directory, policy=...).memory_report()"
-            )
-        report = _inspection(
-            quantized.memory_report(directory_bytes=directory_bytes(self.directory)),
-            quantized.config["recipe"],
-            quantized.config["sites"],
-            quantized.kernel,
-        )
-        report["content_hash"] = quantized.content_hash
-        report["decisions"] = quantized.policy.decisions
-        recipe = quantized.config["recipe"]
+        looked = inspect_artifact(self.directory, directory_bytes=directory_bytes(self.directory))
+        recipe = looked.config["recipe"]
+        sites = looked.config["sites"]
+        report = _inspection(looked.memory, recipe, sites, looked.kernel)
+        report["content_hash"] = looked.content_hash
+        decisions = looked.config["policy"].get("decisions", {})
+        report["decisions"] = decisions
         screen.memory(report, str(self.directory))
-        screen.decisions(quantized.policy.decisions)
-        screen.say(f"recipe   {recipe['name']} ({quantized.config['recipe_hash'][:16]})")
-        screen.say(f"content  {quantized.content_hash}")
-        screen.say(f"kernel   {quantized.kernel}; {len(quantized.sites)} quantized sites")
-        notes = [f"{site.site.name}: {site.note}" for site in quantized.sites if site.note]
+        screen.decisions(decisions)
+        screen.say(f"recipe   {recipe['name']} ({looked.config['recipe_hash'][:16]})")
+        screen.say(f"content  {looked.content_hash}")
+        screen.say(f"kernel   {looked.kernel}; {len(sites)} quantized sites")
+        notes = [f"{site['name']}: {site['note']}" for site in sites if site["note"]]
         for note in notes:
             screen.say(f"note     {note}")
         save(self.json, report)
@@ -148,7 +141,3 @@ def _inspection(
     memory: Mapping[str, Any], recipe: Mapping[str, Any], sites: Sequence[Any], kernel: str
 ) -> dict[str, Any]:
     return {"schema": 1, **memory, "recipe": recipe, "kernel": kernel, "sites": list(sites)}
-
-
-def _is_torch(directory: Path) -> bool:
-    return read_artifact(directory, verify=False).config["policy"]["family"] == "torch"

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.slots import LinearSlot
 from omega_qvla.policies.weight_store import WeightStore
 
 Observation = Mapping[str, Any]
@@ -204,6 +205,8 @@ def linears_of(module: nn.Module, site: QuantizationSite) -> list[nn.Linear]:
     found: list[nn.Linear] = []
     for name in site.linears:
         linear = module.get_submodule(name)
+        if isinstance(linear, LinearSlot):
+            linear = linear.linear
         if not isinstance(linear, nn.Linear):
             raise PolicyError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear")
         found.append(linear)

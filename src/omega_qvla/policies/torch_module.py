@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from omega_qvla.errors import PolicyError
+from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import (
-    Component,
     FlowClock,
     Observation,
     QuantizationSite,
     Stage,
     State,
 )
+from omega_qvla.policies.denoising_calls import RecordingClock, step_of, steps_by_calls
+from omega_qvla.policies.linear_matching import match_sites
+from omega_qvla.policies.slots import forget_shared
 from omega_qvla.policies.weight_store import WeightStore
 
 Sampler = Callable[[nn.Module, Any, Any, FlowClock], Any]
@@ -35,17 +37,23 @@ class TorchPolicy:
         backbone: pattern matched with ``re.fullmatch`` against the names of the module's
             ``nn.Linear``s; those run once per observation.  None: no backbone.
         action_head: the same for linears that run once per denoising step.  None: no action head.
-        sample: ``sample(module, observation, noise, clock)`` runs the policy once.  It enters
-            ``with clock.step(i, t):`` around denoising step i at flow time t.
-        steps: number of denoising steps ``sample`` makes.
-        step_module: for loops that cannot be edited: the name of a submodule called exactly once
-            per denoising step; its calls advance the clock, with t = 1 - i/steps.
-        noise_shape: shape of the standard-normal noise handed to ``sample`` during calibration.
-            Without it, an observation's own ``"noise"`` entry is used, else None.
+        sample: ``sample(module, observation, noise, clock)`` runs the policy once and returns its
+            actions.  Everything random comes out of ``noise``: the same observation and noise give
+            the same actions.  With an action head it enters ``with clock.step(i, t):`` around
+            every denoising step, i = 0, 1, … steps - 1, at the flow time t in [0, 1] (1 is noise;
+            other schedules are scaled to that range), rising or falling from step to step.
+        steps: number of denoising steps ``sample`` makes; 1 for a policy without denoising.
+        step_module: for loops that cannot be edited: the name of a submodule, or of a method of
+            one (``"model.denoise_step"``), that is called exactly once per denoising step; its
+            calls advance the clock, with t = 1 - i/steps.
+        noise_shape: shape of the standard-normal noise that ``sample`` starts from, batch included
+            if it expects one.  ``noise`` is then a tensor of this shape: the one given to
+            ``sample_actions`` (an array becomes a tensor), or drawn, float32.  Without it ``noise``
+            is what was given, or the observation's own ``"noise"`` entry, or None.
 
     Raises:
-        PolicyError: a pattern is invalid or matches no linear, a linear is matched twice, or
-            ``step_module`` does not exist.
+        PolicyError: a pattern is invalid or matches no linear, a linear is matched twice or is more
+            than an ``nn.Linear``, or ``step_module`` does not exist.
     """
 
     family = "torch"
@@ -66,49 +74,84 @@ class TorchPolicy:
         self.module = module
         self.sample = sample
         self.steps = steps
-        self.clock = FlowClock()
+        self._steps_made = RecordingClock()
+        self.clock: FlowClock = self._steps_made
         self.backbone, self.action_head = backbone, action_head
         self.step_module = step_module
         self.dropped_parameters = 0
         self.store: WeightStore | None = None  # all parameters of the user's module are in memory
         self.decisions: dict[str, str] = {}
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
-        self._sites = _match_sites(module, backbone, action_head)
-        if step_module is not None and step_module not in dict(module.named_modules()):
-            raise PolicyError(f"step_module {step_module!r} is not a submodule")
+        self._use_sites(match_sites(module, backbone, action_head))
+        if step_module is not None and step_of(module, step_module) is None:
+            raise PolicyError(
+                f"step_module {step_module!r} is not a submodule, nor a method of one"
+            )
 
     def clone(self) -> TorchPolicy:
         """A structural copy that shares every tensor: modules may be replaced in it freely.
 
         It is in evaluation mode: a quantized policy is never trained.
         """
-        shared = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
+        shared: dict[int, Any] = {
+            id(t): t for t in (*self.module.parameters(), *self.module.buffers())
+        }
         twin = copy.copy(self)
-        twin.clock = FlowClock()
-        twin.module = copy.deepcopy(self.module, shared).eval()
+        twin.clock = twin._steps_made = shared[id(self.clock)] = RecordingClock()
+        try:
+            twin.module = copy.deepcopy(self.module, shared).eval()
+        except (RuntimeError, TypeError) as error:
+            raise PolicyError(
+                f"the module cannot be copied ({error}); it must work with copy.deepcopy: keep "
+                "locks, files and tensors with gradients out of its attributes"
+            ) from error
         return twin
 
+    @property
+    def sites(self) -> tuple[QuantizationSite, ...]:
+        """What is quantized, in the order of the module."""
+        return self._sites
+
+    def with_sites(self, sites: Sequence[QuantizationSite]) -> TorchPolicy:
+        """The same policy, its linears divided into sites in another way."""
+        twin = copy.copy(self)
+        twin._use_sites(sites)
+        return twin
+
+    def _use_sites(self, sites: Sequence[QuantizationSite]) -> None:
+        self._sites = tuple(sites)
+        self._components = {name: site.component for site in sites for name in site.linears}
+
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Nothing but the family: the structure is the user's code, given again to ``load``."""
-        return {"family": self.family, "steps": self.steps}, {}
+        """What a module given again to ``load`` can be held against; the structure is its code."""
+        kinds = {name: str(tensor.dtype) for name, tensor in _floating(self.module)}
+        common = Counter(kinds.values()).most_common(1)
+        usual = common[0][0] if common else str(torch.float32)
+        return {
+            "family": self.family,
+            "steps": self.steps,
+            "backbone": self.backbone,
+            "action_head": self.action_head,
+            "step_module": self.step_module,
+            "noise_shape": None if self.noise_shape is None else list(self.noise_shape),
+            "linears": {
+                part: [name for name, component in self._components.items() if component == part]
+                for part in ("backbone", "action_head")
+            },
+            "dtype": usual,
+            "other_dtypes": {name: kind for name, kind in sorted(kinds.items()) if kind != usual},
+        }, {}
 
     def component_of(self, parameter: str) -> str:
         """The part of the policy a parameter belongs to, for memory tables."""
-        for site in self._sites:
-            if parameter.startswith(f"{site.name}."):
-                return site.component
-        return "other"
+        return self._components.get(parameter.rpartition(".")[0], "other")
 
     def stages(self) -> Sequence[Stage]:
         """One stage: nothing is known of the module's inside, so calibration runs it whole."""
         return [Stage("the whole module", self._run, self._sites)]
 
     def initial_state(self, observation: Observation, generator: torch.Generator) -> State:
-        if self.noise_shape is not None:
-            noise = torch.randn(self.noise_shape, generator=generator)
-        else:
-            noise = observation.get("noise") if hasattr(observation, "get") else None
-        return {"observation": observation, "noise": noise}
+        return {"observation": observation, "noise": self._noise(observation, None, generator)}
 
     def sample_actions(
         self,
@@ -118,15 +161,58 @@ class TorchPolicy:
         steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """Whatever ``sample`` returns for this observation and noise."""
+        """Whatever ``sample`` returns for this observation and noise.
+
+        Args:
+            observation: as ``sample`` takes it.
+            noise: what to start from; see ``noise_shape``.  Drawn when absent.
+            steps: nothing else than the policy's own.
+            generator: source of randomness when noise is drawn (freshly seeded if absent).
+
+        Raises:
+            PolicyError: the denoising steps are not what the policy says.
+            ObservationError: the noise is misshaped or not finite.
+        """
         if steps is not None and steps != self.steps:
             raise PolicyError(
                 "the number of steps of a TorchPolicy is fixed by its sample function"
             )
-        if noise is None and generator is not None and self.noise_shape is not None:
-            noise = torch.randn(self.noise_shape, generator=generator)
-        with torch.no_grad(), self._counted_steps():
-            return self.sample(self.module, observation, noise, self.clock)
+        start = self._noise(observation, noise, generator)
+        self._steps_made.forget()
+        try:
+            with torch.no_grad(), self._counted_steps():
+                actions = self.sample(self.module, observation, start, self.clock)
+        finally:
+            self.clock.index = self.clock.time = None
+            forget_shared(self.module)
+        per_step = next((site.linears[0] for site in self._sites if site.per_step), None)
+        if per_step is not None:
+            self._steps_made.check(self.steps, self.step_module, per_step)
+        return actions
+
+    def _noise(
+        self,
+        observation: Observation,
+        noise: np.ndarray | torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor | None:
+        if self.noise_shape is None:
+            if noise is None and isinstance(observation, Mapping):
+                noise = observation.get("noise")
+            return torch.as_tensor(noise) if isinstance(noise, np.ndarray) else noise
+        if noise is None:
+            if generator is None:
+                generator = torch.Generator()
+                generator.seed()
+            return torch.randn(self.noise_shape, generator=generator)
+        given = torch.as_tensor(noise)
+        if tuple(given.shape) != self.noise_shape:
+            raise ObservationError(
+                f"noise must have shape {list(self.noise_shape)}, got {list(given.shape)}"
+            )
+        if not bool(torch.isfinite(given).all()):
+            raise ObservationError("noise has NaN or Inf")
+        return given
 
     def _run(self, state: State) -> State:
         self.sample_actions(state["observation"], state["noise"])
@@ -135,75 +221,13 @@ class TorchPolicy:
     def _counted_steps(self) -> AbstractContextManager[None]:
         if self.step_module is None:
             return nullcontext()
-        return _steps_by_calls(self.module.get_submodule(self.step_module), self.clock, self.steps)
+        return steps_by_calls(self.module, self.step_module, self.clock, self.steps)
 
 
-@contextmanager
-def _steps_by_calls(module: nn.Module, clock: FlowClock, steps: int) -> Iterator[None]:
-    """Inside the block, the n-th forward call of ``module`` is denoising step n.
-
-    Hooks exist only while the policy is sampled, so the user's module stays as it was and whatever
-    stands in its place by then is counted.
-    """
-    calls = 0
-
-    def enter(_module: nn.Module, _inputs: Any) -> None:
-        nonlocal calls
-        if calls >= steps:
-            raise PolicyError(
-                f"step_module was called more than {steps} times in one sample; "
-                "set steps= to the number of denoising steps"
-            )
-        clock.index, clock.time = calls, 1.0 - calls / steps
-        calls += 1
-
-    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        clock.index = clock.time = None
-
-    # First in and last out: the module may itself be a linear that others watch.
-    handles = (
-        module.register_forward_pre_hook(enter, prepend=True),
-        module.register_forward_hook(leave),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        clock.index = clock.time = None
-
-
-def _match_sites(
-    module: nn.Module, backbone: str | None, action_head: str | None
-) -> tuple[QuantizationSite, ...]:
-    # The module itself has no name: it cannot be replaced inside itself.
-    named = [(name, child) for name, child in module.named_modules() if name]
-    linears = [name for name, child in named if isinstance(child, nn.Linear)]
-    chosen: dict[str, Component] = {}
-    parts: tuple[tuple[Component, str | None], ...] = (
-        ("backbone", backbone),
-        ("action_head", action_head),
-    )
-    for component, pattern in parts:
-        if pattern is None:
-            continue
-        try:
-            matched = [name for name in linears if re.fullmatch(pattern, name)]
-        except re.error as error:
-            raise PolicyError(f"{component} pattern {pattern!r} is invalid: {error}") from error
-        if not matched:
-            raise PolicyError(
-                f"{component} pattern {pattern!r} matches no nn.Linear; names are like "
-                f"{', '.join(linears[:5]) or '(the module has none)'}"
-            )
-        for name in matched:
-            if name in chosen:
-                raise PolicyError(f"{name!r} matches both the backbone and the action head pattern")
-            chosen[name] = component
-    if not chosen:
-        raise PolicyError("give a backbone or an action_head pattern: nothing would be quantized")
-    return tuple(
-        QuantizationSite(name, (name,), chosen[name], per_step=chosen[name] == "action_head")
-        for name in linears
-        if name in chosen
-    )
+def _floating(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and stored buffers of floating point or complex numbers, by name."""
+    return [
+        (name, tensor)
+        for name, tensor in module.state_dict().items()
+        if isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.is_complex())
+    ]

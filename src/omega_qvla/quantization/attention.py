@@ -35,6 +35,20 @@ LIMIT = 0.4
 """Largest |log factor|."""
 
 
+def require_head_attention(policy: Policy) -> HasHeadAttention:
+    """The policy, which must say where its head attends.
+
+    Raises:
+        PolicyError: it does not.
+    """
+    if not isinstance(policy, HasHeadAttention):
+        raise PolicyError(
+            f"a {policy.family} policy does not name the attention layers of its action head, "
+            "which match_attention scales; use a recipe without it"
+        )
+    return policy
+
+
 @dataclass(frozen=True)
 class AttentionFactors:
     """What to multiply in one attention layer.
@@ -85,12 +99,7 @@ def match_attention(
     Raises:
         PolicyError: the policy does not say where its head attends.
     """
-    if not isinstance(full, HasHeadAttention):
-        raise PolicyError(
-            f"a {full.family} policy does not name the attention layers of its action head, which "
-            "match_attention scales; use a recipe without it"
-        )
-    layers, given = full.head_attention(), list(observations)
+    layers, given = require_head_attention(full).head_attention(), list(observations)
     reference = _measure(full, layers, given, seed, device)
     drifted = _measure(quantized, layers, given, seed, device)
     queries = {

@@ -49,16 +49,24 @@ from omega_qvla.policies.base import (
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.placement import moved, on_device
 from omega_qvla.policies.step_table import HasStepTable, StepTable
+from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.policies.weight_store import hold, named_values
 from omega_qvla.quantization.attention import (
     AttentionFactors,
     match_attention,
+    require_head_attention,
     scale_attention,
 )
 from omega_qvla.quantization.embedding import QuantizedRows, quantize_rows
 from omega_qvla.quantization.gpu_memory import gpu_bytes
 from omega_qvla.quantization.journal import ON_CPU, Journal
-from omega_qvla.quantization.simulation import SimulatedEmbedding, SimulatedLinear, install
+from omega_qvla.quantization.rehearsal import with_slots
+from omega_qvla.quantization.simulation import (
+    SimulatedEmbedding,
+    SimulatedLinear,
+    install,
+    install_site,
+)
 from omega_qvla.quantization.site import QuantizedSite, needs_statistics, quantize_site
 from omega_qvla.recipe import Recipe
 
@@ -130,6 +138,8 @@ def quantize_policy(
             f"recipe {recipe.name!r} covers no part of this {policy.family} policy; its sites are "
             f"in {sorted({site.component for site in sites_of(policy)})}"
         )
+    if recipe.match_attention:
+        require_head_attention(policy)
     if policy.store is not None:
         _require_streamable(recipe)
     _require_placeable(policy, recipe, gpu)
@@ -149,7 +159,7 @@ def quantize_policy(
         else journal(journal_header(policy, weights, calibration, recipe, gpu))
     )
     with computing_on(gpu, f"quantizing with recipe {recipe.name!r}") as device:
-        working = policy.clone()
+        working = with_slots(policy, covered) if isinstance(policy, TorchPolicy) else policy.clone()
         embedding = _quantize_embedding(working, recipe, device)
         work = _Work(working, recipe, covered, numbers, opened, progress, device)
         stages = [on_device(stage, device) for stage in working.stages()]
@@ -194,7 +204,7 @@ def simulate(policy: Policy, quantization: Quantization) -> Policy:
 
 def _install_simulation(policy: Policy, quantized: QuantizedSite) -> SimulatedLinear:
     simulated = SimulatedLinear(quantized, policy.clock)
-    install(policy.module, quantized.site.linears, simulated)
+    install_site(policy, quantized.site.linears, simulated)
     return simulated
 
 
@@ -295,11 +305,18 @@ def _require_placeable(policy: Policy, recipe: Recipe, gpu: Gpu | None) -> None:
 
 def _finite_values(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """All weights, checked before anything runs: a bad one would show first far away from it."""
-    for path, parameter in named_values(policy.module, policy.store):
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+    stored = set(policy.module.state_dict())
+    buffers = {path for path, _ in policy.module.named_buffers()}
+    for path, value in named_values(policy.module, policy.store):
+        # A buffer that is not persistent may hold what it likes: a mask of -Inf, for example.
+        if path in stored and not bool(torch.isfinite(value).all()):
             name, _, kind = path.rpartition(".")
-            raise NonFiniteError(f"{kind} of {name!r} has NaN or Inf; the checkpoint is damaged")
-        yield path, parameter
+            remedy = "the checkpoint is damaged"
+            if path in buffers:
+                remedy = "a mask of constants is registered with persistent=False; if it is none, "
+                remedy += "the checkpoint is damaged"
+            raise NonFiniteError(f"{kind} of {name!r} has NaN or Inf; {remedy}")
+        yield path, value
 
 
 class _Work:

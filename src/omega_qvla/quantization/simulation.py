@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.policies.base import FlowClock, Policy
+from omega_qvla.policies.slots import fill_slots
+from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.quantization.activations import (
     interpolate_scales,
     per_token_scale,
@@ -127,6 +129,18 @@ class SimulatedEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """Token ids [...] → float32 [..., D]."""
         return scale_rows(self._integers[token_ids], self._scale[token_ids])
+
+
+def install_site(policy: Policy, linears: Sequence[str], replacement: nn.Module) -> None:
+    """Let ``replacement`` compute the linears of one site.
+
+    The networks of this project know fused sites (``shared_input``); a user's module calls every
+    linear by itself, through slots.
+    """
+    if isinstance(policy, TorchPolicy):
+        fill_slots(policy.module, linears, replacement, policy.clock)
+    else:
+        install(policy.module, linears, replacement)
 
 
 def install(module: nn.Module, linears: Sequence[str], replacement: nn.Module) -> None:

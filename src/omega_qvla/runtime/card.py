@@ -9,6 +9,30 @@ from typing import Any
 from omega_qvla.recipe import Recipe
 
 
+def _loading(policy: Mapping[str, Any]) -> list[str]:
+    """Python that loads the policy; a module of the user's own has to be given again."""
+    if policy["family"] != "torch":
+        return ["import omega_qvla", "", 'policy = omega_qvla.load("this/directory")']
+    settings = policy["config"]
+    named = [
+        f"    {key}={value!r},"
+        for key in ("backbone", "action_head", "steps", "step_module", "noise_shape")
+        if (value := settings[key]) is not None
+    ]
+    return [
+        "import omega_qvla",
+        "",
+        "# module: the network this was made from, built by your own code; any weights will do.",
+        "# sample(module, observation, noise, clock): runs it once.",
+        "structure = omega_qvla.TorchPolicy(",
+        "    module,",
+        "    sample=sample,",
+        *named,
+        ")",
+        'policy = omega_qvla.load("this/directory", policy=structure)',
+    ]
+
+
 def model_card(config: Mapping[str, Any]) -> str:
     """Markdown text saying what the artifact is, how it was made and how to load it."""
     recipe = config["recipe"]
@@ -37,9 +61,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         + ("a table over flow time." if config["adaptive_norm"] == "table" else "unchanged."),
         "",
         "```python",
-        "import omega_qvla",
-        "",
-        'policy = omega_qvla.load("this/directory")',
+        *_loading(config["policy"]),
         "chunk = policy.sample_actions(observation)",
         "```",
         "",

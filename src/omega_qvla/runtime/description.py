@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def describe(policy: Policy, quantization: Quantization) -> dict[str, Any]:
                 activation_scale=site.activations.scale,
                 activation_clip=_searched_clip(recipe, site),
                 group=site.weight.group,
-                proxy_loss=site.proxy_loss,
+                proxy_loss=_measured(site.proxy_loss),
                 note=site.note,
             ).dump()
             for site in quantization.sites
@@ -139,6 +140,11 @@ def coverage_faults(policy: Policy, config: Mapping[str, Any]) -> list[str]:
         for what, names in differences.items()
         if names
     ]
+
+
+def _measured(loss: float | None) -> float | None:
+    """A loss relative to an output that is always zero is none, and no JSON could hold it."""
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _searched_clip(recipe: Recipe, site: QuantizedSite) -> float | None:

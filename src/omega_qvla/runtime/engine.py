@@ -23,15 +23,18 @@ from omega_qvla.artifact.memory import MemorySummary
 from omega_qvla.errors import NotRealizableError, PolicyError
 from omega_qvla.policies.base import Observation, Policy
 from omega_qvla.policies.elementwise import use_elementwise
+from omega_qvla.policies.slots import PATH_IN_SLOT, storable
 from omega_qvla.policies.step_table import HasStepTable
+from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.policies.weight_store import materialize
 from omega_qvla.quantization.attention import scale_attention
 from omega_qvla.quantization.pipeline import Quantization, simulate
-from omega_qvla.quantization.simulation import SimulatedLinear, install
+from omega_qvla.quantization.simulation import SimulatedLinear, install, install_site
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.description import SiteRecord, coverage_faults, describe
 from omega_qvla.runtime.embedding import QuantizedEmbedding
+from omega_qvla.runtime.foreign import align
 from omega_qvla.runtime.fused import CpuElementwise
 from omega_qvla.runtime.linear import REFERENCE, QuantizedLinear, best_kernel
 from omega_qvla.runtime.memory import memory_report, narrowed
@@ -105,7 +108,7 @@ class QuantizedPolicy:
 
         Floating-point tensors whose values are all exact in bfloat16 are stored as such.
         """
-        names = {record.site.linears[0]: record.site.name for record in self.sites}
+        names = {path: record.site.name for record in self.sites for path in record.site.linears}
         integers = set(names)
         stored: dict[str, Tensor] = {}
         for path, module in self.policy.module.named_modules():
@@ -113,13 +116,14 @@ class QuantizedPolicy:
                 stored |= {f"{path}.{kind}": tensor for kind, tensor in module.named_buffers()}
                 integers.add(path)
             if isinstance(module, QuantizedLinear):
+                site = names[path.removesuffix(PATH_IN_SLOT)]
                 for kind, tensor in module.stored().items():
-                    stored[f"{names[path]}.{kind}"] = tensor
+                    stored[f"{site}.{kind}"] = tensor
                 shape = [module.out_features, module.in_features]
-                stored[f"{names[path]}.weight_shape"] = torch.tensor(shape)
+                stored[f"{site}.weight_shape"] = torch.tensor(shape)
         for name, tensor in self.policy.module.state_dict().items():
             if name.rpartition(".")[0] not in integers:
-                stored[name] = narrowed(tensor)
+                stored[name] = narrowed(storable(tensor))
         table = self.policy.step_table if isinstance(self.policy, HasStepTable) else None
         if table is not None:
             stored[f"{STEP_TABLE}.times"] = table.times
@@ -198,7 +202,7 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
     installed = 0
     for site in quantization.sites:
         linear = QuantizedLinear.from_site(site, target.clock)
-        install(target.module, site.site.linears, linear)
+        install_site(target, site.site.linears, linear)
         installed += 1
     if installed != len(config["sites"]):
         faults.append(f"{installed} of {len(config['sites'])} sites were given")
@@ -213,6 +217,8 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
     if target.store is not None:
         materialize(target.module, target.store)
         target.store = None
+    if isinstance(target, TorchPolicy):
+        align(target.module)
     use_cpu_elementwise(target.module, best_kernel())
     return QuantizedPolicy(target, config)
 

@@ -113,8 +113,13 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("activation_offset", activation_offset)
         self.register_buffer("activation_step_times", activation_step_times)
         self.register_buffer("bias", bias)
-        self.register_buffer("low_rank_down", low_rank_down)
-        self.register_buffer("low_rank_up", low_rank_up)
+        # One layout, as made and as loaded: a float product's last bit depends on it.
+        self.register_buffer(
+            "low_rank_down", None if low_rank_down is None else low_rank_down.contiguous()
+        )
+        self.register_buffer(
+            "low_rank_up", None if low_rank_up is None else low_rank_up.t().contiguous().t()
+        )
         self._clock = clock
         device = weight_packed.device
         self.threads = None if threads is None else cpu.check_threads(threads)

@@ -18,8 +18,10 @@ from omega_qvla.policies.base import Policy
 from omega_qvla.policies.elementwise import use_elementwise
 from omega_qvla.policies.loading import policy_skeleton
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.slots import storable
 from omega_qvla.policies.step_table import StepTable
-from omega_qvla.quantization.simulation import install
+from omega_qvla.policies.torch_module import TorchPolicy
+from omega_qvla.quantization.simulation import install, install_site
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.description import SiteRecord, coverage_faults
 from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
@@ -29,6 +31,7 @@ from omega_qvla.runtime.engine import (
     require_table,
     use_cpu_elementwise,
 )
+from omega_qvla.runtime.foreign import fitted, laid_out
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.graph import use_graphs
 from omega_qvla.runtime.kernels import triton_gpu
@@ -57,8 +60,9 @@ def load(
         directory: what ``save_pretrained`` wrote.
         device: ``cpu``, or ``cuda`` or ``cuda:N`` for a native policy on an NVIDIA GPU
             (docs/gpu.md).
-        policy: for artifacts of a ``TorchPolicy``: the user's policy, which gives the structure
-            (its own weights are replaced).
+        policy: for artifacts of a ``TorchPolicy``: the user's policy, which gives structure and
+            ``sample``.  Its weights are not used; what no state dict holds (buffers that are not
+            persistent, constants) is.
         verify: check every byte against its SHA-256 while loading.
         kernel: ``reference``, an instruction set of this processor, or on a GPU ``triton``; None
             takes the best.
@@ -74,7 +78,8 @@ def load(
         ArtifactError: something is missing, extra, misshaped or damaged; names it.
         ResourceError: the device or the kernel is not available, too little memory there, more
             threads than cores, or nothing can be written to ``tuning``.
-        PolicyError: a layer that the GPU kernels cannot do, or a module of the user's own on a GPU.
+        PolicyError: a layer that the GPU kernels cannot do; a module of the user's own on a GPU, or
+            another one than was quantized.
     """
     gpu = None if device == "cpu" else _gpu_run(device, tuning)
     if gpu is None and tuning is not None:
@@ -164,7 +169,7 @@ def _rebuild(artifact: Artifact, policy: Policy | None, run: Run) -> QuantizedPo
         record = SiteRecord.parse(item)
         linear = load_site(record, recipe, remaining, target, run)
         linear.prepare()
-        install(target.module, record.site.linears, linear)
+        install_site(target, record.site.linears, linear)
     if config["embedding"] is not None:
         path = str(config["embedding"]["path"])
         count, width = target.module.get_parameter(f"{path}.weight").shape
@@ -185,11 +190,13 @@ def _structure(
     if policy is not None:
         if policy.family != family:
             raise PolicyError(f"the artifact holds a {family!r} policy, not {policy.family!r}")
-        return policy.clone()
-    if family == "torch":
+        return fitted(policy, config) if isinstance(policy, TorchPolicy) else policy.clone()
+    if family == TorchPolicy.family:
         raise PolicyError(
-            "this artifact was made from a module of your own: give its structure with "
-            "load(directory, policy=TorchPolicy(module, ...)); its weights are not used"
+            "this artifact was made from a module of your own: give its structure in Python with "
+            "load(directory, policy=TorchPolicy(module, ...)), the same module, patterns and "
+            "sample; its weights are not used. Serving, episodes and benchmarks are for this "
+            "project's own policies: sample yours in your own loop, with sample_actions"
         )
     found = policy_skeleton(family, config["policy"]["config"], artifact.processor)
     found.decisions = dict(config["policy"].get("decisions", {}))
@@ -209,21 +216,33 @@ def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if missing or extra:
         raise ArtifactError(f"tensors do not fit the policy: missing {missing}, extra {extra}")
     for name, tensor in expected.items():
-        if tensor.shape != tensors[name].shape:
+        wanted = storable(tensor)
+        if wanted.shape != tensors[name].shape:
             raise ArtifactError(
-                f"{name} has shape {list(tensors[name].shape)}, expected {list(tensor.shape)}"
+                f"{name} has shape {list(tensors[name].shape)}, expected {list(wanted.shape)}"
             )
-    for name, tensor in expected.items():
-        if tensor.is_floating_point() != tensors[name].is_floating_point():
-            raise ArtifactError(f"{name} is {tensors[name].dtype}, expected {tensor.dtype}")
+        if _kind(wanted) != _kind(tensors[name]):
+            raise ArtifactError(f"{name} is {tensors[name].dtype}, expected {wanted.dtype}")
     narrow = {
         f"{path}.{kind}"
         for path, child in module.named_modules()
         if getattr(child, "any_precision", False)
         for kind, _ in child.named_parameters(recurse=False)
     }
-    widened = {
-        name: value if name in narrow else value.to(expected[name].dtype)
+    placed = {
+        name: laid_out(value if name in narrow else _widened(value, expected[name]), expected[name])
         for name, value in tensors.items()
     }
-    module.load_state_dict(widened, strict=False, assign=True)
+    module.load_state_dict(placed, strict=False, assign=True)
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor counts with; floating-point ones are stored as narrow as is exact."""
+    return "floating point" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def _widened(stored: Tensor, like: Tensor) -> Tensor:
+    """A stored tensor in the dtype it had; complex numbers come as pairs."""
+    if like.is_complex():
+        return torch.view_as_complex(stored.to(storable(like).dtype).contiguous())
+    return stored.to(like.dtype)

@@ -1,0 +1,80 @@
+"""LeRobot's own policies, shrunken and random, as ``TorchPolicy``: quantized, saved, loaded again.
+
+The other process builds the policy from other random numbers, so everything that it computes with
+comes out of the artifact.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import omega_qvla as oq
+
+pytest.importorskip("lerobot", reason="LeRobot is not installed here (make test-lerobot)")
+
+import lerobot_policies
+
+SITES = {  # linears, and sites they make: those that read one tensor are one
+    "pi0": (41, 25),
+    "smolvla": (69, 45),
+    "xvla": (53, 49),
+    "multi_task_dit": (39, 31),
+    "groot": (90, 71),
+    "act": (6, 6),
+}
+
+ERROR = {
+    "pi0": 0.06,
+    "smolvla": 0.03,
+    "xvla": 0.25,
+    "multi_task_dit": 0.06,
+    "groot": 0.03,
+    "act": 0.06,
+}
+"""Largest root mean square of the actions' error over the actions' own.  Measured are about half
+of these: they tell a policy from one that lost a layer, not a good recipe from a bad one."""
+
+_LOAD = """
+import sys, torch, omega_qvla as oq, lerobot_policies
+name, directory = sys.argv[1:]
+loaded = oq.load(directory, policy=lerobot_policies.torch_policy(name, seed=5))
+generator = torch.Generator().manual_seed(3)
+for number, batch in enumerate(lerobot_policies.batches(name)):
+    chunk = loaded.sample_actions(batch, generator=generator)
+    print(number, bytes(chunk.contiguous().view(-1).view(torch.uint8).tolist()).hex())
+"""
+
+
+@pytest.mark.parametrize("name", list(lerobot_policies.KINDS))
+def test_a_policy_of_lerobot_quantized_saved_and_loaded_in_another_process(
+    name: str, tmp_path: Path
+) -> None:
+    policy = lerobot_policies.torch_policy(name)
+    observations = lerobot_policies.batches(name)
+    generator = torch.Generator().manual_seed(3)
+    exact = [policy.sample_actions(item, generator=generator) for item in observations]
+    quantized = oq.quantize(policy, observations)
+    linears = sum(len(site.site.linears) for site in quantized.sites)
+    assert (linears, len(quantized.sites)) == SITES[name]
+    generator = torch.Generator().manual_seed(3)
+    ours = [quantized.sample_actions(item, generator=generator) for item in observations]
+    error = torch.stack(ours) - torch.stack(exact)
+    assert error.square().mean().sqrt() < ERROR[name] * torch.stack(exact).square().mean().sqrt()
+    quantized.save_pretrained(tmp_path / "out")
+    helpers = str(Path(lerobot_policies.__file__).parent)
+    printed = subprocess.run(
+        [sys.executable, "-c", _LOAD, name, str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": helpers},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = [line.split() for line in printed.splitlines() if line[:1].isdigit()]
+    for chunk, (_, text) in zip(ours, found, strict=True):
+        assert bytes(chunk.contiguous().view(-1).view(torch.uint8).tolist()).hex() == text
