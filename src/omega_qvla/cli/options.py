@@ -13,6 +13,7 @@ from omega_qvla.errors import RecipeError, ResourceError
 from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.lerobot_writer import WrittenBy
+from omega_qvla.policies.checkpoints.tied import TiedHalf
 
 EVALUATION_SEED = 0
 """First seed of evaluation episodes; demonstrations use seeds far above."""
@@ -118,6 +119,14 @@ class Checkpoint:
         str | None,
         tyro.conf.arg(help="unknown settings of a LeRobot config.json to go on without, NAME,.."),
     ] = None
+    base: Annotated[
+        str | None,
+        tyro.conf.arg(help="of a LoRA adapter: DIR or owner/name@COMMIT of what it was trained on"),
+    ] = None
+    tied: Annotated[
+        TiedHalf | None,
+        tyro.conf.arg(help="which to read where token embedding and head of a file differ"),
+    ] = None
 
     @property
     def choices(self) -> Choices:
@@ -129,6 +138,8 @@ class Checkpoint:
             data_config=self.data_config,
             written_by=self.written_by,
             ignore_settings=tuple(names_of(self.ignore_settings) or ()),
+            base=self.base,
+            tied=self.tied,
         )
 
 

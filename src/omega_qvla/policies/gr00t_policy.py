@@ -195,3 +195,7 @@ class KeptRows:
         """One parameter, float32."""
         found = self._store.read(name)
         return found[self._rows] if name in self._names else found
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A type that holds one parameter as it is."""
+        return self._store.dtype(name)

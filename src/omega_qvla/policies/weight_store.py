@@ -8,13 +8,14 @@ a layer to a GPU, of a policy in memory as well (``placement.py``).
 
 Two stores exist: safetensors files, one or many, read through a memory map that is closed after
 every tensor; and seeded random values, drawn tensor by tensor, so that a random policy of full
-size never exists as a whole.
+size never exists as a whole.  What is to be done to a parameter of a file before it is used (an
+adapter folded in) is done when it is read, and takes no more memory than that parameter.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -26,12 +27,18 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
 
+_HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
+
 
 class WeightStore(Protocol):
     """Parameters by name."""
 
     def read(self, name: str) -> Tensor:
         """One parameter, float32, owned by the caller."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A type that holds one parameter as it is: float32, or the 16 bits it was stored in."""
         ...
 
 
@@ -42,15 +49,22 @@ class Place(NamedTuple):
     key: str
 
 
+Change = Callable[[Tensor], Tensor]
+"""A parameter as its file has it, float32 → the parameter that the network has, float32."""
+
+
 class MappedWeights:
     """Parameters in safetensors files.
 
     Args:
         places: parameter name → where it is.
+        changes: parameter name → what is done to it when it is read; nothing to the others.
     """
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
-        self._places = dict(places)
+    def __init__(
+        self, places: Mapping[str, Place], changes: Mapping[str, Change] | None = None
+    ) -> None:
+        self._places, self._changes = dict(places), dict(changes or {})
 
     def read(self, name: str) -> Tensor:
         """One parameter, float32.
@@ -59,14 +73,47 @@ class MappedWeights:
             PolicyError: the file cannot be read any more, or the parameter is not finite.
         """
         place = self._places[name]
+        found = read_place(place)
+        if name not in self._changes:
+            return found
+        changed = self._changes[name](found)
+        _require_finite(changed, place, "has NaN or Inf after the adapter was folded into it")
+        return changed
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A type that holds one parameter as it is, told by the file's header.
+
+        Raises:
+            PolicyError: the file cannot be read any more.
+        """
+        if name in self._changes:
+            return torch.float32
+        place = self._places[name]
         try:
             with safe_open(place.file, framework="pt") as file:
-                found = file.get_tensor(place.key).to(torch.float32, copy=True)
+                return _HALVES.get(file.get_slice(place.key).get_dtype(), torch.float32)
         except (OSError, SafetensorError) as error:
             raise PolicyError(f"cannot read {place.key} from {place.file}: {error}") from error
-        if not bool(torch.isfinite(found).all()):
-            raise PolicyError(f"{place.file} does not fit the policy: {place.key} has NaN or Inf")
-        return found
+
+
+def read_place(place: Place) -> Tensor:
+    """One tensor of a file, float32, owned by the caller.
+
+    Raises:
+        PolicyError: the file cannot be read any more, or the tensor is not finite.
+    """
+    try:
+        with safe_open(place.file, framework="pt") as file:
+            found = file.get_tensor(place.key).to(torch.float32, copy=True)
+    except (OSError, SafetensorError) as error:
+        raise PolicyError(f"cannot read {place.key} from {place.file}: {error}") from error
+    _require_finite(found, place, "has NaN or Inf")
+    return found
+
+
+def _require_finite(tensor: Tensor, place: Place, what: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise PolicyError(f"{place.file} does not fit the policy: {place.key} {what}")
 
 
 class SeededWeights:
@@ -86,6 +133,9 @@ class SeededWeights:
         spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
         drawn = torch.empty(tuple(shape)).normal_(0.0, spread, generator=generator)
         return drawn.to(torch.bfloat16).to(torch.float32)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.bfloat16
 
 
 @contextmanager

@@ -230,7 +230,7 @@ def test_a_missing_file_is_named_with_the_remedy(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model_type": "gr00t_n1"}, "model_type 'gr00t_n1'; this version runs 'gr00t_n1_5' only"),
+        ({"model_type": "gr00t_n1"}, "is of GR00T N1, which is another network"),
         ({"action_dim": 32}, "action_dim 32, the weights have 8"),
         ({"backbone_cfg": {"select_layer": 12}}, "select_layer 12, the weights have 2"),
         ({"backbone_cfg": {}}, "not a GR00T N1.5 configuration"),
@@ -365,7 +365,6 @@ def test_another_embodiment_of_lerobots_may_be_chosen(
     [
         ({"max_state_dim": 64}, "max_state_dim 64, the weights have 16"),
         ({"max_action_dim": 32}, "max_action_dim 32, the weights have 8"),
-        ({"use_peft": True}, "holds adapters"),
         ({"output_features": {}}, "has no feature 'action'"),
         (
             {"input_features": {"observation.state": {"type": "STATE", "shape": [3]}}},

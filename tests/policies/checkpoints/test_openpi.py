@@ -151,6 +151,15 @@ def test_statistics_are_those_of_the_named_robot(openpi_directory: Callable[...,
     assert load_policy(directory, chosen).config.horizon == 4
 
 
+def test_the_statistics_of_another_robot_than_the_named_one_are_refused(
+    openpi_directory: Callable[..., Path],
+) -> None:
+    directory = openpi_directory()
+    expected = r"no my_robot/norm_stats\.json.*has those of: physical-intelligence/libero"
+    with pytest.raises(PolicyError, match=expected):
+        load_policy(directory, choices(directory, asset_id="my_robot"))
+
+
 @pytest.mark.parametrize(
     ("remove", "expected"),
     [

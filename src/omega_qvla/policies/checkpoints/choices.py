@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omega_qvla.policies.checkpoints.lerobot_writer import WrittenBy
+from omega_qvla.policies.checkpoints.tied import TiedHalf
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Choices:
             tell (``lerobot_writer.py``).
         ignore_settings: settings of a LeRobot ``config.json`` that this version does not know and
             the user knows to be of no consequence.
+        base: of a LoRA adapter: the whole policy it was trained on, a directory or
+            ``owner/name@revision`` on the hub; the adapter's own files name one as well.
+        tied: which of token embedding and head to read, where a file has both and they differ.
     """
 
     training_config: str | None = None
@@ -30,3 +34,5 @@ class Choices:
     data_config: str | None = None
     written_by: WrittenBy | None = None
     ignore_settings: tuple[str, ...] = ()
+    base: str | None = None
+    tied: TiedHalf | None = None

@@ -27,10 +27,11 @@ from omega_qvla.policies.checkpoints.gr00t_metadata import (
     read_metadata,
     require_cameras,
 )
-from omega_qvla.policies.checkpoints.gr00t_sizes import Sizes, infer_sizes, untie
+from omega_qvla.policies.checkpoints.gr00t_sizes import TIE, Sizes, infer_sizes
 from omega_qvla.policies.checkpoints.qwen import IMAGE_TOKEN, qwen_tokenizer
 from omega_qvla.policies.checkpoints.shards import StoredTensors, find_tensors
 from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
+from omega_qvla.policies.checkpoints.tied import untie
 from omega_qvla.policies.gr00t_n15 import (
     CHAT_PROMPT,
     Gr00tN15Config,
@@ -99,7 +100,7 @@ def stream_gr00t(directory: Path, choices: Choices) -> Gr00tN15Policy:
     data = data_config(choices.data_config, directory)
     require_cameras(metadata, data, directory / METADATA)
     statistics = part_statistics(metadata, data, directory / METADATA)
-    stored = untie(find_tensors(directory))
+    stored = untie(find_tensors(directory), TIE, choices.tied)
     head = settings.action_head_cfg
     heads = head.vl_self_attention_cfg, head.diffusion_model_cfg
     sizes = infer_sizes(stored, (heads[0].num_attention_heads, heads[1].num_attention_heads))
@@ -159,7 +160,11 @@ def build(
     store = map_strictly(module, stored, dropped=dropped)
     count = dropped_count(stored, dropped)
     whole = Gr00tN15Policy(
-        module, processor, dropped_parameters=count, store=store, decisions=decisions
+        module,
+        processor,
+        dropped_parameters=count,
+        store=store,
+        decisions={**decisions, **stored.decisions},
     )
     return whole.keep_embodiments((config.embodiment,))
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.shapes import Shapes
 from omega_qvla.policies.checkpoints.shards import StoredTensors
+from omega_qvla.policies.checkpoints.tied import Tie
 from omega_qvla.policies.gr00t_n15 import QwenConfig, TransformerConfig
 from omega_qvla.policies.layers import VisionConfig
 
@@ -21,6 +22,7 @@ VISION = f"{EAGLE}.vision_model.vision_model"
 LANGUAGE = f"{EAGLE}.language_model.model"
 EMBEDDING = f"{LANGUAGE}.embed_tokens.weight"
 TIED_HEAD = f"{EAGLE}.language_model.lm_head.weight"
+TIE = Tie(EMBEDDING, TIED_HEAD)
 FEATURES = "action_head.vl_self_attention.transformer_blocks"
 BLOCKS = "action_head.model.transformer_blocks"
 
@@ -45,13 +47,6 @@ class Sizes(NamedTuple):
     action_dim: int
     state_width: int
     embodiments: tuple[int, ...]
-
-
-def untie(stored: StoredTensors) -> StoredTensors:
-    """Call the embedding by its name where the file has it as the head it is tied to."""
-    if EMBEDDING in stored.headers or TIED_HEAD not in stored.headers:
-        return stored
-    return stored.renamed(lambda name: EMBEDDING if name == TIED_HEAD else name)
 
 
 def infer_sizes(stored: StoredTensors, heads: tuple[int, int] | None = None) -> Sizes:

@@ -13,6 +13,12 @@ from omega_qvla.policies.checkpoints.files import read_json, refuse_unsafe
 from omega_qvla.policies.checkpoints.gr00t import stream_gr00t
 from omega_qvla.policies.checkpoints.lerobot_groot import stream_lerobot_groot
 from omega_qvla.policies.checkpoints.lerobot_pi05 import stream_lerobot_pi05
+from omega_qvla.policies.checkpoints.lora import ADAPTER_CONFIG, has_adapter
+from omega_qvla.policies.checkpoints.neighbours import (
+    lerobot_type_message,
+    refuse_gr00t,
+    refuse_lerobot_n1_7,
+)
 from omega_qvla.policies.checkpoints.openpi import CONFIG, stream_openpi
 from omega_qvla.policies.checkpoints.own import stream_own
 from omega_qvla.policies.checkpoints.shards import INDEX, WEIGHTS
@@ -31,17 +37,20 @@ LEROBOT: dict[str, Reader] = {"pi05": stream_lerobot_pi05, "groot": stream_lerob
 LAYOUTS: dict[Reader, tuple[str, frozenset[str]]] = {
     stream_openpi: (
         "openpi's (there is no config.json that names another)",
-        frozenset({"training_config", "tokenizer"}),
+        frozenset({"training_config", "tokenizer", "tied"}),
     ),
     stream_lerobot_pi05: (
         "LeRobot's pi05",
-        frozenset({"tokenizer", "written_by", "ignore_settings"}),
+        frozenset({"tokenizer", "written_by", "ignore_settings", "base", "tied"}),
     ),
     stream_lerobot_groot: (
         "LeRobot's groot",
-        frozenset({"tokenizer", "embodiment", "ignore_settings"}),
+        frozenset({"tokenizer", "embodiment", "ignore_settings", "base", "tied"}),
     ),
-    stream_gr00t: ("Isaac-GR00T's", frozenset({"tokenizer", "embodiment", "data_config"})),
+    stream_gr00t: (
+        "Isaac-GR00T's",
+        frozenset({"tokenizer", "embodiment", "data_config", "tied"}),
+    ),
     stream_own: ("this project's own", frozenset({"embodiment"})),
 }
 """What a user knows each layout as, and the fields of ``Choices`` that its reader reads."""
@@ -74,8 +83,15 @@ def reader_for(directory: Path) -> Reader:
             f"{str(directory)!r} is a quantized artifact; load it with omega_qvla.load, or give "
             "the full-precision checkpoint it was made from"
         )
-    if (directory / CONFIG).exists():
-        return _by_config(directory, read_json(directory, CONFIG))
+    content = read_json(directory, CONFIG) if (directory / CONFIG).exists() else None
+    if has_adapter(directory) and "type" not in (content or {}):
+        raise PolicyError(
+            f"{str(directory)!r} holds a peft adapter ({ADAPTER_CONFIG}) and no LeRobot {CONFIG}: "
+            "this version folds the adapters of LeRobot's policies; merge this one where it was "
+            "trained (peft's merge_and_unload) and save the whole policy without it"
+        )
+    if content is not None:
+        return _by_config(directory, content)
     if not any((directory / name).exists() for name in (WEIGHTS, INDEX, "assets")):
         refuse_unsafe(directory)
         raise PolicyError(
@@ -90,15 +106,15 @@ def _by_config(directory: Path, content: dict[str, Any]) -> Reader:
     if "type" in content:
         kind = content["type"]
         if not isinstance(kind, str) or kind not in LEROBOT:
-            raise PolicyError(
-                f"{where} is a LeRobot policy of type {kind!r}; this version reads "
-                f"{', '.join(LEROBOT)}"
-            )
+            raise PolicyError(lerobot_type_message(kind, where, ", ".join(LEROBOT)))
+        if kind == "groot":
+            refuse_lerobot_n1_7(content, where)
         return LEROBOT[kind]
     if content.get("family") == Gr00tN15Policy.family:
         return stream_own
     if "family" in content or "vision" in content or "paligemma_variant" in content:
         return stream_openpi
+    refuse_gr00t(content, where)
     if str(content.get("model_type", "")).startswith("gr00t"):
         return stream_gr00t
     raise PolicyError(

@@ -154,6 +154,12 @@ class Step:
     statistics: Statistics
     where: str
 
+    @property
+    def found(self) -> str:
+        """The statistics that are there, for errors: those wanted may go by another name."""
+        keys = [f"{feature} ({', '.join(kinds)})" for feature, kinds in self.statistics.items()]
+        return f"it has statistics of {', '.join(keys)}" if keys else "it has no statistics"
+
 
 def read_pipeline(directory: Path, name: str, known: Sequence[str]) -> dict[str, Step]:
     """The steps of a saved pipeline by name, plumbing left out.
@@ -292,8 +298,8 @@ def normalization(step: Step, key: str, width: int) -> Normalization:
     if missing:
         raise PolicyError(
             f"{step.where} has no {' and no '.join(missing)} of {key}, which its normalization "
-            f"{mode} needs: this policy was saved without the statistics of its data set; "
-            "fine-tune it or save it again with them"
+            f"{mode} needs ({step.found}): this policy was saved without the statistics of its "
+            "data set; fine-tune it or save it again with them"
         )
     first, second = (given[name] for name in names)
     if len(first) != width or len(second) != width:
@@ -337,19 +343,6 @@ def parse_config(content: Mapping[str, Any], model: type[Any], where: str) -> An
         raise PolicyError(f"{where} is not a LeRobot configuration: {error}") from error
 
 
-def refuse_adapters(directory: Path, content: Mapping[str, Any]) -> None:
-    """Refuse a directory that holds only differences to another checkpoint.
-
-    Raises:
-        PolicyError: it does.
-    """
-    if content.get("use_peft") or (directory / "adapter_config.json").exists():
-        raise PolicyError(
-            f"{directory} holds adapters to another checkpoint; merge them into it first (peft's "
-            "merge_and_unload) and save the whole policy"
-        )
-
-
 def _step(directory: Path, where: str, entry: Any) -> Step:
     if not isinstance(entry, dict):
         raise PolicyError(f"{where}: a step must be an object, found {entry!r}")
@@ -370,9 +363,8 @@ def _statistics(path: Path) -> Statistics:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 feature, _, statistic = name.rpartition(".")
-                if feature in (STATE, ACTION):
-                    values = file.get_tensor(name).reshape(-1)
-                    found.setdefault(feature, {})[statistic] = tuple(map(float, values))
+                values = file.get_tensor(name).reshape(-1)
+                found.setdefault(feature, {})[statistic] = tuple(map(float, values))
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise PolicyError(f"cannot read the statistics {path}: {error}") from error
     return found

@@ -23,7 +23,7 @@ from omega_qvla.policies.checkpoints.gr00t import (
     make_config,
 )
 from omega_qvla.policies.checkpoints.gr00t_metadata import embodiment_id
-from omega_qvla.policies.checkpoints.gr00t_sizes import infer_sizes, untie
+from omega_qvla.policies.checkpoints.gr00t_sizes import TIE, infer_sizes
 from omega_qvla.policies.checkpoints.lerobot import (
     ACTION,
     BOOKKEEPING,
@@ -36,14 +36,12 @@ from omega_qvla.policies.checkpoints.lerobot import (
     StepSettings,
     parse_config,
     read_pipeline,
-    refuse_adapters,
     renamed_cameras,
     require_known_settings,
     require_step,
-    without_prefix,
 )
+from omega_qvla.policies.checkpoints.lerobot_weights import lerobot_tensors
 from omega_qvla.policies.checkpoints.qwen import ASSETS, IMAGE_TOKEN, qwen_tokenizer
-from omega_qvla.policies.checkpoints.shards import find_tensors
 from omega_qvla.policies.gr00t_n15 import CHAT_PROMPT
 from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_processing import Gr00tProcessor
@@ -147,7 +145,6 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
         ResourceError: a library for the tokenizer is missing.
     """
     content, where = read_json(directory, CONFIG), directory / CONFIG
-    refuse_adapters(directory, content)
     known = BOOKKEEPING | TRAINING | frozenset(LerobotGroot.model_fields)
     require_known_settings(content, known, choices.ignore_settings, str(where))
     settings: LerobotGroot = parse_config(content, LerobotGroot, str(where))
@@ -166,7 +163,7 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
     statistics = NormalizationStatistics(
         state=_min_max(packing, STATE, state_dim), actions=_min_max(unpacking, ACTION, action_dim)
     )
-    stored = untie(without_prefix(find_tensors(directory), PREFIX))
+    stored = lerobot_tensors(directory, content, PREFIX, TIE, choices)
     sizes = infer_sizes(stored)
     for key, given, found in (
         ("max_state_dim", settings.max_state_dim, sizes.state_width),
@@ -218,8 +215,8 @@ def _min_max(step: Step, key: str, width: int) -> Normalization:
     given = step.statistics.get(key, {})
     if "min" not in given or "max" not in given:
         raise PolicyError(
-            f"{step.where} has no minima and maxima of {key}: this policy was saved without the "
-            "statistics of its data set; fine-tune it or save it again with them"
+            f"{step.where} has no minima and maxima of {key} ({step.found}): this policy was saved "
+            "without the statistics of its data set; fine-tune it or save it again with them"
         )
     if len(given["min"]) != width or len(given["max"]) != width:
         raise PolicyError(

@@ -34,21 +34,19 @@ from omega_qvla.policies.checkpoints.lerobot import (
     normalization,
     parse_config,
     read_pipeline,
-    refuse_adapters,
     renamed_cameras,
     require_known_settings,
     require_step,
-    without_prefix,
 )
+from omega_qvla.policies.checkpoints.lerobot_weights import lerobot_tensors
 from omega_qvla.policies.checkpoints.lerobot_writer import Writer, writer_of
 from omega_qvla.policies.checkpoints.paligemma import paligemma_tokenizer
 from omega_qvla.policies.checkpoints.pi05_sizes import (
     GEMMA_VARIANTS,
+    TIE,
     Sizes,
     infer_sizes,
-    untie,
 )
-from omega_qvla.policies.checkpoints.shards import find_tensors
 from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.policies.normalization import NormalizationStatistics
 from omega_qvla.policies.pi05 import (
@@ -92,6 +90,7 @@ TRAINING = frozenset(
     ]
 )
 """Settings that a chunk does not depend on, or that the pipelines hold as they are in force."""
+_APART = "the embedding: LeRobot keeps it apart from the head, which it never reads"
 
 
 class LerobotPi05(PolicyFeatures):
@@ -151,12 +150,11 @@ def stream_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
         ResourceError: a library for the tokenizer is missing.
     """
     content, where = read_json(directory, CONFIG), str(directory / CONFIG)
-    refuse_adapters(directory, content)
     known = BOOKKEEPING | TRAINING | frozenset(LerobotPi05.model_fields)
     require_known_settings(content, known, choices.ignore_settings, where)
     settings: LerobotPi05 = parse_config(content, LerobotPi05, where)
     writer = writer_of(content, choices.written_by, where)
-    stored = untie(without_prefix(find_tensors(directory), PREFIX))
+    stored = lerobot_tensors(directory, content, PREFIX, TIE._replace(apart=_APART), choices)
     sizes = infer_sizes(stored)
     _require_agreement(settings, sizes, where)
     processor = _processor(directory, choices, settings, sizes, writer)
@@ -168,7 +166,7 @@ def stream_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
         processor,
         dropped_parameters=dropped_count(stored, dropped),
         store=map_strictly(module, stored, dropped=dropped),
-        decisions=_decisions(settings, processor, writer, choices),
+        decisions={**_decisions(settings, processor, writer, choices), **stored.decisions},
     )
 
 

@@ -23,9 +23,10 @@ from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.files import read_bytes, read_json
 from omega_qvla.policies.checkpoints.openpi_training import training_config
 from omega_qvla.policies.checkpoints.paligemma import paligemma_tokenizer
-from omega_qvla.policies.checkpoints.pi05_sizes import infer_sizes, untie
+from omega_qvla.policies.checkpoints.pi05_sizes import TIE, infer_sizes
 from omega_qvla.policies.checkpoints.shards import StoredTensors, find_tensors, write_weights
 from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
+from omega_qvla.policies.checkpoints.tied import untie
 from omega_qvla.policies.normalization import NormalizationStatistics
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_shapes
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
@@ -46,6 +47,7 @@ def stream_openpi(directory: Path, choices: Choices) -> Pi05Policy:
     dropped = dropped_shapes(module.config)
     store = map_strictly(module, stored, dropped=dropped)
     count = dropped_count(stored, dropped)
+    decisions = {**decisions, **stored.decisions}
     return Pi05Policy(module, processor, dropped_parameters=count, store=store, decisions=decisions)
 
 
@@ -56,9 +58,9 @@ def _read_structure(
     content = read_json(directory, CONFIG) if (directory / CONFIG).exists() else {}
     if "vision" in content or content.get("family") == Pi05Policy.family:
         processor, decisions = _self_contained(directory), {}
-        stored = untie(find_tensors(directory))
+        stored = untie(find_tensors(directory), TIE, choices.tied)
     else:
-        stored = untie(find_tensors(directory))
+        stored = untie(find_tensors(directory), TIE, choices.tied)
         processor = _as_published(directory, choices, stored, content)
         decisions = _decisions(processor.config, choices)
     with torch.device("meta"):
@@ -150,22 +152,28 @@ def parse_config(text: str | bytes, where: str) -> Pi05Config:
 
 
 def _statistics(directory: Path, asset_id: str | None) -> NormalizationStatistics:
-    """The statistics of the named robot, or the only ones there are."""
+    """The statistics of the named robot, or the only ones there are where none is named.
+
+    Raises:
+        PolicyError: the named robot's are not there, or there are several and none is named.
+    """
     assets = directory / "assets"
     found = {
         path.parent.relative_to(assets).as_posix(): path.relative_to(directory).as_posix()
         for path in sorted(assets.rglob(STATISTICS))
     }
-    if asset_id in found:
-        name = found[asset_id]
-    elif len(found) == 1:
-        (name,) = found.values()
-    else:
-        wanted = "" if asset_id is None else f"; {asset_id} is not among them"
+    there = ", ".join(found) or "none"
+    if asset_id is not None and asset_id not in found:
         raise PolicyError(
-            f"{assets} must hold exactly one */{STATISTICS}, found {len(found)}"
-            f"{': ' if found else ''}{', '.join(found)}{wanted}"
+            f"{assets} has no {asset_id}/{STATISTICS}, the statistics that the training "
+            f"configuration names (asset_id); it has those of: {there}. If the policy was trained "
+            "with those, give a training configuration of your own, a JSON file with that asset_id"
         )
+    if asset_id is None and len(found) != 1:
+        raise PolicyError(
+            f"{assets} must hold exactly one */{STATISTICS}, found {len(found)}: {there}"
+        )
+    name = found[next(iter(found)) if asset_id is None else asset_id]
     return NormalizationStatistics.parse(read_bytes(directory, name), str(directory / name))
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.shapes import Shapes
 from omega_qvla.policies.checkpoints.shards import StoredTensors
+from omega_qvla.policies.checkpoints.tied import Tie
 from omega_qvla.policies.layers import VisionConfig
 from omega_qvla.policies.pi05 import GemmaConfig
 
@@ -20,6 +21,7 @@ LANGUAGE = f"{ROOT}.paligemma.model.language_model"
 EXPERT = f"{ROOT}.gemma_expert.model"
 EMBEDDING = f"{LANGUAGE}.embed_tokens.weight"
 TIED_HEAD = f"{ROOT}.paligemma.lm_head.weight"
+TIE = Tie(EMBEDDING, TIED_HEAD)
 
 GEMMA_VARIANTS: dict[str, GemmaConfig] = {
     "gemma_2b": GemmaConfig(width=2048, hidden=16384, heads=8, head_dim=256),
@@ -38,16 +40,6 @@ class Sizes(NamedTuple):
     depth: int
     vocabulary: int
     action_dim: int
-
-
-def untie(stored: StoredTensors) -> StoredTensors:
-    """Call the embedding by its name where the file has it as the head it is tied to.
-
-    openpi and LeRobot write with ``save_model``, which keeps one name of a shared tensor: the head.
-    """
-    if EMBEDDING in stored.headers or TIED_HEAD not in stored.headers:
-        return stored
-    return stored.renamed(lambda name: EMBEDDING if name == TIED_HEAD else name)
 
 
 def require_pi05(stored: StoredTensors) -> None:

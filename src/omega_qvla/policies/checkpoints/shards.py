@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from omega_qvla.policies.checkpoints.files import (
     refuse_pointer,
     refuse_unsafe,
 )
-from omega_qvla.policies.weight_store import Place
+from omega_qvla.policies.weight_store import Change, Place
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -62,13 +62,17 @@ class StoredTensors:
 
     Attributes:
         where: names the checkpoint in errors.
-        headers: shape and dtype of every tensor.
+        headers: shape and dtype of every tensor, as it is stored.
         places: the file of every tensor, and its name there.
+        changes: what is done to some of them when they are read.
+        decisions: what was decided about the tensors, question → answer, for the user to check.
     """
 
     where: str
     headers: Mapping[str, Header]
     places: Mapping[str, Place]
+    changes: Mapping[str, Change] = field(default_factory=dict[str, Change])
+    decisions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def renamed(self, rename: Callable[[str], str]) -> StoredTensors:
         """The same tensors under other names.
@@ -87,6 +91,7 @@ class StoredTensors:
             self,
             headers={names[old]: header for old, header in self.headers.items()},
             places={names[old]: place for old, place in self.places.items()},
+            changes={names[old]: change for old, change in self.changes.items()},
         )
 
 

@@ -38,7 +38,8 @@ def map_strictly(
         PolicyError: as ``check_headers``.
     """
     check_headers(module, stored.headers, dropped=dropped, where=stored.where)
-    return MappedWeights({name: stored.places[name] for name, _ in module.named_parameters()})
+    places = {name: stored.places[name] for name, _ in module.named_parameters()}
+    return MappedWeights(places, stored.changes)
 
 
 def dropped_count(stored: StoredTensors, dropped: Mapping[str, Shape]) -> int:

@@ -1,0 +1,90 @@
+"""Policies that look like those this version reads and are others: what each is, and what reads it.
+
+``config.json`` of an Isaac-GR00T release names it in ``model_type``: ``gr00t_n1``, ``gr00t_n1_5``,
+``Gr00tN1d6``, ``Gr00tN1d7``.  LeRobot's ``type`` is ``groot`` for both the releases it has read:
+N1.5 up to 0.5.1, N1.7 from 0.6.0 on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omega_qvla.errors import PolicyError
+
+AS_MODULE = (
+    "quantize it where it runs, as a module of your own: load it there and wrap it in "
+    "omega_qvla.TorchPolicy (README)"
+)
+
+_NOT_BUILT = "which is another network than N1.5, the one that this version builds"
+
+_GR00T = {
+    "gr00t_n1": ("GR00T N1", "Isaac-GR00T's N1 release reads it"),
+    "gr00tn1d6": ("GR00T N1.6", "Isaac-GR00T's N1.6 release reads it"),
+    "gr00tn1d7": ("GR00T N1.7", "Isaac-GR00T's N1.7 release reads it, and LeRobot from 0.6.0 on"),
+}
+"""``model_type`` or architecture in lower case → its name, and what reads it."""
+
+_LEROBOT = {
+    "pi0": "pi0",
+    "pi0_fast": "pi0-FAST",
+    "smolvla": "SmolVLA",
+    "xvla": "X-VLA",
+    "act": "ACT, whose attention (nn.MultiheadAttention) would stay as it is",
+    "diffusion": "Diffusion Policy, nearly all convolutions, which are not quantized",
+    "multi_task_dit": "a multi-task diffusion transformer",
+}
+"""LeRobot's ``type`` → what it is, where something can be said."""
+
+
+def refuse_gr00t(content: Mapping[str, Any], where: Path) -> None:
+    """Refuse the other releases of GR00T, as Isaac-GR00T saves them.
+
+    Raises:
+        PolicyError: ``config.json`` is of one.
+    """
+    for kind in _kinds(content):
+        for start, (name, reader) in _GR00T.items():
+            if kind == start or (start != "gr00t_n1" and kind.startswith(start)):
+                raise PolicyError(f"{where} is of {name}, {_NOT_BUILT}. {reader}; {AS_MODULE}")
+
+
+def refuse_lerobot_n1_7(content: Mapping[str, Any], where: Path) -> None:
+    """Refuse LeRobot's ``groot`` where it is GR00T N1.7.
+
+    N1.5 was saved with the repository of its tokenizer, which LeRobot refuses from 0.6.0 on.
+
+    Raises:
+        PolicyError: it is.
+    """
+    if content.get("tokenizer_assets_repo") is None and "tokenizer_assets_repo" in content:
+        _, reader = _GR00T["gr00tn1d7"]
+        raise PolicyError(
+            f"{where} is LeRobot's groot of GR00T N1.7 (LeRobot 0.6.0 or later), {_NOT_BUILT}. "
+            f"{reader}; {AS_MODULE}"
+        )
+
+
+def lerobot_type_message(kind: object, where: Path, read: str) -> str:
+    """Why a LeRobot policy of another type is not read, and what can be done with it.
+
+    Args:
+        kind: the ``type`` of ``config.json``.
+        where: names that file.
+        read: the types that are read.
+    """
+    name = _LEROBOT.get(str(kind))
+    what = f"of type {kind!r}" + ("" if name is None else f" ({name})")
+    return (
+        f"{where} is a LeRobot policy {what}; this version builds only {read}. LeRobot runs it: "
+        f"{AS_MODULE}"
+    )
+
+
+def _kinds(content: Mapping[str, Any]) -> list[str]:
+    """What a configuration calls itself, in lower case."""
+    architectures = content.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    return [str(kind).lower() for kind in (content.get("model_type"), *named) if kind]
