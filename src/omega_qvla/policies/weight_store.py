@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from omega_qvla.errors import PolicyError
+from omega_qvla.errors import NonFiniteError, PolicyError
 
 
 class WeightStore(Protocol):
@@ -56,7 +56,8 @@ class MappedWeights:
         """One parameter, float32.
 
         Raises:
-            PolicyError: the file cannot be read any more, or the parameter is not finite.
+            PolicyError: the file cannot be read any more.
+            NonFiniteError: the parameter has NaN or Inf.
         """
         place = self._places[name]
         try:
@@ -65,7 +66,7 @@ class MappedWeights:
         except (OSError, SafetensorError) as error:
             raise PolicyError(f"cannot read {place.key} from {place.file}: {error}") from error
         if not bool(torch.isfinite(found).all()):
-            raise PolicyError(f"{place.file} does not fit the policy: {place.key} has NaN or Inf")
+            raise NonFiniteError(f"{place.key} of {place.file} has NaN or Inf: it is damaged")
         return found
 
 
