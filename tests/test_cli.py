@@ -138,6 +138,10 @@ def test_verify_and_load_refuse_an_artifact_of_fewer_sites_than_its_recipe_quant
         (("inspect", "."), 2, "artifact"),
         (("verify", "nowhere"), 2, "nowhere"),
         (("eval", "random:tiny-pi05"), 2, "--tasks"),
+        (("eval", "nowhere", "--tasks", "fly-v3"), 2, "drawer-open-v3"),
+        (("compare", "nowhere", "--tasks", ","), 2, "drawer-open-v3"),
+        (("diagnose", "nowhere", "--tasks", "door-open-v3,fly-v3"), 2, "drawer-open-v3"),
+        (("compare", "nowhere", "--stress", "nan"), 2, "--stress nan: give a number"),
         (("eval", POLICY, "--env", "libero", "--suite", "90"), 2, "spatial"),
         (("eval", POLICY, "--env", "libero", "--tasks", "goal:10"), 2, "long:9"),
         (("eval", POLICY, "--env", "libero", "--episodes", "5"), 2, "--protocol"),
@@ -169,7 +173,8 @@ def test_a_failed_quantization_leaves_the_previous_output_as_it_was(
     before = {p.name: p.read_bytes() for p in artifact.iterdir() if p.is_file()}
     bad = tmp_path / "bad.npz"
     np.savez(bad, state=np.zeros((1, 4), np.float32), prompt=np.array(["open the drawer"]))
-    assert run("quantize", POLICY, "--out", str(artifact), "--calibration", str(bad)) == 2
+    again = ("quantize", POLICY, "--out", str(artifact), "--calibration", str(bad))
+    assert run(*again, "--overwrite") == 2
     assert {p.name: p.read_bytes() for p in artifact.iterdir() if p.is_file()} == before
 
 
@@ -215,7 +220,7 @@ def test_bench_policy_measures_both_precisions(artifact: Path, tmp_path: Path) -
     [
         (("kernels", "--sites", "nowhere"), "sites: pi0.5 expert", 2),
         (("kernels", "--figure", "x.png"), "--json FILE", 2),
-        (("policy", "--rounds", "0"), "at least one", 2),
+        (("policy", "--rounds", "0"), "--rounds 0: give", 2),
         (("policy", "--threads", "999"), "cores", 3),
         (("policy", "--device", "cuda"), "cpu", 3),
     ],

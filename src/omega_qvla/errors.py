@@ -1,7 +1,7 @@
 """One tree of errors.  Each message says what is wrong, where, and how to fix it.
 
 ``exit_status`` is what the command line returns: 1 a check failed, 2 bad input or usage,
-3 not enough memory, disk or device.
+3 not enough memory, disk or device, or a package that is missing.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class NotAnArtifactError(ArtifactError):
 
 class ResumeError(OmegaError):
     """Interrupted work cannot be continued: its inputs changed, or a part of it is gone."""
+
+
+class UsageError(OmegaError):
+    """An option has a value that it cannot have."""
 
 
 class OutputError(OmegaError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from omega_qvla.artifact.claims import Claim
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli.comparing import Compare
 from omega_qvla.cli.options import Common, Execution, names_of, save
+from omega_qvla.cli.outputs import known_cells, require_free_file, require_kept
 from omega_qvla.cli.screen import Screen
+from omega_qvla.cli.sweeps import require_cluster
 from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.benchmark import (
     BENCHMARK,
@@ -22,10 +26,13 @@ from omega_qvla.evaluation.benchmark import (
     FrozenPolicy,
     benchmark_document,
 )
+from omega_qvla.evaluation.comparison import FULL_PRECISION
 from omega_qvla.evaluation.kernel_speed import machine_name
 from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.evaluation.twin import condition_name
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
+from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import benchmark_tables
 
 
@@ -52,12 +59,42 @@ class Benchmark(Execution, Common):
     def run(self, screen: Screen) -> int:
         definition = BENCHMARK.quick() if self.quick else BENCHMARK
         names = _chosen(self.policies, definition)
+        require_cluster(self)
+        target = self.out / f"benchmark-{definition.version}.json"
+        with Claim(target):
+            self._require_free(definition, names, target)
+            return self._run(screen, definition, names, target)
+
+    def kept(self) -> str | None:
+        return f"finished episodes and artifacts are kept in {self.out}"
+
+    def _require_free(self, definition: Definition, names: Sequence[str], target: Path) -> None:
+        """Refuse outputs that would be lost, of every policy before the first is measured."""
+        for name in names:
+            self._comparison(definition, name).require_free("benchmark")
+        if self.overwrite:
+            return
+        if self.resume:
+            recipes = [Recipe.load(one).name for one in names_of(self.recipes) or self._methods()]
+            cells = [
+                (f"builtin:{name}", recipe, condition_name(magnitude), "all")
+                for name in names
+                for recipe in (FULL_PRECISION, *recipes)
+                for magnitude in (0.0, *definition.magnitudes)
+            ]
+            require_kept(target, known_cells(target), cells)
+        else:
+            require_free_file(target, self.overwrite)
+
+    def _run(
+        self, screen: Screen, definition: Definition, names: Sequence[str], target: Path
+    ) -> int:
         for name in names:
             definition.require(name, _found(name))
         documents: list[dict[str, Any]] = []
         for name in names:
             screen.say(f"benchmark {definition.version}, {name}")
-            documents.append(self._comparison(definition, name).measure(screen))
+            documents.append(self._comparison(definition, name).measure(screen, "benchmark"))
         document = benchmark_document(
             definition,
             documents,
@@ -66,7 +103,6 @@ class Benchmark(Execution, Common):
             library=f"omega-qvla {version('omega-qvla')}",
             command=self._command(),
         )
-        target = self.out / f"benchmark-{definition.version}.json"
         write_json(document, target)
         save(self.json, document)
         for name, table in benchmark_tables(target).items():
@@ -93,6 +129,7 @@ class Benchmark(Execution, Common):
             workers=definition.together,
             out=self.out / definition.version / name,
             resume=self.resume,
+            overwrite=self.overwrite,
             threads=self.threads,
             processes=self.processes,
             ray=self.ray,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
+from omega_qvla.artifact.claims import Claim
 from omega_qvla.cli.options import (
+    COUNT,
+    COUNT_OR_NONE,
     Calibrated,
     Checkpoint,
     Common,
@@ -19,6 +23,7 @@ from omega_qvla.cli.options import (
     names_of,
     save,
 )
+from omega_qvla.cli.outputs import MADE_BY, RESULTS, require_free_comparison, sign
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import (
     checkpoint_bytes,
@@ -26,13 +31,27 @@ from omega_qvla.cli.sources import (
     observations_of,
     resident_bytes,
 )
-from omega_qvla.cli.sweeps import Journals, sweep
-from omega_qvla.evaluation.comparison import Comparison, comparison_rows, discard_simulations
+from omega_qvla.cli.sweeps import (
+    Journals,
+    chosen_tasks,
+    closed_loop_possible,
+    require_cluster,
+    sweep,
+)
+from omega_qvla.evaluation.benchmark import expand_recipes
+from omega_qvla.evaluation.comparison import (
+    FULL_PRECISION,
+    Comparison,
+    comparison_rows,
+    discard_simulations,
+)
 from omega_qvla.evaluation.openloop import NOISES
 from omega_qvla.evaluation.sweep import OpenLoop, write_json
+from omega_qvla.evaluation.twin import condition_name
+from omega_qvla.extras import require
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
-from omega_qvla.recipe import DEFAULT_RECIPE, Scope
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.table import comparison_table, task_table
 
@@ -51,16 +70,18 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
     recipes: Annotated[
         str, tyro.conf.arg(help="comma-separated names or YAML files; or: methods, ablations")
     ] = DEMO_RECIPES
-    episodes: Annotated[int, tyro.conf.arg(help="per task; 0: open loop only")] = 20
+    episodes: Annotated[int, tyro.conf.arg(help="per task; 0: open loop only"), COUNT_OR_NONE] = 20
     stress: Annotated[
         str, tyro.conf.arg(help="add stress conditions: magnitudes, comma-separated; 0: none")
     ] = "0"
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
     tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
     held_out: Annotated[
-        int | None, tyro.conf.arg(help="held-out observations of the action error; all by default")
+        int | None,
+        tyro.conf.arg(help="held-out observations of the action error; all by default"),
+        COUNT,
     ] = None
-    noises: Annotated[int, tyro.conf.arg(help="of each held-out observation")] = NOISES
+    noises: Annotated[int, tyro.conf.arg(help="of each held-out observation"), COUNT] = NOISES
     reference: Annotated[
         Literal["each", "once"],
         tyro.conf.arg(help="full precision in each condition, or once: its twins compute the same"),
@@ -72,8 +93,9 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
         bool, tyro.conf.arg(help="keep finished episodes, and artifacts made from the same")
     ] = False
 
-    def run(self, screen: Screen) -> int:
-        document, target = self.measure(screen), self.out / "results.json"
+    def run(self, screen: Screen, command: str = "compare") -> int:
+        require("the picture of a comparison", "report", "matplotlib")
+        document, target = self.measure(screen, command), self.out / RESULTS
         screen.table(comparison_table(target), without=_WIDE_COLUMNS)
         if document["rows"][0]["success"]:
             screen.table(task_table(target))
@@ -81,8 +103,46 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
         screen.say(f"\nresults {target}\npicture {picture}")
         return 0
 
-    def measure(self, screen: Screen) -> dict[str, Any]:
-        """The comparison's document, which is in ``results.json`` then."""
+    def kept(self) -> str | None:
+        begun = (self.out / MADE_BY).exists()
+        return f"finished episodes and artifacts are kept in {self.out}" if begun else None
+
+    def require_free(self, command: str) -> None:
+        """Refuse an output folder whose content would be lost.
+
+        Args:
+            command: what writes it.
+
+        Raises:
+            OutputError: names what is there.
+        """
+        recipes = [Recipe.load(name).name for name in expand_recipes(names_of(self.recipes) or ())]
+        cells = [
+            (self.policy, recipe, condition_name(magnitude), self.scope)
+            for magnitude in magnitudes(self.stress)
+            for recipe in (FULL_PRECISION, *recipes)
+        ]
+        require_free_comparison(
+            self.out, cells, command, resume=self.resume, overwrite=self.overwrite
+        )
+
+    def measure(self, screen: Screen, command: str) -> dict[str, Any]:
+        """The comparison's document, which is in ``results.json`` then.
+
+        Args:
+            command: what the user typed.
+        """
+        require_cluster(self)
+        tasks = chosen_tasks(self.tasks)
+        with Claim(self.out):
+            self.require_free(command)
+            simulated = closed_loop_possible(screen, self.episodes)
+            options = self if simulated else replace(self, episodes=0)
+            return options._measured(screen, command, tasks)
+
+    def _measured(
+        self, screen: Screen, command: str, tasks: Sequence[str] | None
+    ) -> dict[str, Any]:
         torch.set_num_threads(self.threads)
         policy = load_policy(self.policy, self.choices)
         source = self.calibration or default_calibration(self.policy)
@@ -112,6 +172,7 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
                 "calibration": comparison.calibration.fingerprint,
             },
         )
+        sign(self.out, command)
         if not self.resume:
             journals.discard()
         with screen.bars() as bars:
@@ -121,14 +182,14 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
                 rows,
                 self,
                 OpenLoop(held_out, noises=self.noises),
-                names_of(self.tasks),
+                tasks,
                 self.policy,
                 resident_bytes(policy),
                 bars,
                 journals,
             )
         discard_simulations(comparison)
-        write_json(document, self.out / "results.json")
+        write_json(document, self.out / RESULTS)
         save(self.json, document)
         return document
 
@@ -140,7 +201,9 @@ class Demo(Simulation, Common):
     policy: Annotated[Literal["tiny-pi05", "tiny-gr00t"], tyro.conf.arg(help="embedded policy")] = (
         "tiny-pi05"
     )
-    episodes: Annotated[int, tyro.conf.arg(help="episodes per task, method and condition")] = 4
+    episodes: Annotated[
+        int, tyro.conf.arg(help="episodes per task, method and condition"), COUNT_OR_NONE
+    ] = 4
     out: Annotated[Path, tyro.conf.arg(help="artifacts, table, picture and JSON go here")] = Path(
         "out/demo"
     )
@@ -154,6 +217,7 @@ class Demo(Simulation, Common):
             noises=DEMO_NOISES,
             out=self.out,
             json=self.json,
+            overwrite=self.overwrite,
             debug=self.debug,
             workers=self.workers,
             threads=self.threads,
@@ -161,7 +225,7 @@ class Demo(Simulation, Common):
             processes=self.processes,
             ray=self.ray,
         )
-        status = command.run(screen)
+        status = command.run(screen, "demo")
         artifact = self.out / "artifacts" / f"{DEFAULT_RECIPE}-plain"
         screen.say(f"\nthe W4A4 policy is in {artifact}")
         screen.say(f"look into it: omega-qvla inspect {artifact}")

@@ -1,13 +1,19 @@
 """Run vision-language-action policies in 4 bits: quantize, check, compare and serve them.
 
-Exit status: 0 done; 1 a check failed; 2 bad input or usage; 3 not enough memory, disk or device.
+Exit status: 0 done; 1 a check failed; 2 bad input or usage; 3 not enough memory, disk or device,
+or a package or simulator that is not installed; 130 or 143 interrupted by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import tyro
@@ -17,6 +23,8 @@ from omega_qvla.cli.comparing import Compare, Demo
 from omega_qvla.cli.evaluating import Eval
 from omega_qvla.cli.looking import Diagnose, Report
 from omega_qvla.cli.measuring import Bench
+from omega_qvla.cli.options import require_in_range
+from omega_qvla.cli.outputs import claimed_files
 from omega_qvla.cli.quantizing import Inspect, Quantize, Verify
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.serving import Serve
@@ -39,25 +47,55 @@ Command = (
 )
 
 
+_PIPE_CLOSED, _INTERRUPTED, _TERMINATED = 141, 130, 143
+"""What a shell reports of a program that SIGPIPE, SIGINT or SIGTERM ended."""
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM, as an exception: what is open is closed, and what is finished stays."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and exit with the documented status."""
-    command = tyro.cli(
-        Command,
-        args=arguments,
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-        prog="omega-qvla",
-        description=__doc__,
-    )
-    sys.exit(_run(command))
-
-
-def _run(command: Any) -> int:
     try:
-        return command.run(Screen())
+        status = _parse_and_run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_output()
+        status = _PIPE_CLOSED
+    sys.exit(status)
+
+
+def _parse_and_run(arguments: Sequence[str]) -> int:
+    try:
+        command = tyro.cli(
+            Command,
+            args=arguments,
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+            prog="omega-qvla",
+            description=__doc__,
+        )
+    except SystemExit:  # after --help, or a message about the usage
+        sys.stdout.flush()
+        raise
+    return _run(command, arguments)
+
+
+def _run(command: Any, arguments: Sequence[str]) -> int:
+    try:
+        require_in_range(command)
+        with _terminable(), claimed_files(command.files, command.overwrite):
+            return command.run(Screen())
     except OmegaError as error:
         status, message = error.exit_status, str(error)
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; what was finished is kept, continue with --resume"
+        status, message = _INTERRUPTED, _how_to_go_on("interrupted", command, arguments)
+    except _TerminatedError:
+        status, message = _TERMINATED, _how_to_go_on("terminated", command, arguments)
+    except BrokenPipeError:
+        message = _how_to_go_on("stopped, as nobody reads the output", command, arguments)
+        print(f"omega-qvla: {message}", file=sys.stderr)
+        raise
     except MemoryError:
         status, message = 3, "out of memory; use a machine with more, or a smaller policy"
     except OSError as error:
@@ -66,3 +104,41 @@ def _run(command: Any) -> int:
         traceback.print_exc()
     print(f"omega-qvla: {message}", file=sys.stderr)
     return status
+
+
+def _how_to_go_on(what: str, command: Any, arguments: Sequence[str]) -> str:
+    """One line: what is kept, and what to type."""
+    try:
+        kept = command.kept()
+    except OmegaError as error:
+        kept = str(error)
+    if kept is None:
+        return f"{what}; nothing is kept, run the command again"
+    words = list(arguments)
+    if hasattr(command, "resume") and not command.resume:
+        words.append("--resume")
+    return f"{what}; {kept}; continue with: {shlex.join(['omega-qvla', *words])}"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does; a server handles both itself."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _TerminatedError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _forget_output() -> None:
+    """Nobody reads it any more; what is still buffered must not be tried again at the end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)

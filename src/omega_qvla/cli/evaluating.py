@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,20 +11,36 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from omega_qvla.artifact import read_artifact
-from omega_qvla.cli.options import Checkpoint, Common, Positional, Simulation, names_of, save
+from omega_qvla.artifact.claims import Claim
+from omega_qvla.cli.options import (
+    COUNT,
+    MAGNITUDE,
+    Checkpoint,
+    Common,
+    Positional,
+    Simulation,
+    names_of,
+    save,
+)
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sweeps import Journals, policy_row, sweep
-from omega_qvla.errors import RecipeError
+from omega_qvla.cli.sweeps import (
+    Journals,
+    chosen_tasks,
+    policy_row,
+    require_cluster,
+    require_simulator,
+    sweep,
+)
+from omega_qvla.errors import OutputError, RecipeError
 from omega_qvla.evaluation.libero import (
     FACTORY,
     PROTOCOLS,
-    chosen_tasks,
     convention_of,
     environment_options,
     per_suite,
     suite_tasks,
 )
+from omega_qvla.evaluation.libero import chosen_tasks as libero_tasks
 from omega_qvla.evaluation.placing import place
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.statistics import wilson_interval
@@ -45,9 +63,9 @@ class Eval(Simulation, Checkpoint, Common):
     )
     tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
     episodes: Annotated[
-        int | None, tyro.conf.arg(help="of Meta-World: episodes per task, 20 by default")
+        int | None, tyro.conf.arg(help="of Meta-World: episodes per task, 20 by default"), COUNT
     ] = None
-    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none")] = 0.0
+    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none"), MAGNITUDE] = 0.0
     suite: Annotated[
         str, tyro.conf.arg(help="of LIBERO: spatial, object, goal, long, several or all")
     ] = "all"
@@ -62,13 +80,19 @@ class Eval(Simulation, Checkpoint, Common):
     out: Annotated[Path | None, tyro.conf.arg(help="of LIBERO: keep finished episodes here")] = None
     resume: Annotated[bool, tyro.conf.arg(help="keep the episodes already finished")] = False
 
+    def kept(self) -> str | None:
+        return f"finished episodes are kept in {self.out}" if self.out is not None else None
+
     def run(self, screen: Screen) -> int:
+        require_cluster(self)
         torch.set_num_threads(self.threads)
         if self.env == "libero":
             return self._libero(screen)
+        tasks = chosen_tasks(self.tasks)
+        require_simulator()
         row, resident = policy_row(self.policy, self.stress, self.choices)
         options = replace(self, episodes=20 if self.episodes is None else self.episodes)
-        document = sweep(screen, [row], options, None, names_of(self.tasks), self.policy, resident)
+        document = sweep(screen, [row], options, None, tasks, self.policy, resident)
         result = {**document["rows"][0], **artifact_labels(Path(self.policy))}
         save(self.json, {"schema": 1, "row": result})
         for task, (solved, episodes) in result["success"].items():
@@ -86,7 +110,21 @@ class Eval(Simulation, Checkpoint, Common):
                 "LIBERO's protocols fix the episodes: give --protocol paper or full instead of "
                 "--episodes"
             )
-        tasks = chosen_tasks(names_of(self.tasks)) or suite_tasks(self.suite)
+        tasks = libero_tasks(names_of(self.tasks)) or suite_tasks(self.suite)
+        with nullcontext() if self.out is None else Claim(self.out):
+            self._require_free()
+            return self._libero_table(screen, tasks)
+
+    def _require_free(self) -> None:
+        """Finished episodes are kept: continued, or discarded by name."""
+        there = [] if self.out is None else list((self.out / "journals").glob("*.jsonl"))
+        if there and not (self.resume or self.overwrite):
+            raise OutputError(
+                f"{self.out} has finished episodes: continue with --resume, or start again with "
+                "--overwrite"
+            )
+
+    def _libero_table(self, screen: Screen, tasks: Sequence[str]) -> int:
         row, resident = policy_row(self.policy, self.stress, self.choices)
         policy: Any = row.build()
         config = policy.config
@@ -157,5 +195,4 @@ def artifact_labels(directory: Path) -> dict[str, Any]:
     """What a row says of an artifact evaluated alone, with nothing to compare it to."""
     if not (directory / "omega_config.json").exists():
         return {}
-    recipe = read_artifact(directory, verify=False).config["recipe"]
-    return {"recipe": recipe["name"], "action_error": None, "smoothness": None}
+    return {"action_error": None, "smoothness": None}

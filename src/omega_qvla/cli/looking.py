@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -14,23 +14,27 @@ import tyro
 
 from omega_qvla.api import quantize
 from omega_qvla.cli.options import (
+    COUNT,
+    COUNT_OR_NONE,
+    MAGNITUDE,
     Calibrated,
     Checkpoint,
     Common,
     Positional,
     Simulation,
-    names_of,
     save,
 )
 from omega_qvla.cli.screen import Bars, Screen
 from omega_qvla.cli.sources import default_calibration, observations_of
-from omega_qvla.errors import ObservationError, SimulatorUnavailable
+from omega_qvla.cli.sweeps import chosen_tasks, closed_loop_possible
+from omega_qvla.errors import OutputError, SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.diagnostics import diagnose
 from omega_qvla.evaluation.simulators import METAWORLD
 from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.evaluation.twin import condition_name, stress_twin
+from omega_qvla.extras import require
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.document import write_report
@@ -47,19 +51,21 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
     policy: Positional[str] = tyro.MISSING
     recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = DEFAULT_RECIPE
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
-    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none")] = 0.0
-    observations: Annotated[int, tyro.conf.arg(help="held-out observations to look at")] = 16
-    episodes: Annotated[int, tyro.conf.arg(help="per task and policy; 0: none")] = 1
+    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none"), MAGNITUDE] = 0.0
+    observations: Annotated[int, tyro.conf.arg(help="held-out observations to look at"), COUNT] = 16
+    episodes: Annotated[int, tyro.conf.arg(help="per task and policy; 0: none"), COUNT_OR_NONE] = 1
     tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
     out: Annotated[Path, tyro.conf.arg(help="the JSON, an input of `report`")] = Path(
         "out/diagnostics.json"
     )
 
+    @property
+    def files(self) -> list[Path]:
+        return [*super().files, self.out]
+
     def run(self, screen: Screen) -> int:
-        if self.observations < 1 or self.episodes < 0:
-            raise ObservationError(
-                "give at least one of --observations, and no negative --episodes"
-            )
+        tasks = chosen_tasks(self.tasks)
+        simulated = closed_loop_possible(screen, self.episodes)
         torch.set_num_threads(self.threads)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         policy = load_policy(self.policy, self.choices)
@@ -91,7 +97,9 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
                     progress=partial(bars, "looking into every site"),
                 ),
                 "memory": quantized.memory_report() if recipe.realizable else None,
-                "rollouts": self._rollouts(screen, {"fp32": full, recipe.name: quantized}, bars),
+                "rollouts": None
+                if not simulated
+                else self._rollouts(screen, {"fp32": full, recipe.name: quantized}, tasks, bars),
             }
         write_json(document, self.out)
         save(self.json, document)
@@ -100,15 +108,17 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
         return 0
 
     def _rollouts(
-        self, screen: Screen, policies: Mapping[str, Any], bars: Bars
+        self,
+        screen: Screen,
+        policies: Mapping[str, Any],
+        tasks: Sequence[str] | None,
+        bars: Bars,
     ) -> dict[str, Any] | None:
-        """The episodes; without a simulator, say what to install and go on without."""
-        if self.episodes == 0:
-            return None
+        """The episodes; where the simulator cannot start, say why and go on without."""
         try:
             return compare_tracks(
                 policies,
-                names_of(self.tasks) or benchmark_tasks(self.policy),
+                tasks or benchmark_tasks(self.policy),
                 range(self.seed, self.seed + self.episodes),
                 environment=METAWORLD,
                 replay_options={"image_size": FILM_SIZE},
@@ -128,8 +138,15 @@ class Report(Common):
         "report.html"
     )
 
+    @property
+    def files(self) -> list[Path]:
+        return [*super().files, self.out]
+
     def run(self, screen: Screen) -> int:
-        summary = write_report(self.runs, self.out)
+        require("a report", "report", "matplotlib", "jinja2")
+        if self.json is not None and self.json.resolve() in [run.resolve() for run in self.runs]:
+            raise OutputError(f"{self.json} would be overwritten by its own report's summary")
+        summary = write_report(self.runs, self.out, overwrite=self.overwrite)
         for note in summary["notes"]:
             screen.say(f"note: {note}")
         save(self.json, summary)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from omega_qvla.cli.options import Common, Positional, require_cpu, save
+from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, require_cpu, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import RecipeError
 from omega_qvla.evaluation.device_roofline import roofline
@@ -25,6 +25,7 @@ from omega_qvla.evaluation.kernel_speed import (
 )
 from omega_qvla.evaluation.llama_cpp import Ggml
 from omega_qvla.evaluation.policy_speed import Subject, measure_policies
+from omega_qvla.extras import require
 from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.report.table import bound_table, kernel_table, policy_table
 from omega_qvla.runtime.kernels.cpu import available_cores
@@ -48,8 +49,8 @@ class Bench(Common):
         Path | None,
         tyro.conf.arg(help="for `kernels`: folder of llama.cpp's libraries, to measure its Q4_0"),
     ] = None
-    threads: Annotated[int, tyro.conf.arg(help="threads of every peer")] = 1
-    rounds: Annotated[int, tyro.conf.arg(help="turns that every peer takes")] = 9
+    threads: Annotated[int, tyro.conf.arg(help="threads of every peer"), PROCESSES] = 1
+    rounds: Annotated[int, tyro.conf.arg(help="turns that every peer takes"), COUNT] = 9
     sites: Annotated[str, tyro.conf.arg(help="for `kernels`: only sites containing this")] = ""
     figure: Annotated[Path | None, tyro.conf.arg(help="for `kernels`: roofline as PNG")] = None
     roofline: Annotated[
@@ -60,10 +61,14 @@ class Bench(Common):
     ] = None
     device: Annotated[str, tyro.conf.arg(help="cpu")] = "cpu"
 
+    @property
+    def files(self) -> list[Path]:
+        return [*super().files, *([] if self.figure is None else [self.figure])]
+
     def run(self, screen: Screen) -> int:
+        if self.figure is not None:
+            require("drawing the roofline", "report", "matplotlib")
         require_cpu(self.device)
-        if self.rounds < 1:
-            raise RecipeError(f"--rounds {self.rounds}: at least one is needed")
         if self.roofline is not None:
             return self._roofline(screen, self.roofline)
         return self._kernels(screen) if self.what == "kernels" else self._policy(screen)

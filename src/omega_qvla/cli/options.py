@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from omega_qvla.errors import RecipeError, ResourceError
+from omega_qvla.errors import ResourceError, UsageError
 from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.lerobot_writer import WrittenBy
@@ -22,26 +22,59 @@ Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True)
+class Range:
+    """What a number on the command line may be, both ends included."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:,g} to {self.high:,.15g}"
+
+
+COUNT = Range(1, 1_000_000)
+COUNT_OR_NONE = Range(0, 1_000_000)
+PROCESSES = Range(1, 1024)
+STEPS = Range(1, 1000)
+SEED = Range(0, 2**31 - 1)
+MAGNITUDE = Range(0, 1_000_000)
+PORT = Range(0, 65_535)
+
+
+@dataclass(frozen=True)
 class Common:
     """Of every command."""
 
     json: Annotated[Path | None, tyro.conf.arg(help="write the result here, machine-readable")] = (
         None
     )
+    overwrite: Annotated[
+        bool, tyro.conf.arg(help="replace outputs that are there, and discard interrupted work")
+    ] = False
     debug: Annotated[bool, tyro.conf.arg(help="show a traceback on errors")] = False
+
+    @property
+    def files(self) -> list[Path]:
+        """The single files it will write."""
+        return [] if self.json is None else [self.json]
+
+    def kept(self) -> str | None:
+        """After an interruption: what is kept of the work, if it can be continued."""
+        return None
 
 
 @dataclass(frozen=True)
 class Execution:
     """Where the episodes are computed."""
 
-    threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
+    threads: Annotated[int, tyro.conf.arg(help="threads of the policy"), PROCESSES] = 1
     processes: Annotated[
         int | None,
         tyro.conf.arg(
             help="worker processes, each with the policy and a simulator; by default as many as "
             "cores and memory allow, if there are enough episodes"
         ),
+        PROCESSES,
     ] = None
     ray: Annotated[
         str | None,
@@ -59,8 +92,9 @@ class Simulation(Execution):
             help="simulators of a policy, whose episodes advance together and share its passes; 8, "
             "or 2 of LIBERO"
         ),
+        PROCESSES,
     ] = None
-    seed: Annotated[int, tyro.conf.arg(help="first episode seed")] = EVALUATION_SEED
+    seed: Annotated[int, tyro.conf.arg(help="first episode seed"), SEED] = EVALUATION_SEED
 
 
 @dataclass(frozen=True)
@@ -143,6 +177,29 @@ class Checkpoint:
         )
 
 
+def require_in_range(command: Common) -> None:
+    """Refuse numbers that make no sense before anything is read.
+
+    Raises:
+        UsageError: names the option, what it is, and what it may be.
+    """
+    for name, hint in get_type_hints(type(command), include_extras=True).items():
+        value = getattr(command, name)
+        for allowed in getattr(hint, "__metadata__", ()):
+            if isinstance(allowed, Range) and value is not None:
+                require_number(f"--{name.replace('_', '-')}", value, allowed)
+
+
+def require_number(option: str, value: float, allowed: Range) -> None:
+    """Refuse a number outside a range, and NaN.
+
+    Raises:
+        UsageError: names the option and the range.
+    """
+    if not allowed.low <= value <= allowed.high:
+        raise UsageError(f"{option} {value}: give a number from {allowed}")
+
+
 def names_of(text: str | None) -> list[str] | None:
     """The parts of ``a, b,c``; None stays None."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
@@ -153,9 +210,9 @@ def magnitudes(text: str) -> list[float]:
     try:
         given = [float(part) for part in names_of(text) or ()]
     except ValueError:
-        given = [-1.0]
-    if any(not 0 <= magnitude < float("inf") for magnitude in given):
-        raise RecipeError(f"--stress {text!r}: give magnitudes such as 30 or 10,30,100")
+        raise UsageError(f"--stress {text!r}: give magnitudes such as 30 or 10,30,100") from None
+    for magnitude in given:
+        require_number("--stress", magnitude, MAGNITUDE)
     return list(dict.fromkeys([0.0, *given]))
 
 

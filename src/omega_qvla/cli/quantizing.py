@@ -11,7 +11,9 @@ import tyro
 
 from omega_qvla.api import quantize
 from omega_qvla.artifact import preflight, verify_artifact
-from omega_qvla.cli.options import Calibrated, Checkpoint, Common, Positional, save
+from omega_qvla.artifact.claims import Claim
+from omega_qvla.cli.options import STEPS, Calibrated, Checkpoint, Common, Positional, save
+from omega_qvla.cli.outputs import prepare_journal, require_free_artifact
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import calibration_of, default_calibration
 from omega_qvla.devices import find_gpu
@@ -19,9 +21,10 @@ from omega_qvla.errors import RecipeError
 from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.policies.loading import load_policy, policy_structure, stream_policy
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.quantization.journal import discard_journal
+from omega_qvla.quantization.journal import discard_journal, finished_sites
 from omega_qvla.quantization.pipeline import planned_sites, work_shares
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
+from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.inspection import inspect_artifact
 from omega_qvla.runtime.linear import best_kernel
 from omega_qvla.runtime.loading import coverage_failures
@@ -37,7 +40,9 @@ class Quantize(Calibrated, Checkpoint, Common):
     recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = DEFAULT_RECIPE
     scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
     steps: Annotated[
-        int | None, tyro.conf.arg(help="denoising steps it will run with; the checkpoint's own")
+        int | None,
+        tyro.conf.arg(help="denoising steps it will run with; the checkpoint's own"),
+        STEPS,
     ] = None
     device: Annotated[
         str, tyro.conf.arg(help="computes: cpu, cuda or cuda:N; the artifact runs on either")
@@ -63,6 +68,22 @@ class Quantize(Calibrated, Checkpoint, Common):
                 f"recipe {recipe.name!r} is a simulation: its activation scales differ along the "
                 "contraction, so there are no integers to save. See it in `omega-qvla compare`"
             )
+        with Claim(self.out) as claim:
+            require_free_artifact(self.out, self.overwrite)
+            prepare_journal(screen, self.journal, resume=self.resume, overwrite=self.overwrite)
+            return self._quantize(screen, recipe, claim)
+
+    @property
+    def journal(self) -> Path:
+        """Where finished sites are kept until the artifact is complete."""
+        out = self.out.resolve()
+        return out.with_name(f".{out.name}.journal")
+
+    def kept(self) -> str | None:
+        finished = finished_sites(self.journal)
+        return f"{finished} finished site(s) are kept in {self.journal}" if finished else None
+
+    def _quantize(self, screen: Screen, recipe: Recipe, claim: Claim) -> int:
         # A recipe that cascades runs on its own results, which needs the whole policy in memory.
         read = load_policy if recipe.cascade else stream_policy
         policy = _with_steps(read(self.policy, self.choices), self.steps)
@@ -73,20 +94,20 @@ class Quantize(Calibrated, Checkpoint, Common):
         if (self.calibration or "").startswith("random:"):
             screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
         preflight(self.out, predict(policy, recipe)["total_bytes"])
-        work = self.out.with_name(f".{self.out.name}.journal")
         shares = work_shares(policy, recipe)
         with screen.bar(f"quantizing with {recipe.name}", shares) as step:
             quantized = quantize(
                 policy,
                 observations,
                 recipe,
-                work_directory=work,
+                work_directory=self.journal,
                 resume=self.resume,
                 progress=lambda done, total, site: step(done, total, site),
                 device=self.device,
             )
-        quantized.save_pretrained(self.out)
-        discard_journal(work)
+        assert isinstance(quantized, QuantizedPolicy)
+        quantized.save_pretrained(self.out, claim=claim)
+        discard_journal(self.journal)
         return Inspect(directory=self.out, json=self.json).run(screen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,9 +21,16 @@ from omega_qvla.report.table import human_bytes
 _PLAIN_WIDTH = 160
 
 
+class _Console(Console):
+    """A console that leaves a closed pipe to ``entry.py``, which says what is kept."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
+
+
 def _console() -> Console:
     """A terminal as wide as it is; files and pipes get lines long enough for a table."""
-    console = Console(highlight=False, emoji=False)
+    console = _Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     return console

@@ -13,8 +13,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from omega_qvla.cli.options import Common, Positional, save
+from omega_qvla.cli.options import (
+    COUNT,
+    MAGNITUDE,
+    PORT,
+    PROCESSES,
+    SEED,
+    STEPS,
+    Common,
+    Positional,
+    Range,
+    save,
+)
 from omega_qvla.cli.screen import Screen
+from omega_qvla.extras import require
 
 _SWITCH_S = 0.0005
 """How long a thread may keep Python's lock while others wait.  The policy's thread takes it again
@@ -31,10 +43,12 @@ class Serve(Common):
         "openpi"
     )
     host: Annotated[str, tyro.conf.arg(help="others than loopback need --token-file")] = "127.0.0.1"
-    port: Annotated[int | None, tyro.conf.arg(help="8000, or 5555 for gr00t")] = None
+    port: Annotated[int | None, tyro.conf.arg(help="8000, or 5555 for gr00t"), PORT] = None
     token_file: Annotated[Path | None, tyro.conf.arg(help="what clients must show")] = None
     metrics_port: Annotated[
-        int | None, tyro.conf.arg(help="of gr00t: /healthz and /metrics over HTTP; off by default")
+        int | None,
+        tyro.conf.arg(help="of gr00t: /healthz and /metrics over HTTP; off by default"),
+        PORT,
     ] = None
     metrics_host: Annotated[str, tyro.conf.arg(help="others than loopback need --token-file")] = (
         "127.0.0.1"
@@ -44,26 +58,36 @@ class Serve(Common):
     layout: Annotated[
         Literal["native", "libero", "droid"], tyro.conf.arg(help="how robots name observations")
     ] = "native"
-    batch: Annotated[int, tyro.conf.arg(help="robots computed in one pass at most")] = 8
-    waiting: Annotated[int | None, tyro.conf.arg(help="robots that may wait; as --batch")] = None
+    batch: Annotated[int, tyro.conf.arg(help="robots computed in one pass at most"), PROCESSES] = 8
+    waiting: Annotated[
+        int | None, tyro.conf.arg(help="robots that may wait; as --batch"), COUNT
+    ] = None
     deadline_ms: Annotated[
         float | None,
         tyro.conf.arg(help="oldest observation that is answered; by default four full batches"),
+        Range(0.001, 1e9),
     ] = None
     limits: Annotated[
         str | None,
         tyro.conf.arg(help="action limits as JSON file, or none; by default the statistics'"),
     ] = None
     limit_margin: Annotated[
-        float, tyro.conf.arg(help="how far beyond the statistics, as a share of their range")
+        float,
+        tyro.conf.arg(help="how far beyond the statistics, as a share of their range"),
+        MAGNITUDE,
     ] = 0.25
-    steps: Annotated[int | None, tyro.conf.arg(help="denoising steps; the policy's own")] = None
-    threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
+    steps: Annotated[int | None, tyro.conf.arg(help="denoising steps; the policy's own"), STEPS] = (
+        None
+    )
+    threads: Annotated[int, tyro.conf.arg(help="threads of the policy"), PROCESSES] = 1
     kernel: Annotated[str | None, tyro.conf.arg(help="integer kernel; the best by default")] = None
-    seed: Annotated[int | None, tyro.conf.arg(help="of the noise; drawn by default")] = None
-    drain_s: Annotated[float, tyro.conf.arg(help="seconds to finish in at the end")] = 3.0
+    seed: Annotated[int | None, tyro.conf.arg(help="of the noise; drawn by default"), SEED] = None
+    drain_s: Annotated[
+        float, tyro.conf.arg(help="seconds to finish in at the end"), Range(0, 86_400)
+    ] = 3.0
 
     def run(self, screen: Screen) -> int:
+        require("serving", "serve", "zmq" if self.protocol == "gr00t" else "websockets")
         from omega_qvla.serving.service import Service, Settings, run_until_signal
 
         sys.setswitchinterval(_SWITCH_S)

@@ -8,18 +8,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.cli.options import Simulation
+from omega_qvla.cli.options import Execution, Simulation, names_of
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import checkpoint_bytes, resident_bytes
-from omega_qvla.errors import PolicyError, SimulatorUnavailable
+from omega_qvla.errors import (
+    MissingPackageError,
+    PolicyError,
+    SimulatorUnavailable,
+    UsageError,
+)
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.comparison import FULL_PRECISION
 from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
+from omega_qvla.evaluation.metaworld import TASKS
 from omega_qvla.evaluation.placing import place
 from omega_qvla.evaluation.prepare import artifact_blueprint, full_blueprint
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.sweep import ClosedLoop, Footprint, OpenLoop, SweepRow, run_sweep
 from omega_qvla.evaluation.twin import condition_name, stress_twin
+from omega_qvla.extras import require
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
@@ -78,6 +85,53 @@ def sweep(
         return run(closed_loop=None, evaluate=place_rows().evaluate)
 
 
+def chosen_tasks(text: str | None) -> list[str] | None:
+    """The tasks of Meta-World that were named; None leaves the choice to the policy.
+
+    Raises:
+        UsageError: one is unknown, or none is named.
+    """
+    names = names_of(text)
+    unknown = [name for name in names or () if name not in TASKS]
+    if unknown or names == []:
+        raise UsageError(f"--tasks {text!r}: the tasks are {', '.join(TASKS)}")
+    return names
+
+
+def require_simulator() -> None:
+    """Refuse before any work where Meta-World is not installed.
+
+    Raises:
+        SimulatorUnavailable: says what to install.
+    """
+    try:
+        require("the Meta-World simulator", "sim", "metaworld", "mujoco")
+    except MissingPackageError as error:
+        raise SimulatorUnavailable(str(error)) from error
+
+
+def closed_loop_possible(screen: Screen, episodes: int) -> bool:
+    """Whether episodes were asked for and there is a simulator; a missing one is said."""
+    if episodes == 0:
+        return False
+    try:
+        require_simulator()
+    except SimulatorUnavailable as error:
+        screen.say(f"no closed loop: {error}")
+        return False
+    return True
+
+
+def require_cluster(options: Execution) -> None:
+    """Refuse before any work a cluster that cannot be used.
+
+    Raises:
+        MissingPackageError: Ray is not installed.
+    """
+    if options.ray is not None and options.processes is None:
+        require("running on a Ray cluster", "scale", "ray")
+
+
 @dataclass(frozen=True)
 class Journals:
     """Finished episodes of a comparison, and what they depend on."""
@@ -104,8 +158,9 @@ def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, 
         resident = artifact.resident_bytes()
         row = SweepRow(
             source,
-            FULL_PRECISION,
+            artifact.config["recipe"]["name"],
             lambda: artifact,
+            alone=True,
             footprint=lambda _: Footprint(directory_bytes(directory), resident),
             blueprint=artifact_blueprint(directory, artifact.content_hash),
         )

@@ -8,8 +8,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from omega_qvla.cli.options import Common, Positional, save
+from omega_qvla.artifact.claims import Claim
+from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, save
 from omega_qvla.cli.screen import Screen
+from omega_qvla.cli.sweeps import require_simulator
+from omega_qvla.errors import OutputError
+from omega_qvla.evaluation.benchmark import PROVENANCE
 from omega_qvla.training.embedded import rebuild
 
 
@@ -19,16 +23,36 @@ class Train(Common):
 
     policy: Positional[Literal["tiny-pi05", "tiny-gr00t"]] = "tiny-pi05"
     out: Annotated[Path | None, tyro.conf.arg(help="the policy directory; out/POLICY")] = None
-    steps: Annotated[int | None, tyro.conf.arg(help="optimizer steps; the recipe's own")] = None
-    workers: Annotated[int, tyro.conf.arg(help="simulator processes")] = 2
-    threads: Annotated[int, tyro.conf.arg(help="threads of the training")] = 2
+    steps: Annotated[int | None, tyro.conf.arg(help="optimizer steps; the recipe's own"), COUNT] = (
+        None
+    )
+    workers: Annotated[int, tyro.conf.arg(help="simulator processes"), PROCESSES] = 2
+    threads: Annotated[int, tyro.conf.arg(help="threads of the training"), PROCESSES] = 2
+
+    def kept(self) -> str | None:
+        out = self.out or Path("out") / self.policy
+        return f"demonstrations and checkpoints are kept in {out}" if out.exists() else None
 
     def run(self, screen: Screen) -> int:
         out = self.out or Path("out") / self.policy
-        with screen.bars() as bars:
-            provenance = rebuild(
-                self.policy, out, steps=self.steps, workers=self.workers, progress=bars
-            )
+        require_simulator()
+        with Claim(out):
+            _require_unfinished(screen, out)
+            with screen.bars() as bars:
+                provenance = rebuild(
+                    self.policy, out, steps=self.steps, workers=self.workers, progress=bars
+                )
         save(self.json, provenance)
         screen.say(f"policy in {out}; admitted: {', '.join(provenance['admitted'])}")
         return 0
+
+
+def _require_unfinished(screen: Screen, out: Path) -> None:
+    """Training goes on where it was interrupted; what is finished, or not its own, stays."""
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if (out / PROVENANCE).exists():
+        raise OutputError(f"{out} holds a trained policy; give another --out, or remove it first")
+    if not (out / "demonstrations").exists():
+        raise OutputError(f"{out} holds something that `train` did not write; give another --out")
+    screen.say(f"continuing the interrupted training in {out}")

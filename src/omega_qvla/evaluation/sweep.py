@@ -74,6 +74,7 @@ class SweepRow:
             interrupted sweep continues only where they are the same.
         derived: keys that follow from policy and recipe and identify nothing.
         blueprint: how another process builds the policy; None: only this one can.
+        alone: it is its own reference, having nothing to be compared with.
     """
 
     policy: str
@@ -85,6 +86,7 @@ class SweepRow:
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
     derived: Mapping[str, Any] = field(default_factory=dict[str, Any])
     blueprint: Blueprint | None = None
+    alone: bool = False
 
     @property
     def label(self) -> str:
@@ -93,8 +95,8 @@ class SweepRow:
 
     @property
     def is_reference(self) -> bool:
-        """Whether this is a full-precision row."""
-        return self.recipe in FULL_PRECISION
+        """Whether others are compared with it: a full-precision row, or one that is alone."""
+        return self.alone or self.recipe in FULL_PRECISION
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from omega_qvla.errors import PolicyError
+from omega_qvla.errors import NonFiniteError, PolicyError
 
 _HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -70,7 +70,8 @@ class MappedWeights:
         """One parameter, float32.
 
         Raises:
-            PolicyError: the file cannot be read any more, or the parameter is not finite.
+            PolicyError: the file cannot be read any more.
+            NonFiniteError: the parameter has NaN or Inf.
         """
         place = self._places[name]
         found = read_place(place)
@@ -100,20 +101,21 @@ def read_place(place: Place) -> Tensor:
     """One tensor of a file, float32, owned by the caller.
 
     Raises:
-        PolicyError: the file cannot be read any more, or the tensor is not finite.
+        PolicyError: the file cannot be read any more.
+        NonFiniteError: the tensor has NaN or Inf.
     """
     try:
         with safe_open(place.file, framework="pt") as file:
             found = file.get_tensor(place.key).to(torch.float32, copy=True)
     except (OSError, SafetensorError) as error:
         raise PolicyError(f"cannot read {place.key} from {place.file}: {error}") from error
-    _require_finite(found, place, "has NaN or Inf")
+    _require_finite(found, place, "has NaN or Inf: it is damaged")
     return found
 
 
 def _require_finite(tensor: Tensor, place: Place, what: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
-        raise PolicyError(f"{place.file} does not fit the policy: {place.key} {what}")
+        raise NonFiniteError(f"{place.key} of {place.file} {what}")
 
 
 class SeededWeights:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from omega_qvla.errors import OutputError
 from omega_qvla.extras import needing
 from omega_qvla.report.files import write_file
 from omega_qvla.report.results import ReportError
@@ -24,17 +25,21 @@ from omega_qvla.report.summary import summarise
 TEMPLATE = "report.html"
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
+def write_report(
+    runs: Sequence[str | Path], out: str | Path, *, overwrite: bool = False
+) -> dict[str, Any]:
     """Read saved results and write the report.
 
     Args:
         runs: JSON files of any command, and journals of unfinished comparisons.
         out: the HTML file; figures are written beside it as ``<name>-<figure>.png``.
+        overwrite: replace files that are there.
 
     Returns:
         ``{"schema": 1, "report", "bytes", "figures", "notes", "gaps", "files"}``.
 
     Raises:
+        OutputError: the page or one of its figures is there already, and not to be replaced.
         ReportError: a file cannot be used (all such files are named and nothing is written), there
             is nothing to report, an extra is not installed, or the report cannot be written.
     """
@@ -51,6 +56,12 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     page = _render(sources, sections).encode("utf-8")
     pictures = [picture for section in sections for picture in section.pictures]
     figures = [target.with_name(f"{target.stem}-{picture.name}.png") for picture in pictures]
+    there = [str(path) for path in (target, *figures) if path.exists()]
+    if there and not overwrite:
+        raise OutputError(
+            f"{there[0]} is there already{f' and {len(there) - 1} more' if there[1:] else ''}; "
+            "give --overwrite to replace them, or another --out"
+        )
     for path, picture in zip(figures, pictures, strict=True):
         write_file(path, picture.png)
     write_file(target, page)
