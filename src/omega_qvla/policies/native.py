@@ -89,7 +89,7 @@ class NativePolicy(ABC):
         self.clock = FlowClock()
         self.dropped_parameters = dropped_parameters
         self.store = store
-        self.decisions = dict(decisions or {})
+        self.decisions: Mapping[str, str] = dict(decisions or {})
         self._modulation: Modulation = modulation or self.module.step_modulation
         self.step_table: StepTable | None = None
         self._schedules: dict[int, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -71,7 +71,7 @@ class TorchPolicy:
         self.step_module = step_module
         self.dropped_parameters = 0
         self.store: WeightStore | None = None  # all parameters of the user's module are in memory
-        self.decisions: dict[str, str] = {}
+        self.decisions: Mapping[str, str] = {}
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
         self._sites = _match_sites(module, backbone, action_head)
         if step_module is not None and step_module not in dict(module.named_modules()):

@@ -13,11 +13,13 @@ from typing import NamedTuple
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.shapes import Shapes
 from omega_qvla.policies.checkpoints.shards import StoredTensors
+from omega_qvla.policies.checkpoints.siglip import nested_tower
 from omega_qvla.policies.gr00t_n15 import QwenConfig, TransformerConfig
 from omega_qvla.policies.layers import VisionConfig
 
 EAGLE = "backbone.eagle_model"
-VISION = f"{EAGLE}.vision_model.vision_model"
+TOWER = f"{EAGLE}.vision_model"
+VISION = f"{TOWER}.vision_model"
 LANGUAGE = f"{EAGLE}.language_model.model"
 EMBEDDING = f"{LANGUAGE}.embed_tokens.weight"
 TIED_HEAD = f"{EAGLE}.language_model.lm_head.weight"
@@ -47,6 +49,15 @@ class Sizes(NamedTuple):
     embodiments: tuple[int, ...]
 
 
+def official_names(stored: StoredTensors) -> StoredTensors:
+    """The tensors under Isaac-GR00T's names, whichever transformers they were saved with.
+
+    Raises:
+        PolicyError: the vision tower has the names of two of them.
+    """
+    return untie(nested_tower(stored, TOWER))
+
+
 def untie(stored: StoredTensors) -> StoredTensors:
     """Call the embedding by its name where the file has it as the head it is tied to."""
     if EMBEDDING in stored.headers or TIED_HEAD not in stored.headers:
@@ -58,7 +69,7 @@ def infer_sizes(stored: StoredTensors, heads: tuple[int, int] | None = None) -> 
     """The sizes of the network that these tensors are.
 
     Args:
-        stored: official names without prefix, after ``untie``.
+        stored: as ``official_names`` gives them.
         heads: of the feature layers and of the diffusion transformer, where something says them.
 
     Raises:

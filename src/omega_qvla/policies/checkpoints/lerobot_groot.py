@@ -23,7 +23,7 @@ from omega_qvla.policies.checkpoints.gr00t import (
     make_config,
 )
 from omega_qvla.policies.checkpoints.gr00t_metadata import embodiment_id
-from omega_qvla.policies.checkpoints.gr00t_sizes import infer_sizes, untie
+from omega_qvla.policies.checkpoints.gr00t_sizes import infer_sizes, official_names
 from omega_qvla.policies.checkpoints.lerobot import (
     ACTION,
     BOOKKEEPING,
@@ -166,7 +166,7 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
     statistics = NormalizationStatistics(
         state=_min_max(packing, STATE, state_dim), actions=_min_max(unpacking, ACTION, action_dim)
     )
-    stored = untie(without_prefix(find_tensors(directory), PREFIX))
+    stored = official_names(without_prefix(find_tensors(directory), PREFIX))
     sizes = infer_sizes(stored)
     for key, given, found in (
         ("max_state_dim", settings.max_state_dim, sizes.state_width),

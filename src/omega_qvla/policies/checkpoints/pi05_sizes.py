@@ -11,11 +11,13 @@ from typing import NamedTuple
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.shapes import Shapes
 from omega_qvla.policies.checkpoints.shards import StoredTensors
+from omega_qvla.policies.checkpoints.siglip import nested_tower
 from omega_qvla.policies.layers import VisionConfig
 from omega_qvla.policies.pi05 import GemmaConfig
 
 ROOT = "paligemma_with_expert"
-VISION = f"{ROOT}.paligemma.model.vision_tower.vision_model"
+TOWER = f"{ROOT}.paligemma.model.vision_tower"
+VISION = f"{TOWER}.vision_model"
 LANGUAGE = f"{ROOT}.paligemma.model.language_model"
 EXPERT = f"{ROOT}.gemma_expert.model"
 EMBEDDING = f"{LANGUAGE}.embed_tokens.weight"
@@ -38,6 +40,15 @@ class Sizes(NamedTuple):
     depth: int
     vocabulary: int
     action_dim: int
+
+
+def official_names(stored: StoredTensors) -> StoredTensors:
+    """The tensors under openpi's names, whichever transformers they were saved with.
+
+    Raises:
+        PolicyError: the vision tower has the names of two of them.
+    """
+    return untie(nested_tower(stored, TOWER))
 
 
 def untie(stored: StoredTensors) -> StoredTensors:
@@ -74,7 +85,7 @@ def infer_sizes(stored: StoredTensors) -> Sizes:
     """The sizes of the network that these tensors are.
 
     Args:
-        stored: official names without prefix, after ``untie``.
+        stored: as ``official_names`` gives them.
 
     Raises:
         PolicyError: not pi0.5, a tensor is missing, or sizes are of no published variant.
