@@ -80,7 +80,7 @@ class TorchPolicy:
         self.step_module = step_module
         self.dropped_parameters = 0
         self.store: WeightStore | None = None  # all parameters of the user's module are in memory
-        self.decisions: dict[str, str] = {}
+        self.decisions: Mapping[str, str] = {}
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
         self._use_sites(match_sites(module, backbone, action_head))
         if step_module is not None and step_of(module, step_module) is None:

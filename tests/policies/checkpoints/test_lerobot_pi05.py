@@ -181,23 +181,6 @@ def test_steps_in_another_order_are_refused(lerobot_directory: Callable[..., Pat
         load_policy(directory)
 
 
-@pytest.mark.parametrize("where", ["config", "pre", "post"])
-def test_actions_that_are_differences_from_the_state_are_refused(
-    where: str, lerobot_directory: Callable[..., Path]
-) -> None:
-    directory = lerobot_directory()
-    if where == "config":
-        change_json(directory / "config.json", lambda c: c.update(use_relative_actions=True))
-    else:
-        name = {"pre": "relative", "post": "absolute"}[where] + "_actions_processor"
-        change_json(
-            directory / f"policy_{where}processor.json",
-            lambda content: step(content, name)["config"].update(enabled=True),
-        )
-    with pytest.raises(PolicyError, match="differences from the state"):
-        load_policy(directory)
-
-
 def test_answers_to_what_a_checkpoint_does_not_ask_are_refused(
     lerobot_directory: Callable[..., Path],
 ) -> None:

@@ -27,11 +27,10 @@ from omega_qvla.policies.checkpoints.gr00t_metadata import (
     read_metadata,
     require_cameras,
 )
-from omega_qvla.policies.checkpoints.gr00t_sizes import TIE, Sizes, infer_sizes
+from omega_qvla.policies.checkpoints.gr00t_sizes import Sizes, infer_sizes, official_names
 from omega_qvla.policies.checkpoints.qwen import IMAGE_TOKEN, qwen_tokenizer
 from omega_qvla.policies.checkpoints.shards import StoredTensors, find_tensors
 from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
-from omega_qvla.policies.checkpoints.tied import untie
 from omega_qvla.policies.gr00t_n15 import (
     CHAT_PROMPT,
     Gr00tN15Config,
@@ -100,7 +99,7 @@ def stream_gr00t(directory: Path, choices: Choices) -> Gr00tN15Policy:
     data = data_config(choices.data_config, directory)
     require_cameras(metadata, data, directory / METADATA)
     statistics = part_statistics(metadata, data, directory / METADATA)
-    stored = untie(find_tensors(directory), TIE, choices.tied)
+    stored = official_names(find_tensors(directory), choices.tied)
     head = settings.action_head_cfg
     heads = head.vl_self_attention_cfg, head.diffusion_model_cfg
     sizes = infer_sizes(stored, (heads[0].num_attention_heads, heads[1].num_attention_heads))

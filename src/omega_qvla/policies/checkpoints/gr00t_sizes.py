@@ -13,12 +13,14 @@ from typing import NamedTuple
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.shapes import Shapes
 from omega_qvla.policies.checkpoints.shards import StoredTensors
-from omega_qvla.policies.checkpoints.tied import Tie
+from omega_qvla.policies.checkpoints.siglip import nested_tower
+from omega_qvla.policies.checkpoints.tied import Tie, TiedHalf, untie
 from omega_qvla.policies.gr00t_n15 import QwenConfig, TransformerConfig
 from omega_qvla.policies.layers import VisionConfig
 
 EAGLE = "backbone.eagle_model"
-VISION = f"{EAGLE}.vision_model.vision_model"
+TOWER = f"{EAGLE}.vision_model"
+VISION = f"{TOWER}.vision_model"
 LANGUAGE = f"{EAGLE}.language_model.model"
 EMBEDDING = f"{LANGUAGE}.embed_tokens.weight"
 TIED_HEAD = f"{EAGLE}.language_model.lm_head.weight"
@@ -49,11 +51,25 @@ class Sizes(NamedTuple):
     embodiments: tuple[int, ...]
 
 
+def official_names(stored: StoredTensors, told: TiedHalf | None, tie: Tie = TIE) -> StoredTensors:
+    """The tensors under Isaac-GR00T's names, whichever transformers they were saved with.
+
+    Args:
+        stored: the checkpoint, without a prefix.
+        told: which half of the tie to take where they differ, or None.
+        tie: the names of the two halves, and whether the original keeps them apart.
+
+    Raises:
+        PolicyError: the vision tower has the names of two of them; or as ``untie``.
+    """
+    return untie(nested_tower(stored, TOWER), tie, told)
+
+
 def infer_sizes(stored: StoredTensors, heads: tuple[int, int] | None = None) -> Sizes:
     """The sizes of the network that these tensors are.
 
     Args:
-        stored: official names without prefix, after ``untie``.
+        stored: as ``official_names`` gives them.
         heads: of the feature layers and of the diffusion transformer, where something says them.
 
     Raises:

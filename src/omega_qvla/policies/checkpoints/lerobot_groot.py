@@ -8,6 +8,7 @@ network is shown: cameras sorted by name, no crop, a bicubic resize, the instruc
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from omega_qvla.policies.checkpoints.gr00t import (
     make_config,
 )
 from omega_qvla.policies.checkpoints.gr00t_metadata import embodiment_id
-from omega_qvla.policies.checkpoints.gr00t_sizes import TIE, infer_sizes
+from omega_qvla.policies.checkpoints.gr00t_sizes import infer_sizes, official_names
 from omega_qvla.policies.checkpoints.lerobot import (
     ACTION,
     BOOKKEEPING,
@@ -163,7 +164,9 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
     statistics = NormalizationStatistics(
         state=_min_max(packing, STATE, state_dim), actions=_min_max(unpacking, ACTION, action_dim)
     )
-    stored = lerobot_tensors(directory, content, PREFIX, TIE, choices)
+    stored = lerobot_tensors(
+        directory, content, PREFIX, choices, partial(official_names, told=choices.tied)
+    )
     sizes = infer_sizes(stored)
     for key, given, found in (
         ("max_state_dim", settings.max_state_dim, sizes.state_width),

@@ -8,7 +8,7 @@ bars around images (``lerobot_writer.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,6 @@ from omega_qvla.policies.checkpoints.lerobot import (
     STATE,
     UNNORMALIZE,
     PolicyFeatures,
-    Step,
     StepSettings,
     normalization,
     parse_config,
@@ -37,6 +36,13 @@ from omega_qvla.policies.checkpoints.lerobot import (
     renamed_cameras,
     require_known_settings,
     require_step,
+)
+from omega_qvla.policies.checkpoints.lerobot_relative import (
+    ABSOLUTE,
+    RELATIVE,
+    RELATIVE_IN_0_5_1,
+    describe_actions,
+    relative_actions,
 )
 from omega_qvla.policies.checkpoints.lerobot_weights import lerobot_tensors
 from omega_qvla.policies.checkpoints.lerobot_writer import Writer, writer_of
@@ -46,6 +52,7 @@ from omega_qvla.policies.checkpoints.pi05_sizes import (
     TIE,
     Sizes,
     infer_sizes,
+    official_names,
 )
 from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.policies.normalization import NormalizationStatistics
@@ -60,7 +67,6 @@ from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
 
 CONFIG, PREFIX = "config.json", "model."
 PROMPT, TOKENIZE = "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor"
-RELATIVE, ABSOLUTE = "relative_actions_processor", "absolute_actions_processor"
 
 TRAINING = frozenset(
     [
@@ -126,20 +132,6 @@ class _Tokenize(StepSettings):
     truncation: Literal[True] = True
 
 
-class _Relative(StepSettings):
-    """The settings of the step that makes actions relative to the state."""
-
-    enabled: bool = False
-    exclude_joints: tuple[str, ...] = ()
-    action_names: tuple[str, ...] | None = None
-
-
-class _Absolute(StepSettings):
-    """The settings of the step that undoes it."""
-
-    enabled: bool = False
-
-
 def stream_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
     """A pi0.5 policy from a directory in LeRobot's layout, its weights left in the file.
 
@@ -154,7 +146,8 @@ def stream_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
     require_known_settings(content, known, choices.ignore_settings, where)
     settings: LerobotPi05 = parse_config(content, LerobotPi05, where)
     writer = writer_of(content, choices.written_by, where)
-    stored = lerobot_tensors(directory, content, PREFIX, TIE._replace(apart=_APART), choices)
+    official = partial(official_names, told=choices.tied, tie=TIE._replace(apart=_APART))
+    stored = lerobot_tensors(directory, content, PREFIX, choices, official)
     sizes = infer_sizes(stored)
     _require_agreement(settings, sizes, where)
     processor = _processor(directory, choices, settings, sizes, writer)
@@ -175,7 +168,7 @@ def _processor(
 ) -> Pi05Processor:
     where = str(directory / CONFIG)
     state_dim, action_dim = (settings.width(key, where) for key in (STATE, ACTION))
-    known = (RENAME, RELATIVE, NORMALIZE, PROMPT, TOKENIZE)
+    known = (RENAME, RELATIVE, RELATIVE_IN_0_5_1, NORMALIZE, PROMPT, TOKENIZE)
     before = read_pipeline(directory, PREPROCESSOR, known)
     after = read_pipeline(directory, POSTPROCESSOR, (UNNORMALIZE, ABSOLUTE))
     normalize = require_step(before, NORMALIZE, directory / PREPROCESSOR)
@@ -188,7 +181,6 @@ def _processor(
         )
     if PROMPT in before:
         parse_config(before[PROMPT].config, _Prompt, before[PROMPT].where)
-    _refuse_relative_actions(settings, {**before, **after}, where)
     config = Pi05Config(
         **sizes._asdict(),
         horizon=settings.chunk_size,
@@ -200,30 +192,15 @@ def _processor(
         prompt_state_dim=settings.max_state_dim if PROMPT in before and writer.pads_state else None,
         steps=settings.num_inference_steps,
         image_fit=writer.image_fit,
+        relative_actions=relative_actions(
+            settings, {**before, **after}, state_dim, action_dim, where
+        ),
     )
     statistics = NormalizationStatistics(
         state=normalization(normalize, STATE, state_dim),
         actions=normalization(unnormalize, ACTION, action_dim),
     )
     return Pi05Processor(config, statistics, paligemma_tokenizer(directory, choices.tokenizer))
-
-
-def _refuse_relative_actions(settings: LerobotPi05, steps: Mapping[str, Step], where: str) -> None:
-    """Actions that are differences from the state need their steps; these are not done here.
-
-    Raises:
-        PolicyError: a step is enabled, or should be.
-    """
-    enabled = settings.use_relative_actions
-    for name, model in ((RELATIVE, _Relative), (ABSOLUTE, _Absolute)):
-        if name in steps:
-            step = steps[name]
-            enabled |= parse_config(step.config, model, step.where).enabled
-    if enabled:
-        raise PolicyError(
-            f"{where}: the actions of this policy are differences from the state "
-            "(use_relative_actions), which this version does not add up"
-        )
 
 
 def _decisions(
@@ -244,7 +221,7 @@ def _decisions(
         "state in the prompt": state if config.state_in_prompt else "none",
         "images": f"padded to a square with {bars}",
         "cameras": f"{', '.join(config.cameras)}{left_out}",
-        "actions": "absolute",
+        "actions": describe_actions(config.relative_actions, settings.action_feature_names),
     }
     if choices.ignore_settings:
         found["ignored settings"] = ", ".join(choices.ignore_settings)

@@ -9,7 +9,7 @@ nothing by it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ from omega_qvla.policies.checkpoints.lora import (
     read_adapter,
 )
 from omega_qvla.policies.checkpoints.shards import INDEX, WEIGHTS, StoredTensors, find_tensors
-from omega_qvla.policies.checkpoints.tied import Tie, untie
 
 
 def lerobot_tensors(
-    directory: Path, content: Mapping[str, Any], prefix: str, tie: Tie, choices: Choices
+    directory: Path,
+    content: Mapping[str, Any],
+    prefix: str,
+    choices: Choices,
+    official: Callable[[StoredTensors], StoredTensors],
 ) -> StoredTensors:
     """The tensors of a LeRobot policy under official names, an adapter folded in when one is read.
 
@@ -39,8 +42,8 @@ def lerobot_tensors(
         directory: the policy directory.
         content: of its ``config.json``.
         prefix: LeRobot's, before official names.
-        tie: names of the token embedding and of the head it is tied to.
-        choices: the base of an adapter; which half of the tie to take.
+        choices: the base of an adapter.
+        official: the family's names for tensors that have lost their prefix.
 
     Raises:
         PolicyError: weights are missing or damaged; an adapter beside whole weights; the base is
@@ -53,7 +56,7 @@ def lerobot_tensors(
             raise PolicyError(
                 f"--base is for LoRA adapters, and {directory} has no {ADAPTER_CONFIG}"
             )
-        stored = _official(directory, prefix, tie, choices)
+        stored = official(without_prefix(find_tensors(directory), prefix))
         if not content.get("use_peft"):
             return stored
         merged = "merged: whole weights and no adapter, although config.json says use_peft"
@@ -69,13 +72,9 @@ def lerobot_tensors(
     base, name = _base(adapter, choices.base)
     if not any((base / file).exists() for file in (WEIGHTS, INDEX)) and has_adapter(base):
         raise PolicyError(f"{base}, the base of {directory}, is an adapter itself; merge it first")
-    folded = fold(_official(base, prefix, tie, choices), adapter, prefix)
+    folded = fold(official(without_prefix(find_tensors(base), prefix)), adapter, prefix)
     summary = f"{folded.decisions['adapter']}; base {name}"
     return replace(folded, decisions={**folded.decisions, "adapter": summary})
-
-
-def _official(directory: Path, prefix: str, tie: Tie, choices: Choices) -> StoredTensors:
-    return untie(without_prefix(find_tensors(directory), prefix), tie, choices.tied)
 
 
 def _base(adapter: Adapter, choice: str | None) -> tuple[Path, str]:

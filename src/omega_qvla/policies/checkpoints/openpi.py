@@ -23,10 +23,9 @@ from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.files import read_bytes, read_json
 from omega_qvla.policies.checkpoints.openpi_training import training_config
 from omega_qvla.policies.checkpoints.paligemma import paligemma_tokenizer
-from omega_qvla.policies.checkpoints.pi05_sizes import TIE, infer_sizes
+from omega_qvla.policies.checkpoints.pi05_sizes import infer_sizes, official_names
 from omega_qvla.policies.checkpoints.shards import StoredTensors, find_tensors, write_weights
 from omega_qvla.policies.checkpoints.strict import dropped_count, map_strictly
-from omega_qvla.policies.checkpoints.tied import untie
 from omega_qvla.policies.normalization import NormalizationStatistics
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_shapes
 from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
@@ -58,9 +57,9 @@ def _read_structure(
     content = read_json(directory, CONFIG) if (directory / CONFIG).exists() else {}
     if "vision" in content or content.get("family") == Pi05Policy.family:
         processor, decisions = _self_contained(directory), {}
-        stored = untie(find_tensors(directory), TIE, choices.tied)
+        stored = official_names(find_tensors(directory), choices.tied)
     else:
-        stored = untie(find_tensors(directory), TIE, choices.tied)
+        stored = official_names(find_tensors(directory), choices.tied)
         processor = _as_published(directory, choices, stored, content)
         decisions = _decisions(processor.config, choices)
     with torch.device("meta"):

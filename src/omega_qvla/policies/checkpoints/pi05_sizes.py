@@ -11,12 +11,14 @@ from typing import NamedTuple
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.checkpoints.shapes import Shapes
 from omega_qvla.policies.checkpoints.shards import StoredTensors
-from omega_qvla.policies.checkpoints.tied import Tie
+from omega_qvla.policies.checkpoints.siglip import nested_tower
+from omega_qvla.policies.checkpoints.tied import Tie, TiedHalf, untie
 from omega_qvla.policies.layers import VisionConfig
 from omega_qvla.policies.pi05 import GemmaConfig
 
 ROOT = "paligemma_with_expert"
-VISION = f"{ROOT}.paligemma.model.vision_tower.vision_model"
+TOWER = f"{ROOT}.paligemma.model.vision_tower"
+VISION = f"{TOWER}.vision_model"
 LANGUAGE = f"{ROOT}.paligemma.model.language_model"
 EXPERT = f"{ROOT}.gemma_expert.model"
 EMBEDDING = f"{LANGUAGE}.embed_tokens.weight"
@@ -40,6 +42,20 @@ class Sizes(NamedTuple):
     depth: int
     vocabulary: int
     action_dim: int
+
+
+def official_names(stored: StoredTensors, told: TiedHalf | None, tie: Tie = TIE) -> StoredTensors:
+    """The tensors under openpi's names, whichever transformers they were saved with.
+
+    Args:
+        stored: the checkpoint, without a prefix.
+        told: which half of the tie to take where they differ, or None.
+        tie: the names of the two halves, and whether the original keeps them apart.
+
+    Raises:
+        PolicyError: the vision tower has the names of two of them; or as ``untie``.
+    """
+    return untie(nested_tower(stored, TOWER), tie, told)
 
 
 def require_pi05(stored: StoredTensors) -> None:
@@ -66,7 +82,7 @@ def infer_sizes(stored: StoredTensors) -> Sizes:
     """The sizes of the network that these tensors are.
 
     Args:
-        stored: official names without prefix, after ``untie``.
+        stored: as ``official_names`` gives them.
 
     Raises:
         PolicyError: not pi0.5, a tensor is missing, or sizes are of no published variant.
