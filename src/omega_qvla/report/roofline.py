@@ -8,11 +8,13 @@ can do with operands in registers.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omega_qvla.report.files import write_file
 from omega_qvla.report.results import ReportError
 from omega_qvla.report.style import matplotlib_modules
 
@@ -62,7 +64,9 @@ def roofline_figure(json_path: str | Path, png_path: str | Path) -> Path:
         where = document["machine"] + ("" if threads is None else f", {threads} thread(s)")
         axes.set_title(f"Quantized linears on {where}")
         axes.legend(loc="lower right", frameon=False)
-        figure.savefig(png_path)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png")
+    write_file(Path(png_path), stream.getvalue())
     return Path(png_path)
 
 
