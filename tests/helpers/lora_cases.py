@@ -62,3 +62,27 @@ def base_weights() -> dict[str, np.ndarray]:
     drawn |= {f"{name}.bias": source.normal(0.0, 0.3, WIDTHS[name][0]) for name in BIASED}
     drawn[f"{EMBEDDING}.weight"] = source.normal(0.0, 0.3, (ROWS, WIDTH))
     return {PREFIX + name: value.astype(np.float32) for name, value in drawn.items()}
+
+
+_LEROBOT = r"(.*\.gemma_expert\..*\.self_attn\.(q|v)_proj|model\.(action_in_proj|action_out_proj))"
+"""What LeRobot adapts of pi05 by default, its names of pi0 left out."""
+
+POLICY_ADAPTERS: dict[str, dict[str, Any]] = {
+    "default": {"r": 4, "target_modules": _LEROBOT},
+    "patterns": {
+        "r": 3,
+        "lora_alpha": 4,
+        "use_rslora": True,
+        "target_modules": _LEROBOT,
+        "rank_pattern": {"gemma_expert.*q_proj": 2},
+        "alpha_pattern": {"v_proj": 2},
+    },
+    "dora": {"r": 4, "use_dora": True, "target_modules": _LEROBOT},
+    "everywhere": {
+        "r": 2,
+        "target_modules": ["q_proj", "fc1", "up_proj", "time_mlp_in"],
+        "modules_to_save": ["action_out_proj"],
+    },
+    "embedding": {"r": 2, "target_modules": r".*language_model\.embed_tokens"},
+}
+"""Adapters to a whole pi05, by the names of their directories."""

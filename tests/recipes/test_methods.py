@@ -10,12 +10,14 @@ import pytest
 
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.policies.base import sites_of
 from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.quantization.pipeline import quantize_policy
 from omega_qvla.recipe import Recipe, ablation_names, recipe_names
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.memory import kept_linears, predict, weight_storage
+from omega_qvla.runtime.prediction import predict_directory
 
 REALIZABLE = [name for name in recipe_names() if Recipe.load(name).realizable]
 NEW = ["duquant", "foldquant", "gptq", "quantvla", "quarot", "smoothquant", "svdquant"]
@@ -35,13 +37,16 @@ def test_what_is_saved_is_what_runs_and_what_was_predicted(
     policy: Any = request.getfixturevalue(family)
     made = oq.quantize(policy, few, name)
     assert isinstance(made, QuantizedPolicy)
-    loaded = oq.load(made.save_pretrained(tmp_path / "artifact"))
+    artifact = made.save_pretrained(tmp_path / "artifact")
+    loaded = oq.load(artifact)
     exact = policy.sample_actions(few[0], noise)
     chunk = loaded.sample_actions(few[0], noise)
     assert np.array_equal(chunk, made.sample_actions(few[0], noise))
     # Random weights quantize badly; unrelated chunks would differ by the actions' own size.
     assert np.square(chunk - exact).mean() < 0.2 * np.square(exact).mean()
     assert loaded.memory_report() == predict(policy, Recipe.load(name))
+    planned = predict_directory(policy, Recipe.load(name))["total_bytes"]
+    assert planned == pytest.approx(directory_bytes(artifact), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ablation_names())

@@ -3,6 +3,7 @@
 from omega_qvla.artifact.checkpoint import (
     Artifact,
     VerifyReport,
+    planned_bytes,
     preflight,
     read_artifact,
     verify_artifact,
@@ -20,6 +21,7 @@ __all__ = [
     "VerifyReport",
     "pack_int4",
     "packed_width",
+    "planned_bytes",
     "preflight",
     "preflight_disk",
     "read_artifact",

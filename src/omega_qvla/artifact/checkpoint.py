@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from omega_qvla.artifact.claims import Claim
@@ -57,6 +58,7 @@ from omega_qvla.artifact.manifest import (
     shard_name,
 )
 from omega_qvla.artifact.shards import (
+    DTYPES,
     Span,
     TensorSpec,
     assign_shards,
@@ -169,6 +171,31 @@ def write_artifact(
     return manifest.content_hash
 
 
+def planned_bytes(
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    processor: Mapping[str, bytes],
+    card: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Bytes of the files that ``write_artifact`` would write, from dtypes and shapes alone.
+
+    Args:
+        config, processor, card, max_shard_bytes: as for ``write_artifact``.
+        tensors: dtype and shape by name.
+
+    Raises:
+        ArtifactError: something that an artifact cannot hold.
+    """
+    small = _small_files(config, processor, card)
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    specs = {name: TensorSpec(codes[dtype], shape) for name, (dtype, shape) in tensors.items()}
+    plan = assign_shards(specs, max_shard_bytes)
+    shards = {shard_name(i, len(plan)): names for i, names in enumerate(plan)}
+    return sum(_sizes(small, shards, specs).values())
+
+
 def preflight(directory: str | os.PathLike[str], needed: int) -> None:
     """Refuse before hours of work what could not be saved after them.
 
@@ -242,7 +269,17 @@ def _disk_bytes(
     shards: Mapping[str, list[str]],
     specs: Mapping[str, TensorSpec],
 ) -> int:
-    """What the directory will take; the manifest's size does not depend on the hashes in it."""
+    """What the directory will take of the disk."""
+    sizes = _sizes(small, shards, specs).values()
+    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes) + 2 * _BLOCK
+
+
+def _sizes(
+    small: Mapping[str, bytes],
+    shards: Mapping[str, list[str]],
+    specs: Mapping[str, TensorSpec],
+) -> dict[str, int]:
+    """Bytes of every file; the manifest's number does not depend on the hashes in it."""
     sizes = {name: len(data) for name, data in small.items()}
     for shard, names in shards.items():
         data = sum(specs[name].nbytes for name in names)
@@ -255,7 +292,7 @@ def _disk_bytes(
         for name in names
     }
     sizes[MANIFEST] = len(_manifest_bytes(Manifest(files, entries)))
-    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes.values()) + 2 * _BLOCK
+    return sizes
 
 
 class _HashedFile(NewFile):

@@ -28,7 +28,7 @@ from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.inspection import inspect_artifact
 from omega_qvla.runtime.linear import best_kernel
 from omega_qvla.runtime.loading import coverage_failures
-from omega_qvla.runtime.memory import predict
+from omega_qvla.runtime.prediction import predict_directory
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Quantize(Calibrated, Checkpoint, Common):
             screen.decisions(policy.decisions)
             sites = [{"name": site.name} for site in planned_sites(policy, recipe)]
             content = recipe.model_dump(mode="json")
-            report = _inspection(predict(policy, recipe), content, sites, best_kernel())
+            report = _inspection(predict_directory(policy, recipe), content, sites, best_kernel())
             screen.memory(report, f"{self.policy} with {recipe.name}, predicted")
             save(self.json, report)
             return 0
@@ -93,7 +93,7 @@ class Quantize(Calibrated, Checkpoint, Common):
         screen.report(observations)
         if (self.calibration or "").startswith("random:"):
             screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
-        preflight(self.out, predict(policy, recipe)["total_bytes"])
+        preflight(self.out, predict_directory(policy, recipe)["total_bytes"])
         shares = work_shares(policy, recipe)
         with screen.bar(f"quantizing with {recipe.name}", shares) as step:
             quantized = quantize(

@@ -106,7 +106,7 @@ class QuantizedPolicy:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the artifact by name.
 
-        Floating-point tensors whose values are all exact in bfloat16 are stored as such.
+        float32 tensors whose values are all exact in bfloat16, or else in float16, are stored so.
         """
         names = {path: record.site.name for record in self.sites for path in record.site.linears}
         integers = set(names)

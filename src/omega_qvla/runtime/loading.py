@@ -142,9 +142,10 @@ def _gpu_bytes(artifact: Artifact) -> int:
     sites = {str(site["name"]) for site in artifact.config["sites"]}
     embedding = artifact.config["embedding"]
     integers = sites if embedding is None else sites | {str(embedding["path"])}
+    halves = (torch.bfloat16, torch.float16)
     return GPU_WORKSPACE + sum(
         tensor.nbytes
-        if name.rpartition(".")[0] in integers or tensor.dtype != torch.bfloat16
+        if name.rpartition(".")[0] in integers or tensor.dtype not in halves
         else 2 * tensor.nbytes
         for name, tensor in artifact.tensors.items()
     )

@@ -9,7 +9,7 @@ quantizes count there as what they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,14 @@ from torch import Tensor
 
 from omega_qvla.artifact.memory import ComponentMemory, MemorySummary, summarise
 from omega_qvla.artifact.packing import packed_width
-from omega_qvla.policies.base import PAPER_SCOPE, HasEmbedding, Policy, linears_of, sites_of
+from omega_qvla.policies.base import (
+    PAPER_SCOPE,
+    HasEmbedding,
+    Policy,
+    QuantizationSite,
+    linears_of,
+    sites_of,
+)
 from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.quantization.low_rank import branch_rank
 from omega_qvla.quantization.transforms import padded_width
@@ -28,7 +35,7 @@ from omega_qvla.runtime.embedding import embedding_layout
 DEAD = "never read at inference"
 OVERHEAD = "file headers, manifest, processor"
 _REFERENCE_BYTES = 2
-_STEP_TABLE_COMPONENT = "adaptive norms"
+_STEP_TABLE_COMPONENT, _TABLE = "adaptive norms", "step_table"
 _ORDER = (
     "vision",
     "projector",
@@ -92,7 +99,7 @@ def weight_storage(policy: Policy, recipe: Recipe) -> WeightStorage:
             kept += inputs * outputs
             bits += 8 * _REFERENCE_BYTES * inputs * outputs
         else:
-            bits += 8 * _weight_bytes(scheme, inputs, outputs)
+            bits += 8 * sum(_nbytes(*t) for t in _weight_layout(scheme, inputs, outputs).values())
     return WeightStorage(bits / total, kept)
 
 
@@ -115,40 +122,74 @@ def memory_report(
         ``components`` (name, params, bits, bytes, reference_bytes), ``total_bytes``,
         ``reference_bytes``, ``reduction`` and ``paper_scope_reduction`` (fractions saved).
     """
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     sites = {site["name"]: site["component"] for site in config["sites"]}
-    kept = set(config.get("kept", ()))
-    used = _Usage()
-    for name, tensor in tensors.items():
-        path = name.rpartition(".")[0]
-        component = sites.get(path) or _component(name, component_of)
-        used.add(component, tensor.nbytes, linear=path in sites or path in kept)
+    used = _usage(sizes, sites, set(config.get("kept", ())), component_of)
     if directory_bytes is not None:
         used.add(OVERHEAD, directory_bytes - used.total(), linear=False)
     return _summary(config["reference_parameters"], used)
 
 
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensors by name or kind: dtype and shape."""
+
+
 def predict(policy: Policy, recipe: Recipe) -> MemorySummary:
-    """The memory table a quantization will have, from shapes alone (tensors only)."""
-    used = _Usage()
+    """The memory table a quantization will have (tensors only).
+
+    Nothing is computed.  Of tensors that stay as they are, those whose checkpoint has them in 32
+    bits are read, since only their values tell whether 16 bits hold them.
+    """
+    return summary_of(policy, recipe, predicted_layout(policy, recipe))
+
+
+def summary_of(
+    policy: Policy, recipe: Recipe, layout: Layout, *, directory_bytes: int | None = None
+) -> MemorySummary:
+    """The memory table of an artifact that will have these tensors.
+
+    Args:
+        directory_bytes: size of the directory; adds a row for what is not tensors.
+    """
+    sizes = {name: _nbytes(*tensor) for name, tensor in layout.items()}
+    sites = {site.name: site.component for site in sites_of(policy) if recipe.scheme_of(site)}
+    used = _usage(sizes, sites, set(kept_linears(policy, recipe)), policy.component_of)
+    if directory_bytes is not None:
+        used.add(OVERHEAD, directory_bytes - used.total(), linear=False)
+    return _summary(reference_parameters(policy), used)
+
+
+def predicted_layout(policy: Policy, recipe: Recipe) -> Layout:
+    """Every tensor an artifact will have, by name."""
+    layout: Layout = {}
     quantized: set[str] = set()
-    kept = set(kept_linears(policy, recipe))
-    sizes = site_bytes(policy, recipe)
-    for site in sites_of(policy):
-        if site.name in sizes:
-            used.add(site.component, sizes[site.name], linear=True)
-            quantized.update(site.linears)
-    table, embedding = _step_table(policy, recipe), _embedding(policy, recipe)
+    for site, kinds in _site_layouts(policy, recipe, None):
+        layout |= {f"{site.name}.{kind}": tensor for kind, tensor in kinds.items()}
+        quantized.update(site.linears)
+    table, embedding = predicted_table(policy, recipe), predicted_embedding(policy, recipe)
     for name, parameter in policy.module.named_parameters():
         component, path = policy.component_of(name), name.rpartition(".")[0]
         if path in quantized or (table is not None and component == _STEP_TABLE_COMPONENT):
             continue
-        size = narrowed(parameter).nbytes
         if path == embedding:
-            size = _embedding_bytes(recipe.embedding_bits, *parameter.shape)
-        used.add(component, size, linear=path in kept)
+            rows = embedding_layout(recipe.embedding_bits, *parameter.shape)
+            layout |= {f"{path}.{kind}": tensor for kind, tensor in rows.items()}
+        else:
+            layout[name] = (_stored_dtype(policy, name, parameter), tuple(parameter.shape))
     if table is not None:
-        used.add(_STEP_TABLE_COMPONENT, table.times.nbytes + table.values.nbytes, linear=False)
-    return _summary(reference_parameters(policy), used)
+        layout[f"{_TABLE}.times"] = (table.times.dtype, tuple(table.times.shape))
+        layout[f"{_TABLE}.values"] = (table.values.dtype, tuple(table.values.shape))
+    return layout
+
+
+def _stored_dtype(policy: Policy, name: str, parameter: Tensor) -> torch.dtype:
+    """The type that ``narrowed`` will give a parameter; values are read where they decide it."""
+    if not parameter.is_meta:
+        return narrowed(parameter).dtype
+    if policy.store is None:
+        return torch.bfloat16  # only a random policy's structure is: its weights will be rounded
+    known = policy.store.dtype(name)
+    return known if known != torch.float32 else narrowed(policy.store.read(name)).dtype
 
 
 def site_bytes(policy: Policy, recipe: Recipe, *, steps: int | None = None) -> dict[str, int]:
@@ -157,35 +198,43 @@ def site_bytes(policy: Policy, recipe: Recipe, *, steps: int | None = None) -> d
     Args:
         steps: denoising steps that scales and offsets are for; the policy's own by default.
     """
+    return {
+        site.name: sum(_nbytes(*tensor) for tensor in kinds.values())
+        for site, kinds in _site_layouts(policy, recipe, steps)
+    }
+
+
+def _site_layouts(
+    policy: Policy, recipe: Recipe, steps: int | None
+) -> Iterator[tuple[QuantizationSite, Layout]]:
+    """The tensors of every site a recipe quantizes, by kind."""
     own = getattr(policy, "steps", 1) if steps is None else steps
-    sizes: dict[str, int] = {}
     for site in sites_of(policy):
         scheme = recipe.scheme_of(site)
         if scheme is None:
             continue
         linears = linears_of(policy.module, site)
-        sizes[site.name] = _site_bytes(
-            scheme,
-            linears[0].in_features,
-            sum(linear.out_features for linear in linears),
-            biased=any(linear.bias is not None for linear in linears),
-            steps=own if site.per_step else 1,
+        yield (
+            site,
+            _site_layout(
+                scheme,
+                linears[0].in_features,
+                sum(linear.out_features for linear in linears),
+                biased=any(linear.bias is not None for linear in linears),
+                steps=own if site.per_step else 1,
+            ),
         )
-    return sizes
 
 
-def _step_table(policy: Policy, recipe: Recipe) -> StepTable | None:
+def predicted_table(policy: Policy, recipe: Recipe) -> StepTable | None:
+    """What will stand for the adaptive norms, if anything."""
     if recipe.adaptive_norm != "table" or not isinstance(policy, HasStepTable):
         return None
     return policy.tabulate_modulation(recipe.table_step_counts)
 
 
-def _embedding_bytes(bits: int, rows: int, width: int) -> int:
-    layout = embedding_layout(bits, rows, width)
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
-
-
-def _embedding(policy: Policy, recipe: Recipe) -> str | None:
+def predicted_embedding(policy: Policy, recipe: Recipe) -> str | None:
+    """The token embedding that will be integers, if any."""
     if recipe.embedding_bits == 16 or not isinstance(policy, HasEmbedding):
         return None
     return policy.embedding_path
@@ -206,48 +255,84 @@ class _Usage:
         return sum(self.linears.values()) + sum(self.rest.values())
 
 
-def _site_bytes(scheme: Scheme, in_features: int, outputs: int, *, biased: bool, steps: int) -> int:
+def _site_layout(
+    scheme: Scheme, in_features: int, outputs: int, *, biased: bool, steps: int
+) -> Layout:
+    """The tensors of a site (docs/artifact.md)."""
     block = scheme.transform.block
     transformed = not scheme.transform.identity
     width = padded_width(in_features, block) if transformed else in_features
-    size = _weight_bytes(scheme, in_features, outputs) + 16
-    size += 2 * width * block if transformed else 0
-    size += 4 * width if scheme.transform.permutation != "none" else 0
+    layout = _weight_layout(scheme, in_features, outputs)
+    layout["weight_shape"] = (torch.int64, (2,))
+    if transformed:
+        layout["transform"] = (torch.bfloat16, (width // block, block, block))
+    if scheme.transform.permutation != "none":
+        layout["permutation"] = (torch.int32, (width,))
     # Where calibration chooses, a static scale is assumed: a few bytes too many at most.
     static = scheme.activations.scale in ("per_step", "per_step_or_token")
     centred = scheme.activations.centred
-    size += 4 * steps * (static + (static or centred))  # scales, and the times of what there is
+    if static:
+        layout["activation_scale"] = (torch.float32, (steps,))
+    if static or centred:
+        layout["activation_step_times"] = (torch.float32, (steps,))
     if centred:
-        return size + steps * (2 * width + 4 * outputs)
-    return size + (4 * outputs if biased else 0)
+        layout["activation_offset"] = (torch.bfloat16, (steps, width))
+        layout["bias"] = (torch.float32, (steps, outputs))
+    elif biased:
+        layout["bias"] = (torch.float32, (outputs,))
+    return layout
 
 
-def _weight_bytes(scheme: Scheme, in_features: int, outputs: int) -> int:
+def _weight_layout(scheme: Scheme, in_features: int, outputs: int) -> Layout:
     """Integers and scales of a weight [N, K], and its low-rank branch."""
     width, weights = in_features, scheme.weights
     if not scheme.transform.identity:
         width = padded_width(in_features, scheme.transform.block)
-    groups = 1 if weights.group is None else -(-width // weights.group)
-    row = 4 * packed_width(width) if weights.bits == 4 else width
-    size = outputs * row + 4 * outputs * groups
+    packed = (torch.int32, packed_width(width)) if weights.bits == 4 else (torch.int8, width)
+    scales = (outputs,) if weights.group is None else (outputs, -(-width // weights.group))
+    layout: Layout = {
+        "weight_packed": (packed[0], (outputs, packed[1])),
+        "weight_scale": (torch.float32, scales),
+    }
     if weights.low_rank is not None:
         rank = branch_rank(weights.low_rank, outputs, in_features)
-        size += 2 * rank * (outputs + in_features)
-    return size
+        layout["low_rank_down"] = (torch.bfloat16, (rank, in_features))
+        layout["low_rank_up"] = (torch.bfloat16, (outputs, rank))
+    return layout
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
 
 
 def narrowed(tensor: Tensor) -> Tensor:
-    """bfloat16 if that loses nothing, else the tensor itself."""
+    """bfloat16 if that loses nothing, else float16 if that does not, else the tensor itself."""
     if tensor.dtype != torch.float32:
         return tensor
-    narrow = tensor.to(torch.bfloat16)
-    if tensor.is_meta:
-        return narrow  # only a random policy's structure is: its weights will be rounded
-    return narrow if torch.equal(narrow.to(torch.float32), tensor) else tensor
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = tensor.to(dtype)
+        if torch.equal(narrow.to(torch.float32), tensor):
+            return narrow
+    return tensor
+
+
+def _usage(
+    sizes: Mapping[str, int],
+    sites: Mapping[str, str],
+    kept: set[str],
+    component_of: Callable[[str], str],
+) -> _Usage:
+    """What tensors take, by component; ``sites`` gives the component of each by its name."""
+    used = _Usage()
+    for name, size in sizes.items():
+        path = name.rpartition(".")[0]
+        component = sites.get(path) or _component(name, component_of)
+        used.add(component, size, linear=path in sites or path in kept)
+    return used
 
 
 def _component(name: str, component_of: Callable[[str], str]) -> str:
-    return _STEP_TABLE_COMPONENT if name.startswith("step_table.") else component_of(name)
+    return _STEP_TABLE_COMPONENT if name.startswith(f"{_TABLE}.") else component_of(name)
 
 
 def _summary(reference: Mapping[str, Mapping[str, int]], used: _Usage) -> MemorySummary:

@@ -324,3 +324,28 @@ def test_an_adapter_without_lerobots_configuration_is_refused(
     (tuned / "config.json").unlink()
     with pytest.raises(PolicyError, match="folds the adapters of LeRobot's policies"):
         stream_policy(tuned)
+
+
+def test_an_adapter_to_lerobots_groot_is_folded_too(groot_directory: Callable[..., Path]) -> None:
+    """LeRobot up to 0.5.1 adapts GR00T N1.5 as any policy; only the prefix is another."""
+    base = groot_directory("base")
+    tuned = groot_directory("tuned", use_peft=True)
+    (tuned / "model.safetensors").unlink()
+    path = "action_head.model.transformer_blocks.1.attn1.to_q"
+    before = stream_policy(base)
+    assert before.store is not None
+    outputs, inputs = before.store.read(f"{path}.weight").shape
+    source = torch.Generator().manual_seed(3)
+    down, up = (torch.randn(shape, generator=source) for shape in ((2, inputs), (outputs, 2)))
+    root = f"{ROOT}_groot_model.{path}.lora_"
+    save_file({f"{root}A.weight": down, f"{root}B.weight": up}, tuned / TENSORS)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 1}
+    settings |= {"base_model_name_or_path": str(base), "target_modules": [path]}
+    (tuned / CONFIG).write_text(json.dumps(settings))
+    after = stream_policy(tuned)
+    assert after.store is not None
+    expected = before.store.read(f"{path}.weight") + 0.5 * (up @ down)
+    assert torch.allclose(after.store.read(f"{path}.weight"), expected, atol=1e-6)
+    assert "folded into 1 module in float32" in after.decisions["adapter"]
+    assert after.store.dtype(f"{path}.weight") == torch.float32
+    assert after.store.dtype(f"{path}.bias") == torch.bfloat16

@@ -252,9 +252,10 @@ def _summary(
     strengths = ", ".join(f"{n:g}" for n in sorted({settings.strength(path) for path in paths}))
     replaced = f"; {len(whole)} tensors replaced" if whole else ""
     kind = "DoRA" if settings.use_dora else "LoRA"
+    count = "1 module" if len(targeted) == 1 else f"{len(targeted)} modules"
     return (
-        f"{kind} of rank {ranks}, alpha {strengths}, folded into {len(targeted)} modules in "
-        f"float32 and not rounded{replaced}"
+        f"{kind} of rank {ranks}, alpha {strengths}, folded into {count} in float32 and not "
+        f"rounded{replaced}"
     )
 
 
