@@ -297,7 +297,7 @@ def raising_at(number: int, error: type[BaseException]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("names", [True, False])
-@pytest.mark.parametrize("error", [Interrupt, Watchdog, TimeoutError, OSError])
+@pytest.mark.parametrize("error", [Interrupt, TimeoutError])
 @pytest.mark.parametrize("lost", [False, True])
 def test_wherever_a_call_is_interrupted_the_next_one_gets_its_own_actions(
     names: bool, error: type[BaseException], lost: bool
