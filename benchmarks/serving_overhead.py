@@ -67,7 +67,7 @@ def large_observation() -> dict[str, Any]:
 def interleaved(artifact: Path, rounds: int) -> dict[str, Any]:
     """Engine alone and through the socket, one after the other."""
     torch.set_num_threads(1)
-    engine = PolicyEngine(oq.load(artifact, threads=1))
+    engine = PolicyEngine(oq.load(artifact, threads=1).policy)
     observation = large_observation()
     times: dict[str, list[float]] = {
         "engine": [],
@@ -139,7 +139,7 @@ def crowded(artifact: Path, requests: int) -> list[dict[str, Any]]:
 def batch_share(artifact: Path, rounds: int) -> dict[str, float]:
     """Median time of a batch of k over that of a batch of one, in turns, encoding included."""
     torch.set_num_threads(1)
-    engine = PolicyEngine(oq.load(artifact, threads=1))
+    engine = PolicyEngine(oq.load(artifact, threads=1).policy)
     observation, shape = large_observation(), engine.specification().noise_shape
     times: dict[int, list[float]] = {size: [] for size in CLIENTS}
     for _ in range(rounds):

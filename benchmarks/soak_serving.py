@@ -10,8 +10,9 @@ The three parts are written as they finish, and the same command continues with 
 
 * ``overload``: clients that together ask for ten times what the server can do (it computes them one
   by one, so that capacity is one over the median of a single client).  Refusals and health must
-  come within 50 ms, admitted requests within twice the p99 of a single client, and the line must
-  stay as short as it is bounded.  That the load really was ten times the capacity is a bar too.
+  come within 50 ms, admitted requests within twice the p99 of a single client, and the line, which
+  is bounded to one place for that, must stay as short.  That the load really was ten times the
+  capacity is a bar too.
 * ``slow_clients``: one good client, alone and beside a thousand half-open sockets, in turns as
   long as a server takes to let so many in, so that the sockets are there whenever it is measured.
   A third of them say nothing, a third half a request, a third open a websocket and then send half
@@ -164,7 +165,7 @@ def overload(artifact: Path, *, clients: int, seconds: float) -> dict[str, Any]:
     """Many robots on a server that computes for one at a time."""
     health: list[float] = []
     waiting: list[float] = []
-    with served(artifact, "--batch", "1", "--limits", "none") as server:
+    with served(artifact, "--batch", "1", "--waiting", "1", "--limits", "none") as server:
         with RemotePolicy(f"ws://127.0.0.1:{server.port}") as policy:
             alone = ask_for(policy, robot_observations()[0], max(2.0, seconds / 10))
         median = float(np.median(alone))

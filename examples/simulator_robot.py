@@ -1,11 +1,12 @@
 """The simulator as the robot: drives Meta-World in real time from a policy behind a socket.
 
-    omega-qvla serve out/demo/artifacts/omega-w4a4-plain &
+    omega-qvla serve out/demo/artifacts/omega2-w4a4-plain &
     python examples/simulator_robot.py ws://127.0.0.1:8000 --task drawer-open-v3 --rate 10
 
 The robot moves at its rate whether or not actions have arrived, as a real one does: chunks are
 computed while earlier ones are carried out, blended where they overlap, and a tick without an
 action holds still.  A rate that the server cannot keep up with shows as late ticks.
+Serve builtin:tiny-pi05 on another port to compare with full precision.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -135,34 +136,42 @@ def test_a_remote_policy_answers_as_a_local_one_and_explains_errors() -> None:
 
 
 def test_a_server_that_comes_back_is_found_again() -> None:
-    core = make_core(FakeEngine())
-    core.start()
-    with running(WebsocketFront(core, Listening(port=0))) as service:
-        port = service.port
-        policy = RemotePolicy(f"ws://127.0.0.1:{port}")
-        assert policy.sample_actions(observation()).shape == (5, 3)
-    again = make_core(FakeEngine())
-    again.start()
+    """It is not there at the first attempt, and is at the third."""
     pauses: list[float] = []
 
     def sleep(seconds: float) -> None:
         pauses.append(seconds)
-        time.sleep(0.05)
+        if len(pauses) == 2:
+            back.enter_context(running(WebsocketFront(again, Listening(port=port))))
 
-    policy._sleep = sleep
-    timer = threading.Event()
+    again = make_core(FakeEngine())
+    again.start()
+    core = make_core(FakeEngine())
+    core.start()
+    with contextlib.ExitStack() as back:
+        with running(WebsocketFront(core, Listening(port=0))) as service:
+            port = service.port
+            policy = RemotePolicy(f"ws://127.0.0.1:{port}", sleep=sleep)
+            assert policy.sample_actions(observation()).shape == (5, 3)
+        assert policy.sample_actions(observation()).shape == (5, 3)
+        assert policy.reconnections == 1 and pauses == [0.1, 0.2]
+        policy.close()
 
-    def restart() -> None:
-        with running(WebsocketFront(again, Listening(port=port))):
-            timer.wait(10)
 
-    thread = threading.Timer(0.2, restart)
-    thread.start()
-    assert policy.sample_actions(observation()).shape == (5, 3)
-    assert policy.reconnections == 1 and pauses == sorted(pauses) and len(pauses) >= 1
-    policy.close()
-    timer.set()
-    thread.join()
+def test_a_robot_that_reconnects_is_answered_for_its_new_observation() -> None:
+    """While its old request is still computed; that one's actions go nowhere."""
+    engine = FakeEngine()
+    core = make_core(engine)
+    core.start()
+    front = WebsocketFront(core, Listening(port=0))
+    with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+        engine.gate.clear()
+        with pytest.raises(ServingError) as late:
+            policy.infer(observation(value=1.0), deadline_ms=100.0)
+        assert late.value.code == "stale"
+        threading.Timer(0.2, engine.gate.set).start()
+        assert np.all(policy.infer(observation(value=2.0))["actions"] == 2.0)
+        assert policy.reconnections == 1
 
 
 def test_a_server_that_is_not_there_is_an_error_after_growing_pauses() -> None:
@@ -233,6 +242,86 @@ def test_a_robot_without_actions_stops_and_says_why() -> None:
     with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         report = drive(robot, policy, rate_hz=50, ticks=100, ask_below=1)
     assert not report.finished and report.ticks == 5 and "the robot stops" in str(report.stopped)
+
+
+def test_a_robot_that_stops_does_not_wait_for_what_it_asked() -> None:
+    """The server hangs on the second chunk: the loop ends at the tick without an action."""
+    engine = FakeEngine()
+    core = make_core(engine)
+    core.start()
+    robot = CountingRobot(until=100)
+    act = robot.act
+
+    def hanging(action: np.ndarray) -> bool:
+        engine.gate.clear()
+        return act(action)
+
+    robot.act = hanging
+    front = WebsocketFront(core, Listening(port=0))
+    with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+        started = time.monotonic()
+        report = drive(robot, policy, rate_hz=50, ticks=100, ask_below=3)
+        took = time.monotonic() - started
+        assert report.ticks == 5 and "tick 5" in str(report.stopped)
+        assert took < 2.5, "half of the deadline, after which the request ends"
+        engine.gate.set()
+        assert np.all(policy.infer(observation(value=7.0))["actions"] == 7.0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_robot_that_is_interrupted_leaves_nothing_behind(error: type[BaseException]) -> None:
+    engine = FakeEngine()
+    core = make_core(engine)
+    core.start()
+    robot = CountingRobot(until=100)
+
+    def failing(action: np.ndarray) -> bool:
+        if len(robot.actions) == 3:
+            raise error
+        engine.gate.clear()
+        robot.actions.append(float(action[0]))
+        return False
+
+    robot.act = failing
+    front = WebsocketFront(core, Listening(port=0))
+    with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+        started = time.monotonic()
+        with pytest.raises(error):
+            drive(robot, policy, rate_hz=50, ticks=100, ask_below=4)
+        assert time.monotonic() - started < 2.5
+        engine.gate.set()
+        assert np.all(policy.infer(observation(value=7.0))["actions"] == 7.0)
+
+
+def test_a_drive_counts_ages_from_the_observation() -> None:
+    """With a clock of its own, by which a chunk takes 30 s."""
+
+    class Slow:
+        def __init__(self) -> None:
+            self.ages: list[float] = []
+
+        def infer(self, observation: Mapping[str, Any], *, age_ms: float) -> dict[str, Any]:
+            self.ages.append(age_ms)
+            now[0] += 30.0
+            return {"actions": chunk(0.0)}
+
+        def abandon(self) -> None:
+            raise AssertionError("nothing was on its way")
+
+    now = [100.0]
+    slow = Slow()
+    robot = CountingRobot(until=3)
+    observe = robot.observe
+
+    def observing() -> Mapping[str, Any]:
+        now[0] += 2.0  # the camera
+        return observe()
+
+    robot.observe = observing
+    report = drive(
+        robot, slow, rate_hz=1, ticks=3, ask_below=1, clock=lambda: now[0], sleep=lambda _: None
+    )
+    assert slow.ages == [2000.0] and report.ages_ms == [32_000.0] * 3
 
 
 @pytest.mark.skipif(find_spec("metaworld") is None, reason="the simulator is an optional extra")

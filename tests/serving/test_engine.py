@@ -40,7 +40,7 @@ def with_actions(quantized: Any, actions: Any) -> PolicyEngine:
     processor = quantized.policy.processor
     statistics = NormalizationStatistics(state=processor.statistics.state, actions=actions)
     quantized.policy.processor = Gr00tProcessor(processor.config, statistics, processor.tokenizer)
-    return PolicyEngine(quantized)
+    return PolicyEngine(quantized.policy)
 
 
 def test_limits_are_the_range_of_every_kind_of_statistics_and_the_margin(quantized: Any) -> None:
@@ -70,22 +70,20 @@ def test_the_warm_up_runs_whatever_the_tokenizer_knows(quantized: Any) -> None:
     for tokenizer in (quantized.policy.processor.tokenizer, ByteTokenizer()):
         processor = quantized.policy.processor
         config = processor.config.model_copy(update={"vocabulary": 400, "image_token": 399})
-        policy = PolicyEngine(quantized)
+        policy = PolicyEngine(quantized.policy)
         quantized.policy.processor = Gr00tProcessor(config, processor.statistics, tokenizer)
         assert policy.encode(policy.warm_up_observation())
 
 
 def test_a_layout_for_other_cameras_is_refused(quantized: Any) -> None:
     with pytest.raises(PolicyError, match="base_0_rgb"):
-        PolicyEngine(quantized).specification(LAYOUTS["libero"])
+        PolicyEngine(quantized.policy).specification(LAYOUTS["libero"])
 
 
 def test_a_module_of_the_users_own_does_not_say_what_it_needs(few: Observations) -> None:
     class Other:
-        policy = object()
         family = "torch"
 
     other: Any = Other()
-    other.policy = Other()
     with pytest.raises(PolicyError, match="cannot be served"):
         PolicyEngine(other)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import omega_qvla as oq
 from omega_qvla.cli import main
@@ -22,6 +23,8 @@ pytest.importorskip("websockets", reason="the extra serve is not installed")
 
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
+
+from omega_qvla.serving.client import RemotePolicy
 
 
 def run(*arguments: str) -> int:
@@ -48,6 +51,7 @@ def test_actions_through_the_socket_are_those_of_the_policy_and_sigterm_ends_it_
     with connect(f"ws://127.0.0.1:{port}") as client:
         told = decode_map(client.recv())
         assert told["artifact"] == policy.content_hash
+        assert (told["precision"], told["recipe"]) == ("quantized", "rtn")
         assert told["action_limits"]["high"] == [pytest.approx(1.5)] * 4
         client.send(encode(request(noise=noise)))
         reply = decode_map(client.recv(30))
@@ -107,6 +111,47 @@ def test_gr00ts_protocol_serves_the_same_artifact(
         answer = decode_map(asking.recv())
     assert answer["action.action"].shape == (10, 4)
     assert server.end(signal.SIGINT) == (0, "")
+
+
+def test_full_precision_is_served_like_an_artifact(
+    serve_command: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The same protocol, bit for bit the actions of the policy in process, and no content hash."""
+    result = tmp_path / "serve.json"
+    server = serve_command("builtin:tiny-pi05", "--port", "0", "--json", str(result))
+    address = f"ws://127.0.0.1:{server.wait_for('ready')['port']}"
+    policy = oq.load_policy("builtin:tiny-pi05")
+    noise = np.random.default_rng(3).standard_normal(policy.noise_shape).astype(np.float32)
+    with RemotePolicy(address) as remote:
+        told = remote.metadata
+        reply = remote.infer(request(), noise=noise, deadline_ms=60_000.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert np.array_equal(reply["actions"], policy.sample_actions(request(), noise))
+    finally:
+        torch.set_num_threads(threads)
+    assert told["artifact"] is None and reply["artifact"] is None
+    assert (told["policy"], told["precision"], told["recipe"]) == ("pi05", "float32", None)
+    assert told["specification"]["cameras"] == list(policy.config.cameras)
+    assert server.end(signal.SIGTERM) == (0, "")
+    assert json.loads(result.read_text())["artifact"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("builtin:tiny-pi05", "--kernel", "reference"), "--kernel is for artifacts"),
+        (("builtin:nosuch",), "nosuch"),
+        (("{artifact}", "--embodiment", "new"), "full precision"),
+    ],
+)
+def test_options_of_the_other_kind_of_policy_are_refused(
+    artifact: Path, arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("serve", *(one.format(artifact=artifact) for one in arguments)) == 2
+    message = capsys.readouterr().err
+    assert told in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(

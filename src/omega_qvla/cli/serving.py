@@ -1,4 +1,4 @@
-"""``serve``: a quantized policy for robots."""
+"""``serve``: a policy for robots."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from omega_qvla.cli.options import (
     PROCESSES,
     SEED,
     STEPS,
+    Checkpoint,
     Common,
     Positional,
     Range,
@@ -35,10 +36,10 @@ other thread, makes it wait each time."""
 
 
 @dataclass(frozen=True)
-class Serve(Common):
-    """Serve an artifact to robots, over openpi's websocket protocol or GR00T's."""
+class Serve(Checkpoint, Common):
+    """Serve an artifact, or a policy in full precision, over openpi's protocol or GR00T's."""
 
-    directory: Positional[Path] = tyro.MISSING
+    policy: Positional[str] = tyro.MISSING
     protocol: Annotated[Literal["openpi", "gr00t"], tyro.conf.arg(help="what robots speak")] = (
         "openpi"
     )
@@ -60,7 +61,9 @@ class Serve(Common):
     ] = "native"
     batch: Annotated[int, tyro.conf.arg(help="robots computed in one pass at most"), PROCESSES] = 8
     waiting: Annotated[
-        int | None, tyro.conf.arg(help="robots that may wait; as --batch"), COUNT
+        int | None,
+        tyro.conf.arg(help="robots that may wait; by default whoever is in time"),
+        COUNT,
     ] = None
     deadline_ms: Annotated[
         float | None,
@@ -92,7 +95,7 @@ class Serve(Common):
 
         sys.setswitchinterval(_SWITCH_S)
         service = Service.build(
-            self.directory,
+            self.policy,
             Settings(
                 protocol=self.protocol,
                 host=self.host,
@@ -115,6 +118,7 @@ class Serve(Common):
                 drain_s=self.drain_s,
             ),
             _log_line,
+            self.choices,
         )
         # What is there now stays.  A full collection would walk all of PyTorch's objects each time,
         # with every thread waiting: a quarter of a second, once per thousand connections or so.

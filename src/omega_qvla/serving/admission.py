@@ -4,9 +4,10 @@ A robot wants actions for what it sees *now*.  Four rules follow:
 
 * **newest per client**: a request replaces an earlier one of the same client that still waits, and
   keeps its place in the line;
-* **bounded**: at most so many clients wait.  A long line would help nobody: with one batch running
-  and at most one batch waiting, an admitted request is answered within two batches;
-* **fresh**: where the line is full, a newcomer takes the place of a request that has come just
+* **within its deadline**: a request is let in where its answer is expected before its deadline
+  (``forecast.py``), and where the line has a place.  Robots that ask one thing at a time are thus
+  refused only when there are more of them than can be served in time;
+* **fresh**: where there is no room, a newcomer takes the place of a request that has come just
   before, of the oldest of those.  The more robots ask, the younger is what is computed; whoever has
   waited longer than that moment keeps the place, and newcomers are refused at once.  So nobody
   hears late that there was no room;
@@ -17,6 +18,7 @@ Times are seconds of one monotonic clock, passed in by the caller.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -49,6 +51,14 @@ class Ticket(Generic[Content, Answer]):
     deliver: Callable[[Answer | ServingError], None]
 
 
+Leaving = tuple[Ticket[Content, Answer], ServingError]
+"""A request that leaves the line without actions, and why."""
+
+
+def _at_once(_: int) -> float:
+    return -math.inf
+
+
 @dataclass(frozen=True)
 class _Waiting(Generic[Content, Answer]):
     """A ticket and when its client came into the line."""
@@ -76,29 +86,40 @@ class Admission(Generic[Content, Answer]):
         return len(self._line)
 
     def offer(
-        self, ticket: Ticket[Content, Answer], now: float
-    ) -> list[tuple[Ticket[Content, Answer], ServingError]]:
-        """Put a request into the line; returns the requests that leave it for that, and why."""
+        self,
+        ticket: Ticket[Content, Answer],
+        now: float,
+        answered: Callable[[int], float] = _at_once,
+    ) -> list[Leaving[Content, Answer]]:
+        """Put a request into the line; returns the requests that leave it for that, and why.
+
+        Args:
+            ticket: the request.
+            now: the time.
+            answered: when a request behind so many waiting ones would be answered.
+        """
         leaving = self._expired(now)
+        if ticket.expires <= now:
+            return [*leaving, (ticket, stale(ticket, now))]
         since = now
         replaced = self._line.get(ticket.client)
         if replaced is not None:
             error = ServingError("superseded", "a newer observation of the same client took over")
             leaving.append((replaced.ticket, error))
             since = replaced.since
-        elif len(self._line) >= self._places:
-            young = (one for one in self._line.values() if now - one.since < self._yields_s)
-            given_up = min(young, key=lambda one: one.since, default=None)
-            leaving.append((given_up.ticket if given_up else ticket, self._full()))
-            if given_up is None:
-                return leaving
-            del self._line[given_up.ticket.client]
+        elif (refusal := self._refusal(ticket, answered, len(self._line))) is not None:
+            given_up = self._youngest_elder(now)
+            in_its_place = self._refusal(ticket, answered, len(self._line) - 1)
+            if given_up is None or in_its_place is not None:
+                return [*leaving, (ticket, refusal)]
+            leaving.append((given_up, refusal))
+            del self._line[given_up.client]
         self._line[ticket.client] = _Waiting(ticket, since)
         return leaving
 
     def take(
         self, limit: int, now: float
-    ) -> tuple[list[Ticket[Content, Answer]], list[tuple[Ticket[Content, Answer], ServingError]]]:
+    ) -> tuple[list[Ticket[Content, Answer]], list[Leaving[Content, Answer]]]:
         """The next requests to compute, first come first served, and those whose time is over."""
         expired = self._expired(now)
         clients = list(self._line)[:limit]
@@ -114,11 +135,29 @@ class Admission(Generic[Content, Answer]):
         self._line.clear()
         return waiting
 
-    def _full(self) -> ServingError:
-        text = f"{self._places} other requests wait; try again, or serve fewer robots"
-        return ServingError("overloaded", text)
+    def _youngest_elder(self, now: float) -> Ticket[Content, Answer] | None:
+        """Of the requests that came just now the oldest: who gives way to a newcomer."""
+        young = (one for one in self._line.values() if now - one.since < self._yields_s)
+        oldest = min(young, key=lambda one: one.since, default=None)
+        return None if oldest is None else oldest.ticket
 
-    def _expired(self, now: float) -> list[tuple[Ticket[Content, Answer], ServingError]]:
+    def _refusal(
+        self, ticket: Ticket[Content, Answer], answered: Callable[[int], float], ahead: int
+    ) -> ServingError | None:
+        """Why a request cannot be the next behind so many others, or None."""
+        if ahead >= self._places:
+            text = f"{self._places} other requests wait; try again, or serve fewer robots"
+            return ServingError("overloaded", text)
+        late_s = answered(ahead) - ticket.expires
+        if late_s <= 0:
+            return None
+        return ServingError(
+            "overloaded",
+            f"behind {ahead} others the answer would come {1e3 * late_s:.0f} ms after its "
+            "deadline; try again, allow more, or serve fewer robots",
+        )
+
+    def _expired(self, now: float) -> list[Leaving[Content, Answer]]:
         waiting = [one.ticket for one in self._line.values()]
         late = [ticket for ticket in waiting if ticket.expires <= now]
         for ticket in late:

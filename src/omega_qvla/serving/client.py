@@ -2,8 +2,9 @@
 
 ``RemotePolicy`` answers ``sample_actions`` as a policy in this process does, so everything that
 evaluates policies evaluates a server.  It reconnects with growing pauses when the connection is
-lost; an error that the server explains is raised as it is and not tried again, because an
-observation grows old while one tries.
+lost, as long as the observation's deadline allows; an error that the server explains is raised as
+it is and not tried again, because an observation grows old while one tries.  What keeps answers and
+observations together is in ``session.py``.
 
 ``drive`` is the loop: it acts at every tick while the next chunk is being computed, merges chunks
 as they arrive (``action_queue.py``), and reports how old the executed observations were, how evenly
@@ -13,61 +14,40 @@ the ticks came, and how often it was late.
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
+import math
+import threading
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.errors import ServingError, WireError
-from omega_qvla.extras import needing
+from omega_qvla.errors import ServingError
 from omega_qvla.serving.action_queue import DEFAULT_BLENDING, ActionQueue, Blending
-from omega_qvla.serving.wire import DEFAULT_BOUNDS, decode_map, encode
-
-with needing("a remote policy", "serve"):
-    from websockets.exceptions import ConnectionClosed, WebSocketException
-    from websockets.sync.client import ClientConnection, connect
+from omega_qvla.serving.session import DEFAULT_PATIENCE, Patience, Question, Server, Session
+from omega_qvla.serving.specification import CONTROL
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a client tries.
-
-    Attributes:
-        reply_s: how long an answer may take.
-        attempts: to connect, one after the other.
-        first_pause_s, longest_pause_s: between attempts; each is twice the one before.
-    """
-
-    reply_s: float = 30.0
-    attempts: int = 8
-    first_pause_s: float = 0.1
-    longest_pause_s: float = 5.0
-
-    def pause_s(self, attempt: int) -> float:
-        """The pause after a failed attempt, counted from 0."""
-        return min(self.first_pause_s * 2.0**attempt, self.longest_pause_s)
 
 
 class RemotePolicy:
     """A policy behind openpi's websocket protocol.
 
+    One thread asks at a time; another one that asks meanwhile is refused (``busy``), because it
+    would wait with an observation that grows old.  Threads take a remote policy each.
+
     Args:
         address: ``ws://HOST:PORT`` or ``wss://HOST:PORT``.
         token: what the server asks for, or None.
         patience: how long to try.
+        clock: monotonic seconds; ages and deadlines count by it.
         sleep: waits for so many seconds.
-
-    Attributes:
-        metadata: what the server told about itself.
-        reconnections: how often the connection had to be made again.
 
     Raises:
         ServingError: ``unreachable``.
@@ -78,22 +58,31 @@ class RemotePolicy:
         address: str,
         *,
         token: str | None = None,
-        patience: Patience = Patience(),
+        patience: Patience = DEFAULT_PATIENCE,
+        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._address, self._patience, self._sleep = address, patience, sleep
-        self._headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
-        self._open = contextlib.ExitStack()
-        self._connection: ClientConnection | None = None
-        self.metadata: dict[str, Any] = {}
-        self.reconnections = -1
-        self._connect()
+        headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
+        self._clock = clock
+        self._name, self._numbers = uuid.uuid4().hex[:12], itertools.count(1)
+        self._session = Session(Server(address, headers, patience, clock, sleep))
+        self._session.open()
 
     def __enter__(self) -> RemotePolicy:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the server told about itself when it was first reached."""
+        return self._session.metadata or {}
+
+    @property
+    def reconnections(self) -> int:
+        """How often the connection had to be made again."""
+        return self._session.connections - 1
 
     @property
     def noise_shape(self) -> tuple[int, int]:
@@ -111,97 +100,87 @@ class RemotePolicy:
         """One chunk [horizon, action_dim], in the robot's units.
 
         Raises:
-            ServingError: the server refused; ``unreachable`` or ``timeout``.
+            ServingError: see ``infer``.
         """
         return self.infer(observation, noise=noise, deadline_ms=deadline_ms)["actions"]
 
-    def infer(self, observation: Mapping[str, Any], **control: Any) -> dict[str, Any]:
+    def infer(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        noise: Any = None,
+        request_id: str | int | None = None,
+        deadline_ms: float | None = None,
+        age_ms: float | None = None,
+    ) -> dict[str, Any]:
         """The whole reply: ``actions``, ``artifact``, ``age_ms``, ``request_id``, timing.
 
         Args:
             observation: what the server's layout names; keys it does not know are refused.
-            control: ``noise``, ``request_id``, ``deadline_ms``, ``age_ms``; None is left out.
+            noise: what sampling starts from.
+            request_id: comes back with the reply.  On the way each request has another name, which
+                no other has.
+            deadline_ms: how old the observation may be when its actions are here; None: what the
+                server told.
+            age_ms: how old it is now; 0 by default.
+
+        Returns:
+            ``age_ms`` is counted by this client's clock, from the observation to the reply.
 
         Raises:
-            ServingError: see ``sample_actions``.
+            ServingError: what the server refused; ``unreachable``, ``timeout``, ``stale`` (past the
+                deadline, sent or not), ``bad_reply`` (no answer to this request), ``changed``
+                (another policy is served now), ``busy``, ``abandoned``, ``closed``.
         """
-        given = {key: value for key, value in control.items() if value is not None}
-        if "noise" in given:
-            given["noise"] = np.ascontiguousarray(given["noise"], np.float32)
-        message = encode({**observation, **given})
-        for again in (True, False):
-            if self._connection is None:
-                self._connect()
-            try:
-                return self._exchange(cast(ClientConnection, self._connection), message)
-            except (ConnectionClosed, OSError) as error:
-                self._disconnect()
-                if not again:
-                    raise ServingError("unreachable", f"{self._address}: {error}") from error
-        raise AssertionError("unreachable code")
+        given = {
+            "noise": noise,
+            "request_id": request_id,
+            "deadline_ms": deadline_ms,
+            "age_ms": age_ms,
+        }
+        control = {
+            key: observation.get(key) if value is None else value for key, value in given.items()
+        }
+        age_s = _seconds("age_ms", control["age_ms"])
+        name = f"{self._name}-{next(self._numbers)}"
+        noise = control["noise"]
+        asked = Question(
+            {key: value for key, value in observation.items() if key not in CONTROL},
+            name,
+            self._clock() - (age_s or 0.0),
+            _seconds("deadline_ms", control["deadline_ms"]),
+            None if noise is None else np.ascontiguousarray(noise, np.float32),
+        )
+        reply = self._session.ask(asked)
+        wanted = control["request_id"]
+        return {**reply, "request_id": name if wanted is None else wanted}
+
+    def abandon(self) -> None:
+        """Give up what another thread waits for, without waiting for it; its call fails.
+
+        The next call has a connection of its own.
+        """
+        session = self._session
+        self._session = session.successor()
+        session.end(ServingError("abandoned", "another thread gave this request up"))
 
     def close(self) -> None:
-        """End the connection."""
-        self._disconnect()
-
-    def _exchange(self, connection: ClientConnection, message: bytes) -> dict[str, Any]:
-        connection.send(message)
-        try:
-            answer = connection.recv(self._patience.reply_s)
-        except TimeoutError as error:
-            self._disconnect()  # the late answer must not be taken for the next one's
-            raise ServingError(
-                "timeout", f"{self._address} did not answer within {self._patience.reply_s:g} s"
-            ) from error
-        if isinstance(answer, str):
-            raise _explained(answer)
-        reply = decode_map(answer)
-        actions = reply.get("actions")
-        if not isinstance(actions, np.ndarray) or actions.ndim != 2:
-            raise WireError("the reply has no 'actions' [horizon, action_dim]")
-        return reply
-
-    def _connect(self) -> None:
-        reason: Exception | None = None
-        for attempt in range(self._patience.attempts):
-            if attempt:
-                self._sleep(self._patience.pause_s(attempt - 1))
-            try:
-                self._connection = self._open.enter_context(
-                    connect(
-                        self._address,
-                        compression=None,
-                        max_size=DEFAULT_BOUNDS.message_bytes,
-                        additional_headers=self._headers,
-                        open_timeout=self._patience.reply_s,
-                    )
-                )
-                self.metadata = decode_map(
-                    cast(bytes, self._connection.recv(self._patience.reply_s))
-                )
-                self.reconnections += 1
-                return
-            except (OSError, WebSocketException, TimeoutError) as error:
-                reason = error
-                self._disconnect()
-        raise ServingError(
-            "unreachable",
-            f"{self._address} could not be reached in {self._patience.attempts} attempts: {reason}",
-        ) from reason
-
-    def _disconnect(self) -> None:
-        self._connection = None
-        with contextlib.suppress(OSError, WebSocketException):
-            self._open.close()
+        """End the connection; what another thread waits for fails, and so does whatever follows."""
+        self._session.end(ServingError("closed", "this remote policy was closed"))
 
 
-def _explained(text: str) -> ServingError:
-    """The server's own error."""
+def _seconds(name: str, milliseconds: Any) -> float | None:
+    """Of a number of milliseconds, or None."""
+    if milliseconds is None:
+        return None
     try:
-        content = json.loads(text)
-        return ServingError(str(content["error"]), str(content["message"]))
-    except (ValueError, TypeError, KeyError):
-        return ServingError("internal", text[:500])
+        value = float(milliseconds)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        text = f"'{name}' must be a number of milliseconds, 0 or more, found {milliseconds!r:.60}"
+        raise ServingError("bad_request", text)
+    return value / 1e3
 
 
 # --- the loop --------------------------------------------------------------------------------
@@ -222,8 +201,12 @@ class Robot(Protocol):
 class Asked(Protocol):
     """What ``drive`` asks for chunks."""
 
-    def infer(self, observation: Mapping[str, Any], **control: Any) -> dict[str, Any]:
-        """A reply with ``actions``."""
+    def infer(self, observation: Mapping[str, Any], *, age_ms: float) -> dict[str, Any]:
+        """A reply with ``actions``; the observation is this old now."""
+        ...
+
+    def abandon(self) -> None:
+        """Give up what another thread waits for, without waiting for it."""
         ...
 
 
@@ -287,7 +270,8 @@ def drive(
 ) -> DriveReport:
     """Act at a fixed rate while chunks are computed.
 
-    The first chunk is waited for; time counts from then on.
+    The first chunk is waited for; time counts from then on.  However the loop ends, it ends at
+    once: a request that is still on its way is given up.
 
     Args:
         robot: observed and moved from this thread only.
@@ -303,10 +287,10 @@ def drive(
     """
     queue, report, period = ActionQueue(blending), DriveReport(), 1.0 / rate_hz
     seen_at: dict[int, float] = {}
-    with ThreadPoolExecutor(1, "policy") as asking:
+    with _asking(policy, clock) as ask:
         seen_at[0] = clock()
         asked: tuple[int, Future[dict[str, Any]]] | None = None
-        queue.merge(asking.submit(policy.infer, robot.observe()).result()["actions"], 0, 0)
+        queue.merge(ask(robot.observe(), seen_at[0]).result()["actions"], 0, 0)
         report.chunks += 1
         begun = previous = clock()
         for tick in range(ticks):
@@ -320,7 +304,7 @@ def drive(
                 asked = None
             if asked is None and queue.left(tick) < ask_below:
                 seen_at[tick] = clock()
-                asked = (tick, asking.submit(policy.infer, robot.observe()))
+                asked = (tick, ask(robot.observe(), seen_at[tick]))
             try:
                 action, observed = queue.next(tick)
             except ServingError as error:
@@ -334,6 +318,33 @@ def drive(
                 break
     report.late, report.slowed = queue.late, queue.slowed
     return report
+
+
+@contextlib.contextmanager
+def _asking(
+    policy: Asked, clock: Callable[[], float]
+) -> Generator[Callable[[Mapping[str, Any], float], Future[dict[str, Any]]]]:
+    """Asks in threads that nobody waits for, and gives up what is on its way at the end."""
+    answers: list[Future[dict[str, Any]]] = []
+
+    def ask(observation: Mapping[str, Any], seen_at: float) -> Future[dict[str, Any]]:
+        answer: Future[dict[str, Any]] = Future()
+
+        def wait() -> None:
+            try:
+                answer.set_result(policy.infer(observation, age_ms=1e3 * (clock() - seen_at)))
+            except BaseException as error:  # whatever it is, the loop hears of it
+                answer.set_exception(error)
+
+        answers[:] = [answer]
+        threading.Thread(target=wait, name="policy", daemon=True).start()
+        return answer
+
+    try:
+        yield ask
+    finally:
+        if any(not answer.done() for answer in answers):
+            policy.abandon()
 
 
 def _receive(

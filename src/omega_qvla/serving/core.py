@@ -2,10 +2,11 @@
 
 A front (``websocket.py``, ``gr00t.py``) parses a request and calls ``submit``; the answer comes
 back through ``deliver``, once, as a ``Reply`` or a ``ServingError``.  One thread takes whatever
-waits, up to a batch, computes it in one pass, checks the actions and delivers.  Nothing that
-happens to one request reaches another: an observation that the policy refuses, a chunk that breaks
-a rule, a client that is gone are that client's own, and a batch that fails is computed again one by
-one.
+waits, up to a batch, computes it in one pass, takes the next batch from the line, checks the
+actions and delivers.  In that order: a robot that hears its answer asks again at once, and must not
+find the line full of requests whose turn has come.  Nothing that happens to one request reaches
+another: an observation that the policy refuses, a chunk that breaks a rule, a client that is gone
+are that client's own, and a batch that fails is computed again one by one.
 
 ``age`` is the time from when the observation was made (as far as the client says, else from its
 arrival) to when the reply is ready.
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ import numpy.typing as npt
 from omega_qvla.errors import NonFiniteError, OmegaError, ResourceError, ServingError
 from omega_qvla.serving.admission import YIELDS_S, Admission, Ticket, stale
 from omega_qvla.serving.engine import Engine
+from omega_qvla.serving.forecast import Forecast
 from omega_qvla.serving.metrics import Metrics
 from omega_qvla.serving.safety import ActionLimits, UnsafeActionError
 from omega_qvla.serving.specification import Request, Specification
@@ -35,6 +38,8 @@ Log = Callable[..., None]
 """Called as ``log(event, **fields)``; fields are JSON values."""
 
 _DEADLINE_CHUNKS, _SHORTEST_DEADLINE_S = 4.0, 1.0
+MOST_WAITING = 256
+"""As many robots as may be connected (``door.Listening``): deadlines are what bounds the line."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Reply:
     Attributes:
         actions: [horizon, action_dim] float32, in the robot's units.
         request_id: the client's, or the server's own.
-        artifact: content hash of the artifact that computed them.
+        artifact: content hash of the artifact that computed them; None in full precision.
         age_s: of the observation.
         queue_s, inference_s: where the time went.
         batch: observations in the forward pass.
@@ -52,7 +57,7 @@ class Reply:
 
     actions: Array
     request_id: str | int
-    artifact: str
+    artifact: str | None
     age_s: float
     queue_s: float
     inference_s: float
@@ -66,19 +71,30 @@ _Ready = tuple[_Ticket, Any, Array]
 
 
 @dataclass(frozen=True)
+class _Computed:
+    """What became of a request, before it leaves: a chunk or an error, and where the time went."""
+
+    ticket: _Ticket
+    outcome: Array | ServingError
+    start: float = 0.0
+    inference_s: float = 0.0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
 class Rules:
     """How a server answers.
 
     Attributes:
         batch: observations in one forward pass at most.
-        waiting: clients that may wait.
+        waiting: clients that may wait, as far as their deadlines can be kept.
         deadline_s: how old an observation may be when its actions leave; None: four times the
             longest batch of the warm-up, and at least a second.
         yields_s: for how long a place in a full line is given up to a newcomer.
     """
 
     batch: int = 8
-    waiting: int = 8
+    waiting: int = MOST_WAITING
     deadline_s: float | None = None
     yields_s: float = YIELDS_S
 
@@ -90,7 +106,8 @@ class Core:
         engine: computes.
         specification: of the requests.
         limits: of the actions.
-        artifact: content hash, in every reply.
+        artifact: content hash, in every reply; None in full precision.
+        identity: what else clients are told of the policy.
         generator: draws the noise where a request brings none.
         rules, metrics, log, clock: see their types; ``clock`` gives monotonic seconds.
     """
@@ -101,14 +118,16 @@ class Core:
         specification: Specification,
         limits: ActionLimits,
         *,
-        artifact: str,
+        artifact: str | None,
         generator: np.random.Generator,
+        identity: Mapping[str, Any] = MappingProxyType({}),
         rules: Rules = Rules(),
         metrics: Metrics | None = None,
         log: Log = lambda event, **fields: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.specification, self.limits, self.artifact = specification, limits, artifact
+        self.identity = identity
         self.rules, self.clock, self.log = rules, clock, log
         self.metrics = metrics or Metrics()
         self.metrics.gauge("waiting", lambda: float(self.waiting))
@@ -116,7 +135,9 @@ class Core:
         self._engine, self._generator = engine, generator
         self._line: Admission[Request, Reply] = Admission(rules.waiting, rules.yields_s)
         self._changed = threading.Condition()
-        self._draining = self._stopped = self._busy = False
+        self._forecast = Forecast(rules.batch)
+        self._draining = self._stopped = False
+        self._running: tuple[int, float] | None = None
         self._turns, self._rested = 0, -math.inf
         self._numbered = 0
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
@@ -133,7 +154,7 @@ class Core:
 
     def turn(self) -> tuple[int, float]:
         """Batches computed so far, and seconds since one was (0 while one is); from any thread."""
-        return self._turns, 0.0 if self._busy else self.clock() - self._rested
+        return self._turns, 0.0 if self._running else self.clock() - self._rested
 
     def warm_up(self, observation: Mapping[str, Any]) -> float:
         """Compute once alone and once in a full batch, and learn what a deadline can be.
@@ -150,7 +171,9 @@ class Core:
             start = self.clock()
             encoded = [self._engine.encode(observation) for _ in range(size)]
             self._engine.sample(encoded, [self._draw() for _ in range(size)])
-            slowest = max(slowest, self.clock() - start) if size > 1 else self.clock() - start
+            took = self.clock() - start
+            slowest = max(slowest, took) if size > 1 else took
+            self._forecast.record(size, took)
         if self.rules.deadline_s is None:
             self.deadline_s = max(_SHORTEST_DEADLINE_S, _DEADLINE_CHUNKS * slowest)
         return slowest
@@ -173,7 +196,7 @@ class Core:
         leaving = [(ticket, _DRAINING)]
         with self._changed:
             if not self._draining:
-                leaving = self._line.offer(ticket, now)
+                leaving = self._line.offer(ticket, now, lambda ahead: self._answered(ahead, now))
                 self._changed.notify()
         for left, error in leaving:
             self._refuse(left, error)
@@ -200,7 +223,8 @@ class Core:
             self._draining = True
             self._changed.notify_all()
             finished = self._changed.wait_for(
-                lambda: not len(self._line) and not self._busy, max(0.0, limit - self.clock())
+                lambda: not len(self._line) and self._running is None,
+                max(0.0, limit - self.clock()),
             )
             left = self._line.clear()
             self._stopped = True
@@ -209,87 +233,119 @@ class Core:
             self._refuse(ticket, _DRAINING)
         return finished
 
+    def _answered(self, ahead: int, now: float) -> float:
+        """When a request behind so many waiting ones is expected to be answered."""
+        if self._running is None and not ahead:
+            return now  # nobody else is served meanwhile, so it is computed and its time is seen
+        begins = now
+        if self._running is not None:
+            size, started = self._running
+            begins = max(now, started + self._forecast.seconds(size))
+        return begins + self._forecast.wait_s(ahead)
+
     def _work(self) -> None:
         self._engine.prepare_thread()
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: len(self._line) or self._stopped)
-                if self._stopped:
-                    return
-                batch, expired = self._line.take(self.rules.batch, self.clock())
-                self._busy = True
-            for ticket, error in expired:
-                self._refuse(ticket, error)
-            try:
-                self._answer(batch)
-            except Exception as error:  # the thread outlives whatever a front's deliver may do
-                self.log("internal_error", error=f"{type(error).__name__}: {error}")
-            finally:
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
+        batch: Sequence[_Ticket] = ()
+        while not self._stopped:
+            computed = self._compute(batch)
+            batch = self._next()
+            self._deliver(computed)
+            if not batch:
+                self._rest()
+                batch = self._next()
+        for ticket in batch:
+            self._refuse(ticket, _DRAINING)
 
-    def _answer(self, tickets: Sequence[_Ticket]) -> None:
-        """Compute one batch; every ticket gets its answer, whatever happens."""
+    def _next(self) -> Sequence[_Ticket]:
+        """The next batch, out of the line."""
+        with self._changed:
+            batch, expired = self._line.take(self.rules.batch, self.clock())
+            if batch:
+                self._running = len(batch), self.clock()
+        for ticket, error in expired:
+            self._refuse(ticket, error)
+        return batch
+
+    def _rest(self) -> None:
+        """Wait until there is something to do."""
+        with self._changed:
+            self._running = None
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: len(self._line) or self._stopped)
+
+    def _deliver(self, computed: Sequence[_Computed]) -> None:
+        """The thread outlives whatever a front does with an answer."""
+        for one in computed:
+            outcome = self._judged(one)
+            try:
+                if isinstance(outcome, ServingError):
+                    self._refuse(one.ticket, outcome)
+                else:
+                    one.ticket.deliver(outcome)
+            except Exception as error:
+                self.log("internal_error", error=f"{type(error).__name__}: {error}")
+
+    def _compute(self, tickets: Sequence[_Ticket]) -> list[_Computed]:
+        """One batch; each of its requests gets a chunk or an error, whatever happens."""
         start = self.clock()
         ready: list[_Ready] = []
+        computed: list[_Computed] = []
         for ticket in tickets:
             try:
                 noise = ticket.content.noise
                 drawn = self._draw() if noise is None else noise
                 ready.append((ticket, self._engine.encode(ticket.content.observation), drawn))
             except Exception as error:
-                self._refuse(ticket, self.explain(error))
-        if ready:
-            self._compute(ready, start)
+                computed.append(_Computed(ticket, self.explain(error)))
+        return [*computed, *self._sample(ready, start)] if ready else computed
 
-    def _compute(self, ready: Sequence[_Ready], start: float) -> None:
+    def _sample(self, ready: Sequence[_Ready], start: float) -> list[_Computed]:
         try:
             chunks = self._engine.sample([one for _, one, _ in ready], [one for *_, one in ready])
         except Exception as error:
             if len(ready) == 1:
-                self._refuse(ready[0][0], self.explain(error))
-                return
+                return [_Computed(ready[0][0], self.explain(error))]
             self.log("batch_failed", size=len(ready), error=f"{type(error).__name__}: {error}")
-            for one in ready:
-                self._compute([one], self.clock())
-            return
+            return [done for one in ready for done in self._sample([one], self.clock())]
         self._turns += 1
         self._rested = self.clock()
-        inference_s = self._rested - start
+        size, inference_s = len(ready), self._rested - start
+        with self._changed:
+            self._forecast.record(size, inference_s)
         self.metrics.observe("inference_seconds", inference_s)
-        self.metrics.count("batches_total", "size", str(len(ready)))
-        for (ticket, _, _), chunk in zip(ready, chunks, strict=True):
-            self._finish(ticket, chunk, start, inference_s, len(ready))
+        self.metrics.count("batches_total", "size", str(size))
+        return [
+            _Computed(ticket, chunk, start, inference_s, size)
+            for (ticket, _, _), chunk in zip(ready, chunks, strict=True)
+        ]
 
-    def _finish(
-        self, ticket: _Ticket, chunk: Array, start: float, inference_s: float, batch: int
-    ) -> None:
+    def _judged(self, computed: _Computed) -> Outcome:
+        """What may leave."""
+        ticket, chunk = computed.ticket, computed.outcome
+        if isinstance(chunk, ServingError):
+            return chunk
         try:
             self.limits.check(chunk)
-        except UnsafeActionError as error:
-            self.metrics.count("action_violations_total", "rule", error.violation)
-            self._refuse(ticket, error)
-            return
+        except Exception as error:
+            if isinstance(error, UnsafeActionError):
+                self.metrics.count("action_violations_total", "rule", error.violation)
+            return self.explain(error)
         now = self.clock()
         if ticket.expires <= now:
-            self._refuse(ticket, stale(ticket, now))
-            return
+            return stale(ticket, now)
         age_s = now - ticket.arrived
-        queue_s = start - ticket.arrived - ticket.content.age_s
+        queue_s = computed.start - ticket.arrived - ticket.content.age_s
         self.metrics.count("requests_total", "outcome", "answered")
         self.metrics.observe("queue_seconds", queue_s)
         self.metrics.observe("reply_seconds", age_s - ticket.content.age_s)
-        ticket.deliver(
-            Reply(
-                np.asarray(chunk, np.float32),
-                self._name(ticket.content),
-                self.artifact,
-                age_s,
-                queue_s,
-                inference_s,
-                batch,
-            )
+        return Reply(
+            np.asarray(chunk, np.float32),
+            self._name(ticket.content),
+            self.artifact,
+            age_s,
+            queue_s,
+            computed.inference_s,
+            computed.batch,
         )
 
     def _refuse(self, ticket: _Ticket, error: ServingError) -> None:

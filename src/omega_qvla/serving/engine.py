@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.base import Policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.normalization import (
     Binary,
@@ -20,7 +21,6 @@ from omega_qvla.policies.normalization import (
     Range,
 )
 from omega_qvla.policies.processing import WordTokenizer
-from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.serving.safety import ActionLimits
 from omega_qvla.serving.specification import NATIVE, Layout, Specification
 
@@ -49,10 +49,10 @@ class Engine(Protocol):
 
 
 class PolicyEngine:
-    """A quantized native policy.
+    """A native policy, quantized or in full precision.
 
     Args:
-        quantized: from ``load``.
+        policy: of ``load_policy``, or the one inside what ``load`` gives.
         threads: of PyTorch and of the kernels, in the thread that computes.
         steps: denoising steps; None: the policy's own.
 
@@ -60,10 +60,7 @@ class PolicyEngine:
         PolicyError: a module of the user's own, which does not say what it needs.
     """
 
-    def __init__(
-        self, quantized: QuantizedPolicy, *, threads: int = 1, steps: int | None = None
-    ) -> None:
-        policy = quantized.policy
+    def __init__(self, policy: Policy, *, threads: int = 1, steps: int | None = None) -> None:
         if not isinstance(policy, NativePolicy):
             raise PolicyError(
                 f"a {policy.family!r} policy cannot be served: only pi0.5 and GR00T N1.5 describe "
@@ -118,7 +115,7 @@ class PolicyEngine:
         low, high = low[:width], high[:width]
         if not bool(np.isfinite(low).all() and np.isfinite(high).all()):
             raise PolicyError(
-                "the artifact has no action statistics to take limits from; give your own with "
+                "the policy has no action statistics to take limits from; give your own with "
                 "--limits FILE (or --limits none, if something else keeps the robot safe)"
             )
         spread = margin * (high - low)

@@ -117,6 +117,7 @@ def metadata(core: Core) -> dict[str, Any]:
     """What a client learns first."""
     return {
         "artifact": core.artifact,
+        **core.identity,
         "library": version("omega-qvla"),
         "specification": core.specification.dump(),
         "action_limits": core.limits.dump(),

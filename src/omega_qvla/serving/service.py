@@ -1,10 +1,11 @@
-"""A whole server out of an artifact and a user's settings, and its life from start to signal."""
+"""A whole server out of a policy and a user's settings, and its life from start to signal."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +13,21 @@ from typing import Any, Literal
 import numpy as np
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.base import Policy
+from omega_qvla.policies.checkpoints.choices import Choices
+from omega_qvla.policies.loading import load_policy
 from omega_qvla.runtime.loading import load
 from omega_qvla.serving.access import read_token, require_token, tls_context
-from omega_qvla.serving.core import Core, Log, Rules
+from omega_qvla.serving.core import MOST_WAITING, Core, Log, Rules
 from omega_qvla.serving.engine import PolicyEngine
 from omega_qvla.serving.front import Front
 from omega_qvla.serving.safety import ActionLimits, read_limits
 from omega_qvla.serving.specification import LAYOUTS
 
 _PORTS = {"openpi": 8000, "gr00t": 5555}
+
+
+_NO_CHOICES = Choices()
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,54 @@ class Settings:
             raise PolicyError("--layout is for openpi's protocol; GR00T's names its parts itself")
 
 
+@dataclass(frozen=True)
+class Served:
+    """A policy, and what clients are told of it.
+
+    Attributes:
+        policy: the graph that computes.
+        artifact: content hash, or None in full precision.
+        identity: family, precision and recipe.
+        kernel: what multiplies its integers.
+    """
+
+    policy: Policy
+    artifact: str | None
+    identity: Mapping[str, str | None]
+    kernel: str
+
+
+def open_policy(source: str | Path, settings: Settings, choices: Choices) -> Served:
+    """An artifact where the directory is one, else a policy in full precision.
+
+    Raises:
+        PolicyError: an option is for the other kind; or see ``load_policy``.
+        ArtifactError, ResourceError: see ``load``.
+    """
+    if (Path(source) / "omega_config.json").exists():
+        if choices != _NO_CHOICES:
+            raise PolicyError(
+                f"{source} is an artifact and leaves nothing open: --training-config, "
+                "--data-config, --embodiment and --tokenizer are for policies in full precision"
+            )
+        quantized = load(source, kernel=settings.kernel, threads=settings.threads)
+        recipe = str(quantized.config["recipe"]["name"])
+        identity = {"policy": quantized.policy.family, "precision": "quantized", "recipe": recipe}
+        return Served(quantized.policy, quantized.content_hash, identity, quantized.kernel)
+    if settings.kernel is not None:
+        raise PolicyError(f"--kernel is for artifacts, and {source} is none")
+    try:
+        policy = load_policy(source, choices)
+    except PolicyError as error:
+        if not Path(source).is_dir():
+            raise
+        text = f"{source} is no artifact (it has no omega_config.json); as a policy: {error}"
+        raise PolicyError(text) from error
+    kinds = {str(one.dtype).removeprefix("torch.") for one in policy.module.parameters()}
+    identity = {"policy": policy.family, "precision": ", ".join(sorted(kinds)), "recipe": None}
+    return Served(policy, None, identity, "none")
+
+
 class Service:
     """A core, warmed up and started, and its front.
 
@@ -100,18 +155,27 @@ class Service:
         self._host, self._protocol = host, protocol
 
     @classmethod
-    def build(cls, directory: Path, settings: Settings, log: Log) -> Service:
+    def build(
+        cls, source: str | Path, settings: Settings, log: Log, choices: Choices = _NO_CHOICES
+    ) -> Service:
         """Load, check what can be checked, compute once, and be ready to listen.
+
+        Args:
+            source: an artifact, or whatever ``load_policy`` takes.
+            settings: what the user decides.
+            log: takes every event.
+            choices: answers to what a full-precision checkpoint leaves open.
 
         Raises:
             PolicyError: an option does not fit the policy, or the address needs a token.
-            ArtifactError, ResourceError: see ``load``; or the extra ``serve`` is not installed.
+            ArtifactError, ResourceError: see ``load`` and ``load_policy``; or the extra ``serve``
+                is not installed.
         """
         token = None if settings.token_file is None else read_token(settings.token_file)
         require_token(settings.host, token)
         require_token(settings.metrics_host, token)
-        quantized = load(directory, kernel=settings.kernel, threads=settings.threads)
-        engine = PolicyEngine(quantized, threads=settings.threads, steps=settings.steps)
+        served = open_policy(source, settings, choices)
+        engine = PolicyEngine(served.policy, threads=settings.threads, steps=settings.steps)
         specification = engine.specification(LAYOUTS[settings.layout])
         if settings.limits == "none":
             limits = ActionLimits.unlimited(specification.action_dim)
@@ -124,17 +188,18 @@ class Service:
             engine,
             specification,
             limits,
-            artifact=quantized.content_hash or "",
+            artifact=served.artifact,
+            identity=served.identity,
             generator=np.random.default_rng(settings.seed),
             rules=Rules(
                 settings.batch,
-                settings.waiting or settings.batch,
+                settings.waiting or MOST_WAITING,
                 None if deadline_ms is None else deadline_ms / 1e3,
             ),
             log=log,
         )
         front = _front(core, settings, token)
-        log("loaded", artifact=core.artifact, kernel=quantized.kernel)
+        log("loaded", artifact=core.artifact, **served.identity, kernel=served.kernel)
         slowest_s = core.warm_up(engine.warm_up_observation())
         log("warm", batch_ms=1e3 * slowest_s, deadline_ms=1e3 * core.deadline_s)
         core.start()
