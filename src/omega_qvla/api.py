@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from omega_qvla.calibration.observations import Observations
+from omega_qvla.calibration.mismatch import check
+from omega_qvla.calibration.observations import Observations, as_observations
 from omega_qvla.devices import find_gpu
 from omega_qvla.policies.base import Observation, Policy
 from omega_qvla.quantization.journal import Journal
@@ -25,6 +27,7 @@ def quantize(
     resume: bool = False,
     progress: Progress = lambda _done, _total, _what: None,
     device: str = "cpu",
+    allow_mismatch: bool = False,
 ) -> QuantizedPolicy | SimulatedPolicy:
     """Quantize a policy without training.
 
@@ -39,6 +42,9 @@ def quantize(
         progress: called with (sites done, sites in all, site name).
         device: ``cpu``, or ``cuda`` or ``cuda:N`` to compute on an NVIDIA GPU (docs/gpu.md); the
             policy is on the CPU before and after, and so is what it becomes.
+        allow_mismatch: go on with observations that are mostly unlike what the policy was trained
+            on (docs/calibration.md); they are refused otherwise.  Those that are partly so are
+            warned of (``CalibrationWarning``); what was warned of stays in the artifact.
 
     Returns:
         A ``QuantizedPolicy``, or a ``SimulatedPolicy`` if the recipe cannot exist as integers.
@@ -49,11 +55,13 @@ def quantize(
     """
     gpu = None if device == "cpu" else find_gpu(device)
     chosen = Recipe.load(recipe).scoped(scope)
+    given = as_observations(observations)
+    warned = check(policy, given, chosen.observations, allow=allow_mismatch)
     journal = None
     if work_directory is not None:
         directory = Path(work_directory)
         journal = partial(Journal, directory, resume=resume)
-    return build(
-        policy,
-        quantize_policy(policy, observations, chosen, journal=journal, progress=progress, gpu=gpu),
+    quantization = quantize_policy(
+        policy, given, chosen, journal=journal, progress=progress, gpu=gpu
     )
+    return build(policy, replace(quantization, warnings=tuple(warned)))

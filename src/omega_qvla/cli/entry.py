@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
 
+from omega_qvla.calibration.mismatch import CalibrationWarning
 from omega_qvla.cli.benchmarking import Benchmark
 from omega_qvla.cli.comparing import Compare, Demo
 from omega_qvla.cli.evaluating import Eval
@@ -53,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(command: Any) -> int:
     try:
-        return command.run(Screen())
+        with warnings.catch_warnings():
+            # The commands print what is found, once and before the work.
+            warnings.simplefilter("ignore", CalibrationWarning)
+            return command.run(Screen())
     except OmegaError as error:
         status, message = error.exit_status, str(error)
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from omega_qvla.api import quantize
 from omega_qvla.artifact import preflight, read_artifact, verify_artifact
 from omega_qvla.cli.options import Calibrated, Checkpoint, Common, Positional, save
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sources import calibration_of, default_calibration
+from omega_qvla.cli.sources import admit, calibration_of, default_calibration
 from omega_qvla.devices import find_gpu
 from omega_qvla.errors import PolicyError, RecipeError
 from omega_qvla.evaluation.footprints import directory_bytes
@@ -67,8 +67,7 @@ class Quantize(Calibrated, Checkpoint, Common):
         source = self.calibration or default_calibration(self.policy)
         observations = calibration_of(source, policy, self, recipe.observations)
         screen.report(observations)
-        if (self.calibration or "").startswith("random:"):
-            screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
+        admit(policy, observations, recipe.observations, self, screen)
         preflight(self.out, predict(policy, recipe)["total_bytes"])
         work = self.out.with_name(f".{self.out.name}.journal")
         shares = work_shares(policy, recipe)
@@ -81,6 +80,7 @@ class Quantize(Calibrated, Checkpoint, Common):
                 resume=self.resume,
                 progress=lambda done, total, site: step(done, total, site),
                 device=self.device,
+                allow_mismatch=self.allow_mismatch,
             )
         quantized.save_pretrained(self.out)
         discard_journal(work)
