@@ -155,9 +155,7 @@ def test_noise_is_warned_of_whatever_its_numbers(policy: NativePolicy) -> None:
     noise = Observations.random(policy.config.cameras, policy.config.state_dim, count=2)
     found = examine(policy, noise, LIMIT)
     assert found.refusal is None
-    assert found.warnings == (
-        "2 observations of noise: fit to measure speed and memory, nothing else",
-    )
+    assert found.warnings == ("the observations are noise: fit to measure speed and memory only",)
 
 
 def test_quantize_refuses_before_any_work_and_goes_on_when_told(

@@ -71,7 +71,7 @@ class Findings:
     """What was found.
 
     Attributes:
-        facts: one line of numbers: state, cameras, instructions.
+        facts: one line of numbers: state, cameras, instructions; empty for noise.
         warnings: what should make one look twice, a sentence each.
         refusal: why the set should not be used; None if nothing speaks against it.
     """
@@ -148,7 +148,7 @@ def examine(policy: NativePolicy, observations: Observations, limit: int) -> Fin
     """
     source = observations.report
     if source is not None and source.noise:
-        return Findings(source.summary, (source.summary,))
+        return Findings("", ("the observations are noise: fit to measure speed and memory only",))
     used = observations.spread(limit)
     cameras, states, instructions = _gather(policy, used)
     told, refusals = [], []

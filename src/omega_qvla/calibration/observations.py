@@ -208,10 +208,7 @@ class Observations(Sequence[Observation]):
     ) -> Observations:
         """Noise in the form of observations: it exercises a policy, it calibrates nothing real."""
         generator = np.random.default_rng(seed)
-        report = SourceReport(
-            f"{count} observations of noise: fit to measure speed and memory, nothing else",
-            noise=True,
-        )
+        report = SourceReport(f"{count} observations of noise", noise=True)
         return cls(
             (
                 {

@@ -83,7 +83,8 @@ def admit(
         ObservationError: they are mostly unlike it, and that was not allowed.
     """
     found = examine(policy, observations, limit)
-    screen.say(found.facts)
+    if found.facts:
+        screen.say(found.facts)
     for text in found.warnings:
         screen.say(f"warning  {text}")
     if found.refusal is None:
