@@ -14,6 +14,7 @@ The whole public API; importing it starts no CUDA.
 from __future__ import annotations
 
 from omega_qvla.api import quantize
+from omega_qvla.calibration.mismatch import CalibrationWarning
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError
 from omega_qvla.policies.base import FlowClock
@@ -24,6 +25,7 @@ from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.loading import load
 
 __all__ = [
+    "CalibrationWarning",
     "FlowClock",
     "Observations",
     "OmegaError",

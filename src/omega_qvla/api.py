@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+from omega_qvla.calibration.mismatch import check
 from omega_qvla.calibration.observations import Observations, as_observations
 from omega_qvla.devices import find_gpu
 from omega_qvla.policies.base import Observation, Policy
@@ -27,6 +29,7 @@ def quantize(
     resume: bool = False,
     progress: Progress = lambda _done, _total, _what: None,
     device: str = "cpu",
+    allow_mismatch: bool = False,
 ) -> QuantizedPolicy | SimulatedPolicy:
     """Quantize a policy without training.
 
@@ -42,6 +45,9 @@ def quantize(
         progress: called with (sites done, sites in all, site name).
         device: ``cpu``, or ``cuda`` or ``cuda:N`` to compute on an NVIDIA GPU (docs/gpu.md); the
             policy is on the CPU before and after, and so is what it becomes.
+        allow_mismatch: go on with observations that are mostly unlike what the policy was trained
+            on (docs/calibration.md); they are refused otherwise.  Those that are partly so are
+            warned of (``CalibrationWarning``); what was warned of stays in the artifact.
 
     Returns:
         A ``QuantizedPolicy``, or a ``SimulatedPolicy`` if the recipe cannot exist as integers.
@@ -54,6 +60,7 @@ def quantize(
     gpu = None if device == "cpu" else find_gpu(device)
     chosen = Recipe.load(recipe).scoped(scope)
     given = as_observations(observations)
+    warned = check(policy, given, chosen.observations, allow=allow_mismatch)
     rehearsal = None
     if isinstance(policy, TorchPolicy) and gpu is None:
         rehearsal = rehearse(policy, given.spread(chosen.observations)[0], chosen)
@@ -66,10 +73,10 @@ def quantize(
             return until_built.enter_context(opened)
 
         keeping = None if work_directory is None else journal
-        quantized = build(
-            policy,
-            quantize_policy(policy, given, chosen, journal=keeping, progress=progress, gpu=gpu),
+        quantization = quantize_policy(
+            policy, given, chosen, journal=keeping, progress=progress, gpu=gpu
         )
+        quantized = build(policy, replace(quantization, warnings=tuple(warned)))
     if rehearsal is not None:
         rehearsal.check(quantized.policy)
     return quantized

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import numpy as np
 import pytest
 
 import omega_qvla as oq
+from omega_qvla.calibration.lerobot import match_state
+from omega_qvla.calibration.lerobot_metadata import read_dataset
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.calibration.sampling import Span, plan_frames
 from omega_qvla.errors import ObservationError, ResourceError
+from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.normalization import Part, Parts, Unchanged
 from omega_qvla.policies.pi05_policy import Pi05Policy
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "robot_sim.PickNPlace"
@@ -149,6 +154,103 @@ def test_gr00t_names_choose_cameras_and_parts_of_the_state(
     assert observation["state"].tolist() == [*whole[4:], *whole[:4]]
 
 
+NAMED = ("x", "y", "z", "gripper")
+"""What a policy calls the numbers of its state."""
+
+
+def write_parts(root: Path, names: tuple[str, ...], widths: tuple[int, ...] = ()) -> None:
+    """GR00T's names for the state, one after the other."""
+    ends = np.cumsum(widths or [1] * len(names))
+    starts = [0, *ends[:-1]]
+    parts = {
+        name: {"start": int(a), "end": int(b)}
+        for name, a, b in zip(names, starts, ends, strict=True)
+    }
+    (root / "meta/modality.json").write_text(json.dumps({"state": parts}))
+
+
+def names_in_info(root: Path, names: Any) -> None:
+    """LeRobot's names for the state's numbers."""
+    path = root / "meta/info.json"
+    info = json.loads(path.read_text())
+    info["features"]["observation.state"]["names"] = names
+    path.write_text(json.dumps(info))
+
+
+@pytest.fixture
+def named_policy() -> NativePolicy:
+    """The embedded policy, with names for its state as GR00T's checkpoints have them."""
+    policy = oq.load_policy("builtin:tiny-pi05")
+    parts = tuple(Part(name=name, normalization=Unchanged(width=1)) for name in NAMED)
+    statistics = policy.processor.statistics.model_copy(update={"state": Parts(parts=parts)})
+    policy.processor = replace(policy.processor, statistics=statistics)
+    return policy
+
+
+@pytest.mark.parametrize("where", ["modality.json", "a list", "a mapping with a list"])
+def test_the_state_is_put_in_the_policys_order_by_name(
+    write_dataset: Write, named_policy: NativePolicy, where: str
+) -> None:
+    written = write_dataset("v2.1", state_width=4)
+    theirs = ("gripper", "x", "y", "z")
+    if where == "modality.json":
+        write_parts(written.root, theirs)
+    else:
+        names_in_info(written.root, [*theirs] if where == "a list" else {"motors": [*theirs]})
+    plain = Observations.from_lerobot(written.root)
+    matched = Observations.from_lerobot(written.root, policy=named_policy)
+    for as_stored, in_order in zip(plain, matched, strict=True):
+        assert np.array_equal(in_order["state"], as_stored["state"][[1, 2, 3, 0]])
+    assert matched.report is not None and matched.report.state == NAMED
+    assert "the state is put in the policy's order, by name: x, y, z, gripper" in (
+        matched.report.lines()
+    )
+    assert plain.report is not None and plain.report.state == theirs
+
+
+def test_a_state_in_the_policys_order_is_left_alone(
+    write_dataset: Write, named_policy: NativePolicy
+) -> None:
+    written = write_dataset("v3.0", state_width=4)
+    write_parts(written.root, NAMED)
+    matched = Observations.from_lerobot(written.root, policy=named_policy)
+    assert matched.report is not None and not matched.report.remarks
+    assert np.array_equal(matched[0]["state"], Observations.from_lerobot(written.root)[0]["state"])
+
+
+def test_a_state_that_lacks_some_of_the_policys_names_is_refused_listing_both(
+    write_dataset: Write, named_policy: NativePolicy
+) -> None:
+    written = write_dataset("v2.1", state_width=4)
+    write_parts(written.root, ("gripper", "x", "y", "roll"))
+    told = r"has no z of the policy's state \(x, y, z, gripper\); it has gripper, x, y, roll"
+    with pytest.raises(ObservationError, match=told):
+        Observations.from_lerobot(written.root, policy=named_policy)
+    chosen = ["x", "y", "roll", "gripper"]
+    observations = Observations.from_lerobot(written.root, policy=named_policy, state=chosen)
+    assert observations.report is not None and list(observations.report.state) == chosen
+
+
+def test_parts_of_several_numbers_are_matched_number_by_number(write_dataset: Write) -> None:
+    written = write_dataset("v2.1")
+    write_parts(written.root, ("gripper", "arm", "rest"), (1, 3, 2))
+    parts, remarks = match_state(
+        read_dataset(written.root), ("arm[0]", "arm[1]", "arm[2]", "gripper")
+    )
+    assert [(p.start, p.end) for p in parts] == [(1, 2), (2, 3), (3, 4), (0, 1)] and remarks
+
+
+def test_names_that_have_nothing_in_common_are_taken_in_order(
+    write_dataset: Write, named_policy: NativePolicy
+) -> None:
+    """``quantize`` then warns of it with both lists (``test_mismatch.py``)."""
+    written = write_dataset("v2.1", state_width=4)
+    names_in_info(written.root, ["a", "b", "c", "d"])
+    observations = Observations.from_lerobot(written.root, policy=named_policy)
+    assert observations.report is not None
+    assert observations.report.state == ("a", "b", "c", "d") and not observations.report.remarks
+
+
 def test_state_may_be_put_together_from_features(write_dataset: Write) -> None:
     root = write_dataset("v2.1").root
     (observation,) = Observations.from_lerobot(root, state=["action", "observation.state"], limit=1)
@@ -199,7 +301,7 @@ def test_a_policy_is_quantized_on_a_dataset(write_dataset: Write, policy: Pi05Po
     observations = Observations.from_lerobot(
         written.root, cameras=["base", "wrist"], state=["arm"], limit=4
     )
-    quantized = oq.quantize(policy, observations, recipe="rtn")
+    quantized = oq.quantize(policy, observations, recipe="rtn", allow_mismatch=True)
     assert np.isfinite(quantized.sample_actions(observations[0])).all()
 
 

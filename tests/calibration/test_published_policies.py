@@ -19,6 +19,8 @@ import omega_qvla as oq
 from omega_qvla.cli import main
 from omega_qvla.policies.checkpoints import gr00t_sizes, shapes
 
+# Within the statistics of these policies.
+STATES = {(e, f): [f / 30 - e / 4, e / 2 - f / 20, 1 + e / 2] for e in range(3) for f in range(30)}
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 
 
@@ -41,7 +43,7 @@ def test_lerobots_pi05_needs_no_option_but_out(
     write_dataset: Callable[..., Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("sentencepiece", reason="the extra hub is not installed")
-    dataset = write_dataset("v2.1", cameras=CAMERAS, state_width=3).root
+    dataset = write_dataset("v2.1", cameras=CAMERAS, state_width=3, states=STATES).root
     policy = write_lerobot_pi05(tmp_path / "policy", train_sentencepiece())
     assert quantize(policy, dataset, tmp_path / "out") == 0
     chunk = oq.load(tmp_path / "out").sample_actions(robot_observation(("front", "wrist")))
@@ -52,7 +54,7 @@ def test_lerobots_groot_needs_no_option_but_out(
     write_dataset: Callable[..., Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("tokenizers", reason="the extra hub is not installed")
-    dataset = write_dataset("v3.0", cameras=CAMERAS, state_width=3).root
+    dataset = write_dataset("v3.0", cameras=CAMERAS, state_width=3, states=STATES).root
     policy = write_groot(tmp_path / "policy")
     assert quantize(policy, dataset, tmp_path / "out") == 0
     chunk = oq.load(tmp_path / "out").sample_actions(robot_observation(("front", "wrist")))

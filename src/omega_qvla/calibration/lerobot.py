@@ -26,6 +26,7 @@ from omega_qvla.calibration.lerobot_metadata import (
     INFO,
     Episode,
     LeRobotDataset,
+    StatePart,
     contained,
     read_dataset,
 )
@@ -45,6 +46,7 @@ def stream_lerobot(
     *,
     cameras: Cameras = None,
     state: Sequence[str] | None = None,
+    wanted: Sequence[str] = (),
     instruction: str | None = None,
     split: str = "calibration",
     limit: int = 64,
@@ -57,6 +59,8 @@ def stream_lerobot(
         cameras: see ``Cameras``; by default the dataset's own.
         state: features or GR00T's names that the state is put together from, in this order; by
             default the whole ``observation.state``.
+        wanted: what the policy calls the numbers of its state, if it has names; the state is put
+            in this order where nothing else is asked for and the dataset has the same names.
         instruction: what every frame was told, for datasets whose tasks have no words.
         split: ``calibration``, or ``heldout`` for the frames between those.
         limit: how many observations at most.
@@ -78,7 +82,9 @@ def stream_lerobot(
         raise ObservationError("the instruction is empty; give a sentence, or none at all")
     dataset = read_dataset(root)
     mapping = map_cameras(dataset, cameras)
-    parts = dataset.state_parts(state)
+    parts, matched = (
+        (dataset.state_parts(state), []) if state is not None else match_state(dataset, wanted)
+    )
     episodes, remarks = _available(dataset, [key for key in mapping.values() if key is not None])
     spans = [Span(episode.tasks, episode.length) for episode in episodes]
     plan = plan_frames(spans, limit, seed, split)
@@ -97,8 +103,13 @@ def stream_lerobot(
     _require_enough(root, len(plan), len(kept), skipped)
     if cameras is None and dataset.depth:
         remarks.append(f"depth maps are left out: {_listed(dataset.depth)}")
-    remarks += _displacement(reader, kept)
-    report = SourceReport(_summary(dataset, kept, split), tuple(skipped), tuple(remarks))
+    remarks += [*matched, *_displacement(reader, kept)]
+    report = SourceReport(
+        _summary(dataset, kept, split),
+        tuple(skipped),
+        tuple(remarks),
+        dataset.state_dimensions(parts),
+    )
     return Streamed(lambda number: reader.read(kept[number]), digests), report
 
 
@@ -142,6 +153,41 @@ def map_cameras(dataset: LeRobotDataset, cameras: Cameras) -> dict[str, str | No
             "dataset's); NAME=none (in Python None) leaves a camera of the policy out"
         )
     return {name: None if key is None else known[key] for name, key in wanted.items()}
+
+
+def match_state(
+    dataset: LeRobotDataset, wanted: Sequence[str]
+) -> tuple[list[StatePart], list[str]]:
+    """What a state is put together from, so that its numbers are those a policy wants by name.
+
+    Args:
+        dataset: the dataset.
+        wanted: what the policy calls the numbers of its state; empty if it has no names.
+
+    Returns:
+        The parts, the whole state where the policy or the dataset has no names or they have none
+        in common; and remarks.
+
+    Raises:
+        ObservationError: some of the names are in the dataset and others are not.
+    """
+    places = dataset.named_numbers()
+    missing = [name for name in wanted if name not in places]
+    if not wanted or len(missing) == len(wanted):
+        return dataset.state_parts(None), []
+    if missing:
+        raise ObservationError(
+            f"{dataset.root} has no {', '.join(missing)} of the policy's state "
+            f"({', '.join(wanted)}); it has {', '.join(places)}. Say which parts the state is put "
+            "together from, in the policy's order: --state A,B (in Python state=['A', 'B'])"
+        )
+    parts = [StatePart(feature, i, i + 1) for feature, i in (places[name] for name in wanted)]
+    whole = [] if dataset.whole_state is None else dataset.state_parts(None)
+    if [(p.feature, i) for p in whole for i in range(p.start, p.end)] == [
+        (p.feature, p.start) for p in parts
+    ]:
+        return parts, []
+    return parts, [f"the state is put in the policy's order, by name: {', '.join(wanted)}"]
 
 
 def _listed(names: Iterable[str | None]) -> str:

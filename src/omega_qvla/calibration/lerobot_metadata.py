@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omega_qvla.calibration.parquet import read_columns
 from omega_qvla.errors import ObservationError
+from omega_qvla.policies.normalization import numbered
 
 INFO = "meta/info.json"
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -212,28 +213,28 @@ class LeRobotDataset:
         """The feature that is the state where nothing else is asked for."""
         return next((name for name in _STATE_NAMES if name in self.widths), None)
 
+    def named_numbers(self) -> dict[str, tuple[str, int]]:
+        """Names of single numbers → their feature and place in it.
+
+        GR00T's parts, ``left_arm[0]`` and so on where they have several numbers, which win over
+        the names that the whole state's own numbers have.
+        """
+        own = self.dimensions.get(self.whole_state or "", ())
+        named = {n: (self.whole_state or "", i) for i, n in enumerate(own) if own.count(n) == 1}
+        for name, part in self.modality.state.items():
+            for number, label in enumerate(numbered(name, part.end - part.start)):
+                named[label] = (part.original_key, part.start + number)
+        return named
+
     def state_dimensions(self, parts: Sequence[StatePart]) -> tuple[str, ...]:
         """What the numbers of a state are called; empty where one of them has no name.
 
         Args:
             parts: what the state is put together from.
-
-        Returns:
-            GR00T's names where they cover the state, ``left_arm[0]`` and so on for parts of several
-            numbers; else the names of the features' own numbers.
         """
+        names = {place: name for name, place in self.named_numbers().items()}
         places = [(part.feature, i) for part in parts for i in range(part.start, part.end)]
-        named: dict[tuple[str, int], str] = {}
-        for name, part in self.modality.state.items():
-            for number, label in enumerate(numbered(name, part.end - part.start)):
-                named[part.original_key, part.start + number] = label
-        if not named.keys() >= set(places):
-            named = {
-                (feature, i): name
-                for feature, names in self.dimensions.items()
-                for i, name in enumerate(names)
-            }
-        return tuple(named[place] for place in places) if named.keys() >= set(places) else ()
+        return tuple(names[place] for place in places) if names.keys() >= set(places) else ()
 
     def state_parts(self, names: Sequence[str] | None) -> list[StatePart]:
         """The slices a state is put together from, in the order of the names.
@@ -258,14 +259,14 @@ class LeRobotDataset:
         if name in self.widths:
             return StatePart(name, 0, self.widths[name])
         part = self.modality.state.get(name.removeprefix("state."))
-        numbers = self.dimensions.get(self.whole_state or "", ())
-        if part is None and numbers.count(name) == 1:
-            place = numbers.index(name)
-            return StatePart(self.whole_state or "", place, place + 1)
+        numbers = self.named_numbers()
+        if part is None and name in numbers:
+            feature, place = numbers[name]
+            return StatePart(feature, place, place + 1)
         if part is None:
-            own = f"; numbers of {self.whole_state}: {', '.join(numbers)}" if numbers else ""
+            own = self.dimensions.get(self.whole_state or "", ())
             raise ObservationError(
-                f"{self.root} has no state {name!r}; known: {', '.join(self.state_names)}{own}"
+                f"{self.root} has no state {name!r}; known: {', '.join([*self.state_names, *own])}"
             )
         width = self.widths.get(part.original_key, 0)
         if not part.start < part.end <= width:
@@ -274,11 +275,6 @@ class LeRobotDataset:
                 f"[{part.start}:{part.end}], which has {width} numbers"
             )
         return StatePart(part.original_key, part.start, part.end)
-
-
-def numbered(name: str, width: int) -> list[str]:
-    """What the numbers of a named part are called: its name, or ``name[0]``, ``name[1]``, …"""
-    return [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
 
 
 def is_dataset(path: Path) -> bool:

@@ -26,6 +26,8 @@ from omega_qvla.calibration.streamed import SourceReport, Streamed
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.base import Observation, Policy
 from omega_qvla.policies.loading import BUILTIN, builtin_directory
+from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.normalization import dimension_names
 
 FILE = "observations.npz"
 _TEXT = ("prompt", "task", "split")
@@ -144,6 +146,7 @@ class Observations(Sequence[Observation]):
         cls,
         path: str | Path,
         *,
+        policy: NativePolicy | None = None,
         cameras: Cameras = None,
         state: Sequence[str] | None = None,
         instruction: str | None = None,
@@ -158,11 +161,13 @@ class Observations(Sequence[Observation]):
 
         Args:
             path: the directory that holds ``meta``.
+            policy: whose cameras are taken by their names, and whose state, if it has names for its
+                numbers and the dataset has the same, is put in that order.
             cameras: the policy's camera names, where the dataset calls them the same; or a mapping
                 from them to the dataset's, with None for a camera to leave out.  By default the
-                dataset's own names.
-            state: features or GR00T's names that the state is put together from, in this order; by
-                default the whole ``observation.state``.
+                policy's, or without a policy the dataset's own.
+            state: features, GR00T's names or names of single numbers that the state is put together
+                from, in this order; by default the whole ``observation.state``.
             instruction: what every frame was told, for datasets whose tasks have no words.
             split: ``calibration``, or ``heldout`` for the frames between those.
             limit: how many observations at most.
@@ -177,10 +182,13 @@ class Observations(Sequence[Observation]):
                 than half of the chosen frames can be read.
             ResourceError: the extra ``data`` is not installed.
         """
+        if policy is not None and cameras is None:
+            cameras = policy.config.cameras
         streamed, report = stream_lerobot(
             Path(path),
             cameras=cameras,
             state=state,
+            wanted=() if policy is None else dimension_names(policy.processor.statistics.state),
             instruction=instruction,
             split=split,
             limit=limit,
@@ -200,16 +208,20 @@ class Observations(Sequence[Observation]):
     ) -> Observations:
         """Noise in the form of observations: it exercises a policy, it calibrates nothing real."""
         generator = np.random.default_rng(seed)
+        report = SourceReport(f"{count} observations of noise", noise=True)
         return cls(
-            {
-                "images": {
-                    name: generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
-                    for name in cameras
-                },
-                "state": generator.uniform(-1.0, 1.0, state_dim).astype(np.float32),
-                "prompt": "open the door",  # words that every tokenizer here knows
-            }
-            for _ in range(count)
+            (
+                {
+                    "images": {
+                        name: generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                        for name in cameras
+                    },
+                    "state": generator.uniform(-1.0, 1.0, state_dim).astype(np.float32),
+                    "prompt": "open the door",  # words that every tokenizer here knows
+                }
+                for _ in range(count)
+            ),
+            report,
         )
 
     def save_npz(self, path: str | Path) -> None:

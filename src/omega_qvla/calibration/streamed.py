@@ -44,11 +44,15 @@ class SourceReport:
         summary: one line on what was taken.
         skipped: chosen but not readable.
         remarks: further lines, such as files that are not there.
+        state: what the source calls the numbers of a state; empty where it does not say.
+        noise: whether the observations are noise.
     """
 
     summary: str
     skipped: tuple[Skipped, ...] = ()
     remarks: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    noise: bool = False
 
     def lines(self) -> list[str]:
         """The report for a reader: unreadable places of one file share a line."""

@@ -26,6 +26,7 @@ from omega_qvla.cli.options import (
 from omega_qvla.cli.outputs import MADE_BY, RESULTS, require_free_comparison, sign
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import (
+    admit,
     checkpoint_bytes,
     default_calibration,
     observations_of,
@@ -165,6 +166,7 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
             held_out = held_out.spread(self.held_out)
         for observations in (comparison.calibration, held_out):
             screen.report(observations)
+            admit(policy, observations, len(observations), self, screen)
         journals = Journals(
             self.out / "journals",
             {

@@ -12,12 +12,14 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import tyro
 
+from omega_qvla.calibration.mismatch import CalibrationWarning
 from omega_qvla.cli.benchmarking import Benchmark
 from omega_qvla.cli.comparing import Compare, Demo
 from omega_qvla.cli.evaluating import Eval
@@ -84,7 +86,13 @@ def _parse_and_run(arguments: Sequence[str]) -> int:
 def _run(command: Any, arguments: Sequence[str]) -> int:
     try:
         require_in_range(command)
-        with _terminable(), claimed_files(command.files, command.overwrite):
+        with (
+            _terminable(),
+            claimed_files(command.files, command.overwrite),
+            warnings.catch_warnings(),
+        ):
+            # The commands print what is found, once and before the work.
+            warnings.simplefilter("ignore", CalibrationWarning)
             return command.run(Screen())
     except OmegaError as error:
         status, message = error.exit_status, str(error)

@@ -25,7 +25,7 @@ from omega_qvla.cli.options import (
     save,
 )
 from omega_qvla.cli.screen import Bars, Screen
-from omega_qvla.cli.sources import default_calibration, observations_of
+from omega_qvla.cli.sources import admit, default_calibration, observations_of
 from omega_qvla.cli.sweeps import chosen_tasks, closed_loop_possible
 from omega_qvla.errors import OutputError, SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
@@ -72,6 +72,8 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
         source = self.calibration or default_calibration(self.policy)
         calibration = observations_of(source, policy, self)
         held_out = observations_of(source, policy, self, split="heldout")
+        for observations in (calibration, held_out):
+            admit(policy, observations, len(observations), self, screen)
         full = stress_twin(policy, self.stress, probe=calibration[0])
         with screen.bars() as bars:
             quantized = quantize(
@@ -79,6 +81,7 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
                 calibration,
                 recipe,
                 progress=lambda done, total, _: bars(f"quantizing with {recipe.name}", done, total),
+                allow_mismatch=self.allow_mismatch,
             )
             document = {
                 "schema": 1,

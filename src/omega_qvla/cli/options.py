@@ -117,12 +117,16 @@ class Calibrated:
     ] = None
     state: Annotated[
         str | None,
-        tyro.conf.arg(help="of a LeRobot dataset: features or parts of the state, comma-separated"),
+        tyro.conf.arg(help="of a LeRobot dataset: features or named parts of the state, by commas"),
     ] = None
     instruction: Annotated[
         str | None,
         tyro.conf.arg(help="for every frame of a LeRobot dataset whose tasks have no words"),
     ] = None
+    allow_mismatch: Annotated[
+        bool,
+        tyro.conf.arg(help="go on with observations mostly unlike what the policy was trained on"),
+    ] = False
 
 
 @dataclass(frozen=True)

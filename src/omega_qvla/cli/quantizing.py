@@ -15,7 +15,7 @@ from omega_qvla.artifact.claims import Claim
 from omega_qvla.cli.options import STEPS, Calibrated, Checkpoint, Common, Positional, save
 from omega_qvla.cli.outputs import prepare_journal, require_free_artifact
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sources import calibration_of, default_calibration
+from omega_qvla.cli.sources import admit, calibration_of, default_calibration
 from omega_qvla.devices import find_gpu
 from omega_qvla.errors import RecipeError
 from omega_qvla.evaluation.footprints import directory_bytes
@@ -91,8 +91,7 @@ class Quantize(Calibrated, Checkpoint, Common):
         source = self.calibration or default_calibration(self.policy)
         observations = calibration_of(source, policy, self, recipe.observations)
         screen.report(observations)
-        if (self.calibration or "").startswith("random:"):
-            screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
+        admit(policy, observations, recipe.observations, self, screen)
         preflight(self.out, predict_directory(policy, recipe)["total_bytes"])
         shares = work_shares(policy, recipe)
         with screen.bar(f"quantizing with {recipe.name}", shares) as step:
@@ -104,6 +103,7 @@ class Quantize(Calibrated, Checkpoint, Common):
                 resume=self.resume,
                 progress=lambda done, total, site: step(done, total, site),
                 device=self.device,
+                allow_mismatch=self.allow_mismatch,
             )
         assert isinstance(quantized, QuantizedPolicy)
         quantized.save_pretrained(self.out, claim=claim)

@@ -9,11 +9,14 @@ import torch
 
 from omega_qvla.calibration.lerobot import state_names
 from omega_qvla.calibration.lerobot_metadata import is_dataset
+from omega_qvla.calibration.mismatch import examine
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli.options import Calibrated, names_of
+from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.loading import builtin_directory
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.normalization import dimension_names
 
 
 def calibration_of(
@@ -47,6 +50,7 @@ def observations_of(
         return Observations.load(source, split=split)
     observations = Observations.from_lerobot(
         source,
+        policy=policy,
         cameras=_camera_choice(options.cameras, policy.config.cameras),
         state=names_of(options.state),
         instruction=options.instruction,
@@ -56,11 +60,38 @@ def observations_of(
     try:
         policy.initial_state(observations[0], torch.Generator())
     except ObservationError as error:
+        wanted = dimension_names(policy.processor.statistics.state)
+        names = f", where the policy has {', '.join(wanted)}" if wanted else ""
         raise ObservationError(
             f"the observations of {source} do not fit the policy: {error}. --state names the parts "
-            f"the state is put together from, in order; there are {', '.join(state_names(source))}"
+            f"the state is put together from, in order; there are "
+            f"{', '.join(state_names(source))}{names}"
         ) from error
     return observations
+
+
+def admit(
+    policy: NativePolicy,
+    observations: Observations,
+    limit: int,
+    options: Calibrated,
+    screen: Screen,
+) -> None:
+    """Print how observations compare with the policy's training.
+
+    Raises:
+        ObservationError: they are mostly unlike it, and that was not allowed.
+    """
+    found = examine(policy, observations, limit)
+    if found.facts:
+        screen.say(found.facts)
+    for text in found.warnings:
+        screen.say(f"warning  {text}")
+    if found.refusal is None:
+        return
+    if not options.allow_mismatch:
+        raise ObservationError(found.refusal)
+    screen.say(f"warning  allowed all the same: {found.refusal}")
 
 
 def _camera_choice(text: str | None, cameras: Sequence[str]) -> dict[str, str | None]:

@@ -246,6 +246,22 @@ class Parts(_Kind):
         return list(zip(self.parts, np.split(x, ends, axis=-1), strict=True))
 
 
+def numbered(name: str, width: int) -> list[str]:
+    """What the numbers of a named part are called: its name, or ``name[0]``, ``name[1]``, …"""
+    return [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
+
+
+def dimension_names(normalization: Normalization) -> tuple[str, ...]:
+    """What the numbers of a vector are called; empty where its normalization has no names."""
+    if not isinstance(normalization, Parts):
+        return ()
+    return tuple(
+        name
+        for part in normalization.parts
+        for name in numbered(part.name, part.normalization.width)
+    )
+
+
 def _kind_of(value: Any) -> str | None:
     if isinstance(value, dict):
         return value.get("kind", "quantiles")

@@ -90,6 +90,7 @@ class Quantization:
         calibration: fingerprint of the observations that were used.
         observations: how many there were.
         attention: what the action head's 16-bit attention is multiplied with, where a recipe asks.
+        warnings: in what the observations are unlike what the policy was trained on.
     """
 
     recipe: Recipe
@@ -99,6 +100,7 @@ class Quantization:
     calibration: str
     observations: int
     attention: Sequence[AttentionFactors] = ()
+    warnings: Sequence[str] = ()
 
 
 def quantize_policy(

@@ -48,6 +48,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         *([f"- in 16 bits: {', '.join(left)}"] if left else []),
         f"- calibrated on {config['calibration']['observations']} observations, fingerprint "
         f"`{config['calibration']['fingerprint']}`",
+        *(f"- calibration: {text}" for text in config["calibration"].get("warnings", ())),
         f"- made by omega-qvla {config['library_version']}",
         *(f"- {question}: {answer}" for question, answer in decisions.items()),
         "",

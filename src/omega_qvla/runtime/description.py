@@ -84,6 +84,7 @@ def describe(policy: Policy, quantization: Quantization) -> dict[str, Any]:
         "calibration": {
             "fingerprint": quantization.calibration,
             "observations": quantization.observations,
+            **({"warnings": [*quantization.warnings]} if quantization.warnings else {}),
         },
         "sites": [
             SiteRecord(
