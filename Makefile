@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup gpu demo test slow test-scale lint format bench bench-gpu soak fuzz train clean
+.PHONY: setup gpu demo test slow test-scale test-lerobot golden-lerobot lint format bench bench-gpu soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -70,6 +70,32 @@ test: $(STAMP) $(EMULATOR)
 test-scale: $(STAMP)
 	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[scale]"
 	$(BIN)/python -m pytest -q -m scale tests/evaluation/test_ray.py
+
+# LeRobot itself beside ours on the checkpoints it writes: 5 GB in an environment of its own, then
+# ten minutes.  LEROBOT=DIR names an environment that is there already (docs/parity.md says with what).
+LEROBOT ?=
+LEROBOT_VENV := .venv-lerobot
+LEROBOT_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m lerobot \
+  tests/lerobot --lerobot $(abspath $(or $(LEROBOT),$(LEROBOT_VENV)))/bin/python \
+  --lerobot-out $(OUT)/lerobot
+
+test-lerobot: $(STAMP) $(if $(LEROBOT),,$(LEROBOT_VENV)/.installed)
+	@mkdir -p $(OUT)
+	$(LEROBOT_TESTS)
+
+# Replaces the records that `test` compares with by what LeRobot computes now.
+golden-lerobot: $(STAMP) $(if $(LEROBOT),,$(LEROBOT_VENV)/.installed)
+	@mkdir -p $(OUT)
+	$(LEROBOT_TESTS) --write-golden
+
+$(LEROBOT_VENV)/.installed:
+	@for python in "$(PYTHON312)" python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/python3.12; do \
+	  "$$python" -m venv $(LEROBOT_VENV) 2>/dev/null && exit 0; done; \
+	  echo "Python 3.12 is needed for LeRobot; name one with: make PYTHON312=PATH test-lerobot"; exit 2
+	$(LEROBOT_VENV)/bin/python -m pip install --quiet "torch==2.11.0"
+	$(LEROBOT_VENV)/bin/python -m pip install --quiet "lerobot[pi,peft,dataset]==0.6.1" \
+	  imageio pyserial deepdiff sentencepiece
+	@touch $@
 
 # What `test` does a little of, done at length.
 slow: $(STAMP) $(EMULATOR) $(GPU)

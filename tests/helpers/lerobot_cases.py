@@ -27,6 +27,8 @@ FLAT_DIMENSION = 3
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 TIED_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 OLD, MIDDLE, BEFORE, CURRENT = "0.4.4", "0.5.0", "0.5.1", "0.6.1"
+NEWER = "0.6.1 with transformers 5.6.0"
+"""Which LeRobot's own requirements do not allow, and which names the vision tower otherwise."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Case:
 
     Attributes:
         name: of its directory, and of the test.
-        written_by: the LeRobot whose code makes the pipelines and saves them.
+        written_by: the LeRobot whose code makes the checkpoint.
         base: the case whose pipelines it keeps, as a fine-tune does.
         normalization: of state and actions.
         height, width: of the cameras' images.
@@ -68,6 +70,7 @@ CASES: tuple[Case, ...] = (
     Case("saved-by-0.5.1", written_by=BEFORE),
     Case("saved-by-0.5.0", written_by=MIDDLE),
     Case("saved-by-0.4.4", written_by=OLD),
+    Case("saved-with-transformers-5.6", written_by=NEWER),
     Case("fine-tune-of-0.4.4", base="saved-by-0.4.4"),
     Case("fine-tune-of-0.5.0", base="saved-by-0.5.0"),
     Case("square-images", height=256, width=256),
@@ -101,7 +104,10 @@ def weight(name: str, shape: Sequence[int]) -> np.ndarray:
 
     The spread is 1/√fan_in, or 0.3 for vectors, around one for the gains of the vision tower.
     """
-    drawn = uniform(f"weight {EMBEDDING if name == TIED_HEAD else name}", shape)
+    source = EMBEDDING if name == TIED_HEAD else name
+    if "vision_tower." in source and "vision_tower.vision_model." not in source:  # a newer name
+        source = source.replace("vision_tower.", "vision_tower.vision_model.")
+    drawn = uniform(f"weight {source}", shape)
     if len(shape) > 1:
         return (drawn / math.sqrt(math.prod(shape[1:]))).astype(np.float32)
     gain = "vision_tower" in name and name.endswith("norm.weight")
@@ -132,7 +138,7 @@ def observations(case: Case) -> list[dict[str, Any]]:
         images = {}
         for camera in CAMERAS:
             data = hashlib.shake_256(f"image {camera} {i}".encode()).digest(math.prod(size))
-            images[camera] = np.frombuffer(data, np.uint8).reshape(size)
+            images[camera] = np.frombuffer(data, np.uint8).reshape(size).copy()
         state = uniform(f"state {i}", (STATE_WIDTH,)).astype(np.float32)
         state[FLAT_DIMENSION] = flat
         seen.append({"images": images, "state": state, "prompt": prompt})

@@ -1,8 +1,8 @@
 """Saves shrunken pi05 policies with LeRobot and records what it computes of two observations.
 
 Runs in an environment with LeRobot and without this project, with ``tests/helpers`` on its path and
-one JSON argument, see ``records.py``.  Every case gets a directory ``OUT/CASE``: ``checkpoint/`` as
-LeRobot saves it and ``record.safetensors``.
+a job on its standard input, see ``lerobot_records.py``.  Every case gets a directory ``OUT/CASE``:
+``checkpoint/`` as LeRobot saves it and ``record.safetensors``.
 
 The four parts are one after the other what a robot's loop does; where an older LeRobot's network
 does not run in this environment, ``see`` and ``finish`` are its own and ``act`` another's.
@@ -33,6 +33,7 @@ from lerobot_cases import (
     ACTION_WIDTH,
     CAMERAS,
     CASES,
+    CURRENT,
     HORIZON,
     OLD,
     STATE_WIDTH,
@@ -51,30 +52,28 @@ TOKENS, MASK = "observation.language.tokens", "observation.language.attention_ma
 
 
 class LeRobot:
-    """The modules of the LeRobot that is installed, or of the one whose code lies in a folder.
+    """The modules of the LeRobot that Python finds.
 
     Args:
-        code: a folder with the package ``lerobot`` of another release.
         tokenizer: the folder of a stand-in for PaliGemma's tokenizer.
     """
 
-    def __init__(self, code: Path | None, tokenizer: Path) -> None:
-        if code is not None:
-            sys.path.insert(0, str(code))
-            policies = types.ModuleType("lerobot.policies")
-            policies.__path__ = [str(code / "lerobot" / "policies")]
-            sys.modules["lerobot.policies"] = policies
+    def __init__(self, tokenizer: Path) -> None:
         import transformers
 
+        import lerobot
+
+        self.version: str = lerobot.__version__
+        if self.version != CURRENT:
+            policies = types.ModuleType("lerobot.policies")
+            policies.__path__ = [str(Path(lerobot.__file__).parent / "policies")]
+            sys.modules["lerobot.policies"] = policies
         load = transformers.AutoTokenizer.from_pretrained
         transformers.AutoTokenizer.from_pretrained = staticmethod(
             lambda name, *args, **kwargs: load(tokenizer)
         )
         from lerobot.policies.pi05 import configuration_pi05, modeling_pi05, processor_pi05
 
-        import lerobot
-
-        self.version: str = lerobot.__version__
         self.config = configuration_pi05.PI05Config
         self.model, self.processor = modeling_pi05, processor_pi05
         if self.version != OLD:  # whose network needs a transformers of its own
@@ -218,7 +217,7 @@ def batch_of(case: Case) -> dict[str, Any]:
     seen = observations(case)
     batch: dict[str, Any] = {
         f"{IMAGES}{camera}": torch.stack(
-            [torch.from_numpy(o["images"][camera].copy()).permute(2, 0, 1) / 255.0 for o in seen]
+            [torch.from_numpy(o["images"][camera]).permute(2, 0, 1) / 255.0 for o in seen]
         )
         for camera in CAMERAS
     }
@@ -324,19 +323,18 @@ def hugging_face_tokenizer(model: Path, out: Path) -> None:
 def main(job: dict[str, Any]) -> None:
     """Do the parts of a job for its cases, in the order of ``CASES``."""
     torch.set_num_threads(1)
-    out, code = Path(job["out"]), job["code"]
+    out = Path(job["out"])
     tokenizer = out / "tokenizer"
     if not tokenizer.exists():
         hugging_face_tokenizer(Path(job["tokenizer"]), tokenizer)
-    lerobot = LeRobot(code and Path(code), tokenizer)
+    lerobot = LeRobot(tokenizer)
     for case in CASES:
         if case.name in job["cases"]:
             for part in job["parts"]:
                 PARTS[part](lerobot, case, out / case.name)
-            print(
-                f"{case.name}: {', '.join(job['parts'])} by LeRobot {lerobot.version}", flush=True
-            )
+            done = ", ".join(job["parts"])
+            print(f"{case.name}: {done} by LeRobot {lerobot.version}", flush=True)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.load(sys.stdin))

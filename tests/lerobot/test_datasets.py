@@ -1,6 +1,6 @@
 """All datasets of ``dataset_cases.py``, written now by LeRobot and read by both.
 
-Needs an environment with LeRobot 0.6.1, whose Python ``LEROBOT_PYTHON`` names.
+Needs an environment with LeRobot 0.6.1 (``make test-lerobot``).
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ REFUSED = {"h264-10-bit": "10 bits per channel", "hevc-10-bit": "10 bits per cha
 FARTHER = {"first-pts-2-early-rows": "the nearest is at 0.200 s"}
 """LeRobot was given a tolerance of more than half a row period; this library keeps to that."""
 
-pytestmark = pytest.mark.skipif(
-    "LEROBOT_PYTHON" not in os.environ,
-    reason="LEROBOT_PYTHON does not name the Python of an environment with LeRobot 0.6.1",
-)
+pytestmark = pytest.mark.lerobot
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def datasets(lerobot_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("datasets")
-    write_datasets(Path(os.environ["LEROBOT_PYTHON"]), folder)
+    write_datasets(lerobot_python, folder)
     return folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -52,22 +51,25 @@ def test_an_action_is_relative_unless_its_name_contains_an_excluded_word(
     assert relative_mask(4, names, exclude) == expected
 
 
-@given(data=st.data())
-def test_relative_actions_return_to_the_absolute_ones_they_were_made_of(data: Any) -> None:
-    """Small integers: sums are exact."""
-    width = data.draw(st.integers(1, 6))
-    mask = tuple(data.draw(st.lists(st.booleans(), max_size=width)))
-    whole = st.integers(-1000, 1000)
-    state = np.array(data.draw(st.lists(whole, min_size=width, max_size=9)), np.float32)
-    absolute = np.array(
-        data.draw(st.lists(st.lists(whole, min_size=width, max_size=width), min_size=1)), np.float32
-    )
-    given_ = absolute.copy()
-    for i, counted in enumerate(mask):
-        given_[:, i] -= state[i] if counted else 0.0
-    kept = given_.copy()
-    np.testing.assert_array_equal(to_absolute(given_, state, mask), absolute)
-    np.testing.assert_array_equal(given_, kept)
+@given(
+    mask=st.lists(st.booleans(), max_size=6).map(tuple),
+    more=st.tuples(st.integers(1, 3), st.integers(0, 3)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_relative_actions_return_to_the_absolute_ones_they_were_made_of(
+    mask: tuple[bool, ...], more: tuple[int, int], seed: int
+) -> None:
+    """Small integers: sums are exact.  There are actions and state beyond the mask."""
+    source = np.random.default_rng(seed)
+    actions, states = len(mask) + more[0], len(mask) + more[1]
+    absolute = source.integers(-1000, 1000, (5, actions)).astype(np.float32)
+    state = source.integers(-1000, 1000, states).astype(np.float32)
+    differences = absolute.copy()
+    for i, relative in enumerate(mask):
+        differences[:, i] -= state[i] if relative else 0.0
+    kept = differences.copy()
+    np.testing.assert_array_equal(to_absolute(differences, state, mask), absolute)
+    np.testing.assert_array_equal(differences, kept)
 
 
 def test_every_way_to_sample_adds_the_state_of_its_own_observation(

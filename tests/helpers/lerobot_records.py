@@ -9,12 +9,19 @@ import subprocess
 from collections.abc import Collection
 from pathlib import Path
 
-from lerobot_cases import BEFORE, CASES, CURRENT, MIDDLE, OLD
+from lerobot_cases import BEFORE, CASES, CURRENT, MIDDLE, NEWER, OLD
 
 TESTS = Path(__file__).parents[1]
 TOKENIZER = TESTS / "parity" / "golden" / "tokenizer.model"
-DRACCUS = "draccus==0.10.0"
-"""What the older releases write ``config.json`` with."""
+PACKAGES: dict[str, tuple[str, ...]] = {
+    OLD: ("lerobot==0.4.4", "draccus==0.10.0"),
+    MIDDLE: ("lerobot==0.5.0", "draccus==0.10.0", "transformers==5.3.0"),
+    BEFORE: ("lerobot==0.5.1", "draccus==0.10.0", "transformers==5.3.0"),
+    CURRENT: (),
+    NEWER: ("transformers==5.6.0",),
+}
+"""What takes the place of LeRobot 0.6.1's own environment.  draccus writes ``config.json``;
+transformers from 5.4 on scales embeddings, which LeRobot 0.5 does itself."""
 
 ALL = ("save", "see", "act", "finish")
 RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -25,6 +32,7 @@ RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (MIDDLE, MIDDLE, ALL),
     (BEFORE, BEFORE, ALL),
     (CURRENT, CURRENT, ALL),
+    (NEWER, NEWER, ALL),
 )
 """The release that writes a checkpoint, the one that runs, and the parts it runs."""
 
@@ -32,8 +40,8 @@ RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 def write_records(python: Path, out: Path, cases: Collection[str]) -> None:
     """Checkpoints and records of these cases, in ``out``.
 
-    Of older releases only the code is needed: pip brings it into ``out/releases``, and it runs with
-    the libraries of LeRobot's environment.
+    pip brings ``PACKAGES`` into ``out/releases``, without what they depend on: they run with the
+    libraries of LeRobot's environment.
 
     Args:
         python: that of an environment with LeRobot 0.6.1.
@@ -49,22 +57,26 @@ def write_records(python: Path, out: Path, cases: Collection[str]) -> None:
         names = [case.name for case in CASES if case.written_by == writer and case.name in cases]
         if not names:
             continue
-        code = None if runner == CURRENT else str(_release(python, runner, out / "releases"))
-        job = {"out": str(out), "tokenizer": str(TOKENIZER), "code": code}
-        argument = json.dumps({**job, "parts": parts, "cases": names})
-        around = {**os.environ, "PYTHONPATH": str(TESTS / "helpers"), "HF_HUB_OFFLINE": "1"}
-        command = [str(python), str(TESTS / "lerobot" / "record.py"), argument]
-        subprocess.run(command, check=True, env=around)
+        path = [TESTS / "helpers", *_packages(python, runner, out / "releases")]
+        around = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, path)),
+        }
+        job = {"out": str(out), "tokenizer": str(TOKENIZER), "parts": parts, "cases": names}
+        command = [str(python), str(TESTS / "lerobot" / "record.py")]
+        subprocess.run(command, input=json.dumps(job), text=True, check=True, env=around)
 
 
-def _release(python: Path, version: str, folder: Path) -> Path:
-    """The code of an older release."""
-    code = folder / version
+def _packages(python: Path, release: str, folder: Path) -> list[Path]:
+    """The folder with the packages of a release, fetched once; none where it needs none."""
+    if not PACKAGES[release]:
+        return []
+    code = folder / release.replace(" ", "-")
     if not code.exists():
-        partial = folder / f"{version}.partial"
+        partial = code.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-        wanted = [f"lerobot=={version}", DRACCUS]
-        subprocess.run([*command, str(partial), *wanted], check=True)
+        subprocess.run([*command, str(partial), *PACKAGES[release]], check=True)
         partial.rename(code)
-    return code
+    return [code]

@@ -1,0 +1,39 @@
+"""Options of the comparison with LeRobot itself, and its table (``make test-lerobot``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROWS = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--lerobot", type=Path, help="python of an environment with LeRobot 0.6.1")
+    parser.addoption("--lerobot-out", type=Path, help="where checkpoints and records are kept")
+    parser.addoption(
+        "--write-golden", action="store_true", help="replace the records kept with the tests"
+    )
+
+
+@pytest.fixture(scope="session")
+def lerobot_python(request: pytest.FixtureRequest) -> Path:
+    """The Python of the environment with LeRobot."""
+    python = request.config.getoption("--lerobot", None)
+    if python is None:
+        pytest.skip("no environment with LeRobot was named: run make test-lerobot")
+    return python
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> list[str]:
+    """Lines printed at the end."""
+    return request.config.stash.setdefault(ROWS, [])
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    for line in config.stash.get(ROWS, []):
+        terminalreporter.write_line(line)

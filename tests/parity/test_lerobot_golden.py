@@ -1,0 +1,94 @@
+"""pi05 checkpoints that LeRobot wrote, and what it computed of them (docs/parity.md).
+
+``make test-lerobot`` runs LeRobot itself; here are its records of the same cases.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lerobot_cases import GOLDEN, VOCABULARY, Case
+from lerobot_golden import WEIGHTS, Golden, draw_weights
+from lerobot_parity import choices_of, compare, know_small_tower
+
+from omega_qvla.errors import PolicyError
+from omega_qvla.policies.checkpoints.pi05_sizes import GEMMA_VARIANTS
+from omega_qvla.policies.layers import VisionConfig
+from omega_qvla.policies.pi05 import Pi05Config, Pi05Module
+
+UNTOLD = tuple(case for case in GOLDEN if choices_of(case).written_by is not None)
+
+pytest.importorskip("sentencepiece", reason="the extra hub is not installed")
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    return Golden()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The network of every case."""
+    dummy = GEMMA_VARIANTS["dummy"]
+    config = Pi05Config(
+        vision=VisionConfig(width=64, hidden=72, heads=2, depth=2, image_size=28),
+        backbone=dummy,
+        expert=dummy,
+        depth=2,
+        vocabulary=VOCABULARY,
+        horizon=5,
+        action_dim=32,
+        robot_action_dim=7,
+        state_dim=8,
+        cameras=("image",),
+        prompt_length=200,
+        state_in_prompt=True,
+    )
+    with torch.device("meta"):
+        module = Pi05Module(config)
+    path = tmp_path_factory.mktemp("weights") / WEIGHTS
+    draw_weights(module, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(
+    golden: Golden, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Case], Path]:
+    """Puts a case's checkpoint together again."""
+    know_small_tower(monkeypatch)
+
+    def write(case: Case) -> Path:
+        for name, data in golden.files(case).items():
+            (tmp_path / name).write_bytes(data)
+        os.link(weights, tmp_path / WEIGHTS)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=[case.name for case in GOLDEN])
+def test_ours_computes_what_lerobot_computed(
+    case: Case, golden: Golden, checkpoint: Callable[[Case], Path]
+) -> None:
+    found = compare(checkpoint(case), golden.record(case), case)
+    assert found.within_bounds(), found
+
+
+@pytest.mark.parametrize("case", UNTOLD, ids=[case.name for case in UNTOLD])
+def test_a_release_that_nothing_tells_must_be_said_and_matters(
+    case: Case, golden: Golden, checkpoint: Callable[[Case], Path]
+) -> None:
+    """Taken for the other release, prompts and bars are others: the comparison would see it."""
+    directory, right = checkpoint(case), choices_of(case)
+    with pytest.raises(PolicyError, match="give --written-by lerobot"):
+        compare(directory, golden.record(case), case, replace(right, written_by=None))
+    other: Any = {"lerobot-0.4": "lerobot-0.5", "lerobot-0.5": "lerobot-0.4"}[right.written_by]
+    found = compare(directory, golden.record(case), case, replace(right, written_by=other))
+    assert found.tokens > 0 and found.pixels > 1.0 and found.actions > 1e-3
