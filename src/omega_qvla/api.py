@@ -13,6 +13,7 @@ from omega_qvla.quantization.journal import Journal
 from omega_qvla.quantization.pipeline import Progress, quantize_policy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, build
+from omega_qvla.threads import check_threads, fitting_threads, torch_threads, widest_linear
 
 
 def quantize(
@@ -25,6 +26,7 @@ def quantize(
     resume: bool = False,
     progress: Progress = lambda _done, _total, _what: None,
     device: str = "cpu",
+    threads: int | None = None,
 ) -> QuantizedPolicy | SimulatedPolicy:
     """Quantize a policy without training.
 
@@ -39,6 +41,10 @@ def quantize(
         progress: called with (sites done, sites in all, site name).
         device: ``cpu``, or ``cuda`` or ``cuda:N`` to compute on an NVIDIA GPU (docs/gpu.md); the
             policy is on the CPU before and after, and so is what it becomes.
+        threads: of PyTorch, at most; None is ``torch.get_num_threads()``.  A policy whose linears
+            all have less than a million weights is quantized on one: that is faster, and gives the
+            same bytes whatever is asked for.  The bytes of a larger one depend on the number
+            (docs/artifact.md).  Afterwards PyTorch has as many threads as before.
 
     Returns:
         A ``QuantizedPolicy``, or a ``SimulatedPolicy`` if the recipe cannot exist as integers.
@@ -47,13 +53,16 @@ def quantize(
     Raises:
         RecipeError, ObservationError, PolicyError, NonFiniteError, ResumeError, ResourceError.
     """
+    if threads is not None:
+        check_threads(threads)
     gpu = None if device == "cpu" else find_gpu(device)
     chosen = Recipe.load(recipe).scoped(scope)
     journal = None
     if work_directory is not None:
         directory = Path(work_directory)
         journal = partial(Journal, directory, resume=resume)
-    return build(
-        policy,
-        quantize_policy(policy, observations, chosen, journal=journal, progress=progress, gpu=gpu),
-    )
+    with torch_threads(fitting_threads(widest_linear(policy.module), threads)):
+        quantization = quantize_policy(
+            policy, observations, chosen, journal=journal, progress=progress, gpu=gpu
+        )
+        return build(policy, quantization)

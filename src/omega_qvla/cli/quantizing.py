@@ -25,6 +25,7 @@ from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.runtime.linear import best_kernel
 from omega_qvla.runtime.loading import load
 from omega_qvla.runtime.memory import predict
+from omega_qvla.threads import check_threads, fitting_threads, widest_linear
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,18 @@ class Quantize(Calibrated, Checkpoint, Common):
     device: Annotated[
         str, tyro.conf.arg(help="computes: cpu, cuda or cuda:N; the artifact runs on either")
     ] = "cpu"
+    threads: Annotated[
+        int | None,
+        tyro.conf.arg(help="at most; every core by default, and always one for small layers"),
+    ] = None
     resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="only predict the memory table")] = False
 
     def run(self, screen: Screen) -> int:
         if self.device != "cpu":
             find_gpu(self.device)  # refused before anything is read
+        if self.threads is not None:
+            check_threads(self.threads)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         if self.dry_run:
             policy = _with_steps(policy_structure(self.policy, self.choices), self.steps)
@@ -69,6 +76,8 @@ class Quantize(Calibrated, Checkpoint, Common):
         screen.report(observations)
         if (self.calibration or "").startswith("random:"):
             screen.say("calibrating on noise: fit to measure speed and memory, nothing else")
+        threads = fitting_threads(widest_linear(policy.module), self.threads)
+        screen.say(f"computing with {threads} thread(s)")
         preflight(self.out, predict(policy, recipe)["total_bytes"])
         work = self.out.with_name(f".{self.out.name}.journal")
         shares = work_shares(policy, recipe)
@@ -81,6 +90,7 @@ class Quantize(Calibrated, Checkpoint, Common):
                 resume=self.resume,
                 progress=lambda done, total, site: step(done, total, site),
                 device=self.device,
+                threads=threads,
             )
         quantized.save_pretrained(self.out)
         discard_journal(work)
