@@ -1,6 +1,7 @@
 """Omega-QVLA: vision-language-action policies in 4 bits, weights and activations.
 
-The whole public API; importing it starts no CUDA.
+The whole public API; importing it starts no CUDA.  It lets PyTorch's idle threads sleep instead of
+spin, unless an environment variable says how they wait (``openmp.py``).
 
     import omega_qvla as oq
 
@@ -12,6 +13,10 @@ The whole public API; importing it starts no CUDA.
 """
 
 from __future__ import annotations
+
+from omega_qvla.openmp import let_idle_threads_sleep
+
+let_idle_threads_sleep()  # before anything below imports torch
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.mismatch import CalibrationWarning

@@ -17,6 +17,7 @@ from omega_qvla.quantization.pipeline import Progress, quantize_policy
 from omega_qvla.quantization.rehearsal import rehearse
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy, build
+from omega_qvla.threads import check_threads, fitting_threads, torch_threads, widest_linear
 
 
 def quantize(
@@ -30,6 +31,7 @@ def quantize(
     progress: Progress = lambda _done, _total, _what: None,
     device: str = "cpu",
     allow_mismatch: bool = False,
+    threads: int | None = None,
 ) -> QuantizedPolicy | SimulatedPolicy:
     """Quantize a policy without training.
 
@@ -48,6 +50,10 @@ def quantize(
         allow_mismatch: go on with observations that are mostly unlike what the policy was trained
             on (docs/calibration.md); they are refused otherwise.  Those that are partly so are
             warned of (``CalibrationWarning``); what was warned of stays in the artifact.
+        threads: of PyTorch, at most; None is ``torch.get_num_threads()``.  A policy whose linears
+            all have less than a million weights is quantized on one: that is faster, and gives the
+            same bytes whatever is asked for.  The bytes of a larger one depend on the number
+            (docs/artifact.md).  Afterwards PyTorch has as many threads as before.
 
     Returns:
         A ``QuantizedPolicy``, or a ``SimulatedPolicy`` if the recipe cannot exist as integers.
@@ -57,15 +63,20 @@ def quantize(
         OutputError: another process is computing sites for the journal.
         RecipeError, ObservationError, PolicyError, NonFiniteError, ResumeError, ResourceError.
     """
+    if threads is not None:
+        check_threads(threads)
     gpu = None if device == "cpu" else find_gpu(device)
     chosen = Recipe.load(recipe).scoped(scope)
     given = as_observations(observations)
     warned = check(policy, given, chosen.observations, allow=allow_mismatch)
-    rehearsal = None
-    if isinstance(policy, TorchPolicy) and gpu is None:
-        rehearsal = rehearse(policy, given.spread(chosen.observations)[0], chosen)
-        policy = rehearsal.policy
-    with ExitStack() as until_built:  # a streamed policy's sites are read from its journal
+    with (
+        torch_threads(fitting_threads(widest_linear(policy.module), threads)),
+        ExitStack() as until_built,  # a streamed policy's sites are read from its journal
+    ):
+        rehearsal = None
+        if isinstance(policy, TorchPolicy) and gpu is None:
+            rehearsal = rehearse(policy, given.spread(chosen.observations)[0], chosen)
+            policy = rehearsal.policy
 
         def journal(header: dict[str, str]) -> Journal:
             assert work_directory is not None
@@ -77,6 +88,6 @@ def quantize(
             policy, given, chosen, journal=keeping, progress=progress, gpu=gpu
         )
         quantized = build(policy, replace(quantization, warnings=tuple(warned)))
-    if rehearsal is not None:
-        rehearsal.check(quantized.policy)
-    return quantized
+        if rehearsal is not None:
+            rehearsal.check(quantized.policy)
+        return quantized

@@ -27,6 +27,7 @@ from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.fused import CpuElementwise
 from omega_qvla.runtime.kernels import cpu, cpu_elementwise
+from omega_qvla.threads import available_cores
 
 pytestmark = pytest.mark.skipif(not cpu.instruction_sets(), reason="built without C++ kernels")
 quick = settings(deadline=None, max_examples=60)
@@ -37,7 +38,7 @@ SPECIAL = [0.0, -0.0, 1e-40, -1e-40, 88.0, -88.0, 89.5, -89.5, 2e4, -2e4, 1e19, 
 def by_every_path(compute: Any) -> Tensor:
     """What one function of (path, threads) gives, the same bits on every path and with help."""
     numbers = [cpu.path_number(name) for name in cpu.instruction_sets()]
-    helpers = min(2, cpu.available_cores())
+    helpers = min(2, available_cores())
     first, *others = [compute(number, threads) for number in numbers for threads in {1, helpers}]
     for other in others:
         assert torch.equal(first.view(torch.int32), other.view(torch.int32))

@@ -28,7 +28,7 @@ from omega_qvla.evaluation.policy_speed import Subject, measure_policies
 from omega_qvla.extras import require
 from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.report.table import bound_table, kernel_table, policy_table
-from omega_qvla.runtime.kernels.cpu import available_cores
+from omega_qvla.threads import available_cores
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from omega_qvla.runtime.inspection import inspect_artifact
 from omega_qvla.runtime.linear import best_kernel
 from omega_qvla.runtime.loading import coverage_failures
 from omega_qvla.runtime.prediction import predict_directory
+from omega_qvla.threads import check_threads, fitting_threads, widest_linear
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,18 @@ class Quantize(Calibrated, Checkpoint, Common):
     device: Annotated[
         str, tyro.conf.arg(help="computes: cpu, cuda or cuda:N; the artifact runs on either")
     ] = "cpu"
+    threads: Annotated[
+        int | None,
+        tyro.conf.arg(help="at most; every core by default, and always one for small layers"),
+    ] = None
     resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="only predict the memory table")] = False
 
     def run(self, screen: Screen) -> int:
         if self.device != "cpu":
             find_gpu(self.device)  # refused before anything is read
+        if self.threads is not None:
+            check_threads(self.threads)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         if self.dry_run:
             policy = _with_steps(policy_structure(self.policy, self.choices), self.steps)
@@ -92,6 +99,8 @@ class Quantize(Calibrated, Checkpoint, Common):
         observations = calibration_of(source, policy, self, recipe.observations)
         screen.report(observations)
         admit(policy, observations, recipe.observations, self, screen)
+        threads = fitting_threads(widest_linear(policy.module), self.threads)
+        screen.say(f"computing with {threads} thread(s)")
         preflight(self.out, predict_directory(policy, recipe)["total_bytes"])
         shares = work_shares(policy, recipe)
         with screen.bar(f"quantizing with {recipe.name}", shares) as step:
@@ -104,6 +113,7 @@ class Quantize(Calibrated, Checkpoint, Common):
                 progress=lambda done, total, site: step(done, total, site),
                 device=self.device,
                 allow_mismatch=self.allow_mismatch,
+                threads=threads,
             )
         assert isinstance(quantized, QuantizedPolicy)
         quantized.save_pretrained(self.out, claim=claim)

@@ -12,7 +12,7 @@ import contextlib
 import multiprocessing
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -27,6 +27,7 @@ from omega_qvla.errors import ResourceError
 from omega_qvla.evaluation.llama_cpp import LLAMA_CPP, Q4_0_BYTES_PER_WEIGHT, Ggml
 from omega_qvla.evaluation.timing import medians, percentile, take_turns
 from omega_qvla.runtime.kernels import cpu
+from omega_qvla.threads import available_cores, check_threads, torch_threads
 
 COLD_BYTES = 96 << 20
 """Weights a peer walks through: three times the largest cache of common machines."""
@@ -115,10 +116,10 @@ def measure_shape(
             or more threads than cores.
     """
     name = kernel or _require_kernel()
-    cpu.check_threads(threads)
+    check_threads(threads)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((shape.M, shape.K), generator=generator)
-    with _torch_threads(threads):
+    with torch_threads(threads):
         calls = {
             name: _ours(shape, rows, threads, generator, cold_bytes, kernel),
             "torch fp32": _float(shape, rows, cold_bytes),
@@ -164,7 +165,7 @@ def measure_peaks(threads: int) -> dict[str, float]:
 
 def measure_bandwidth(threads: int, size: int = 256 << 20) -> float:
     """Bytes per second that come from memory when an array larger than any cache is added up."""
-    with _torch_threads(threads):
+    with torch_threads(threads):
         array = torch.ones(size // 8, dtype=torch.float64)
         return size / min(take_turns({"sum": array.sum}, rounds=7)["sum"])
 
@@ -204,14 +205,14 @@ def measure_contention(*, calls: int, threads: int, kernel: str | None = None) -
         ResourceError: as ``measure_shape``.
     """
     _require_kernel()
-    cpu.check_threads(threads)
+    check_threads(threads)
     generator = torch.Generator().manual_seed(0)
     shape = Shape("contention", 10, 4096, 1024, static=True)
     rows = torch.randn((shape.M, shape.K), generator=generator)
     call = _ours(shape, rows, threads, generator, 8 << 20, kernel)
     idle = _latencies(call, calls)
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=_burn, daemon=True) for _ in range(cpu.available_cores())]
+    others = [context.Process(target=_burn, daemon=True) for _ in range(available_cores())]
     for other in others:
         other.start()
     try:
@@ -254,16 +255,6 @@ def _require_kernel() -> str:
             "compiler (apt-get install g++) and reinstall omega-qvla"
         )
     return name
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _copies(weight_bytes: float, cold_bytes: int) -> int:

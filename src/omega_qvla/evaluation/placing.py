@@ -10,7 +10,7 @@ from omega_qvla.evaluation.local_crew import LocalCrew
 from omega_qvla.evaluation.ray_crew import RayCrew
 from omega_qvla.evaluation.sweep import Evaluate, evaluate_here
 from omega_qvla.policies.loading import available_memory
-from omega_qvla.runtime.kernels.cpu import available_cores
+from omega_qvla.threads import available_cores
 
 WORTH_PROCESSES = 200
 """Below so many episodes in all, starting worker processes costs more than it brings."""

@@ -28,8 +28,8 @@ from omega_qvla.errors import OmegaError, PolicyError, RecipeError, ResourceErro
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime.engine import kernels_of
-from omega_qvla.runtime.kernels import cpu
 from omega_qvla.runtime.loading import load
+from omega_qvla.threads import check_threads
 
 PARTS = ("vision_ms", "prefix_ms", "denoise_ms", "total_ms")
 
@@ -68,7 +68,7 @@ def measure_policies(
     if rounds < 1:
         raise RecipeError(f"rounds={rounds}: at least one is needed to measure anything")
     for subject in subjects:
-        cpu.check_threads(subject.threads)
+        check_threads(subject.threads)
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         workers = []

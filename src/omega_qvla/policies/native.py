@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,6 +29,7 @@ from omega_qvla.policies.processing import Encoded
 from omega_qvla.policies.step_table import StepTable
 from omega_qvla.policies.weight_store import WeightStore, hold
 from omega_qvla.recipe import Scope
+from omega_qvla.threads import fitting_threads, torch_threads, widest_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -191,6 +194,15 @@ class NativePolicy(ABC):
         """Sample through something that gives what ``compute`` gives; a copy starts without it."""
         self._pass = replacement
 
+    @cached_property
+    def _widest(self) -> int:
+        """Looked up once: what replaces a module is as wide."""
+        return widest_linear(self.module)
+
+    def _fitting_threads(self) -> AbstractContextManager[None]:
+        """Inside the block PyTorch has as many threads as the network is worth."""
+        return torch_threads(fitting_threads(self._widest))
+
     def _chunks(self, inputs: Sequence[Tensor], noise: Tensor, steps: int | None) -> Tensor:
         run = self.compute if self._pass is None else self._pass
         return run(inputs, noise, self.steps if steps is None else steps)
@@ -283,9 +295,10 @@ class NativePolicy(ABC):
 
         What the network puts into the padding beyond the robot's own dimensions is no action.
         """
-        inputs = self.processor.encode(observation)
-        chunk = self._chunks(inputs, self._noise(noise, generator), steps)[0]
-        return chunk[:, : self.config.robot_action_dim]
+        with self._fitting_threads():
+            inputs = self.processor.encode(observation)
+            chunk = self._chunks(inputs, self._noise(noise, generator), steps)[0]
+            return chunk[:, : self.config.robot_action_dim]
 
     def sample_actions(
         self,
@@ -328,11 +341,12 @@ class NativePolicy(ABC):
         Raises:
             ObservationError: as ``sample_actions``.
         """
-        start = torch.cat([self._noise(noise, None) for noise in noises])
-        inputs = self.processor.encode(observation)
-        together = [part.repeat_interleave(len(start), dim=0) for part in inputs]
-        chunks = self._chunks(together, start, steps)
-        return chunks[..., : self.config.robot_action_dim].cpu()
+        with self._fitting_threads():
+            start = torch.cat([self._noise(noise, None) for noise in noises])
+            inputs = self.processor.encode(observation)
+            together = [part.repeat_interleave(len(start), dim=0) for part in inputs]
+            chunks = self._chunks(together, start, steps)
+            return chunks[..., : self.config.robot_action_dim].cpu()
 
     @torch.inference_mode()
     def sample_batch(
@@ -363,9 +377,11 @@ class NativePolicy(ABC):
         inputs = [each.inputs for each in encoded]
         chunks: dict[int, np.ndarray] = {}
         for rows in _alike(inputs):
-            together = [torch.cat(parts) for parts in zip(*(inputs[i] for i in rows), strict=True)]
-            start = torch.cat([starts[i] for i in rows])
-            batch = self._chunks(together, start, steps)
+            with self._fitting_threads():
+                pairs = zip(*(inputs[i] for i in rows), strict=True)
+                together = [torch.cat(parts) for parts in pairs]
+                start = torch.cat([starts[i] for i in rows])
+                batch = self._chunks(together, start, steps)
             for i, chunk in zip(rows, batch, strict=True):
                 chunks[i] = self.processor.decode(chunk, encoded[i].anchor)
         return [chunks[i] for i in range(len(inputs))]

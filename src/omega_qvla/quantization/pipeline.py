@@ -228,6 +228,8 @@ def journal_header(
         "library": version("omega-qvla"),
         "torch": torch.__version__,
         "device": ON_CPU if gpu is None else gpu.arithmetic,
+        # Parts of a sum end where one thread's work ends and the next one's begins.
+        "threads": str(torch.get_num_threads()),
     }
 
 

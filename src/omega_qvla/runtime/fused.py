@@ -17,6 +17,7 @@ from omega_qvla.policies.elementwise import RMS_EPS, Elementwise, Gate, RotaryTa
 from omega_qvla.runtime.kernels import cpu, cpu_elementwise
 from omega_qvla.runtime.kernels.triton_elementwise import gated_product, normalize, rotate
 from omega_qvla.runtime.linear import QuantizedLinear
+from omega_qvla.threads import usable_threads
 
 
 class FusedElementwise(Elementwise):
@@ -106,7 +107,7 @@ class CpuElementwise(Elementwise):
         return cpu_elementwise.rotate(*self._run(), x, *table)
 
     def _run(self) -> tuple[int, int]:
-        return self._path, cpu.usable_threads(self._threads)
+        return self._path, usable_threads(self._threads)
 
 
 def _can(*tensors: Tensor) -> bool:

@@ -28,6 +28,7 @@ from omega_qvla.runtime.kernels import cpu, reference, triton
 from omega_qvla.runtime.kernels.triton_layout import spread_offset
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
 from omega_qvla.runtime.schedule import Schedule, StepValues
+from omega_qvla.threads import check_threads, usable_threads
 
 REFERENCE = "reference"
 
@@ -122,7 +123,7 @@ class QuantizedLinear(nn.Module):
         )
         self._clock = clock
         device = weight_packed.device
-        self.threads = None if threads is None else cpu.check_threads(threads)
+        self.threads = None if threads is None else check_threads(threads)
         self._gpu = gpu
         self.kernel = self._choose_gpu(kernel) if device.type == "cuda" else self._choose(kernel)
         self._packed: cpu.PackedLinear | triton.PackedLinear | None = None
@@ -347,7 +348,7 @@ class QuantizedLinear(nn.Module):
         return self._packed(rows, now.scale, self._threads_now(), offset=offset, bias=now.bias)
 
     def _threads_now(self) -> int:
-        return cpu.usable_threads(self.threads)
+        return usable_threads(self.threads)
 
     def _multiply_reference(self, rows: Tensor) -> Tensor:
         q, scale = self.quantize_input(rows)

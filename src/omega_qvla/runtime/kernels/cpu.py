@@ -12,7 +12,6 @@ Without the extension (no compiler at installation) ``instruction_set()`` is Non
 
 from __future__ import annotations
 
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import ObservationError, PolicyError, ResourceError
+from omega_qvla.threads import available_cores, check_threads
 
 _EXTENSION = "omega_qvla.runtime.kernels._cpu"
 
@@ -64,31 +64,6 @@ def instruction_set() -> str | None:
     """The path that is used unless another is asked for; None without the extension."""
     names = instruction_sets()
     return names[0] if names else None
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def usable_threads(threads: int | None) -> int:
-    """Threads of a call; None follows ``torch.get_num_threads()``, up to the cores there are."""
-    wanted = torch.get_num_threads() if threads is None else threads
-    return wanted if wanted == 1 else min(wanted, available_cores())
-
-
-def check_threads(threads: int) -> int:
-    """The number of threads, if that many make sense here.
-
-    Raises:
-        ResourceError: fewer than one, or more than there are cores.
-    """
-    cores = available_cores()
-    if not 1 <= threads <= cores:
-        raise ResourceError(f"threads={threads}: this process may use 1 to {cores} cores")
-    return threads
 
 
 def peak_macs(name: str, threads: int = 1, seconds: float = 0.05) -> float:
