@@ -199,7 +199,7 @@ def test_what_was_decided_goes_into_the_artifact_and_to_its_robots(
     loaded = oq.load(tmp_path / "artifact")
     assert loaded.policy.decisions == policy.decisions
     assert policy.decisions["cameras"] == "front, wrist; empty_camera_0 left out"
-    served = PolicyEngine(loaded).specification().dump()["decisions"]
+    served = PolicyEngine(loaded.policy).specification().dump()["decisions"]
     assert served == policy.decisions
     card = (tmp_path / "artifact" / "README.md").read_text()
     assert f"- written by: {policy.decisions['written by']}" in card
