@@ -345,7 +345,7 @@ def test_statistics_under_another_name_are_listed(lerobot_directory: Callable[..
     for path in directory.glob("policy_p*_step_*.safetensors"):
         tensors = load_file(path)
         save_file({k.replace("observation.state", "state"): t for k, t in tensors.items()}, path)
-    expected = r"no q01 and no q99 of observation\.state.* it has statistics of .*\bstate \(.*q01"
+    expected = r"no q01 and no q99 of observation\.state.*it has statistics of .*\bstate \(.*q01"
     with pytest.raises(PolicyError, match=expected):
         load_policy(directory)
 

@@ -133,7 +133,6 @@ DOWN, UP = (f"{ROOT}{PREFIX}{Q}.lora_{kind}.weight" for kind in "AB")
         (TENSORS, {DOWN: None}, r"has no .*q_proj\.lora_A\.weight"),
         (TENSORS, {DOWN: None, UP: None}, rf"targets {Q}, of which"),
         (TENSORS, {DOWN: torch.zeros(4, 11)}, r"q_proj\.lora_A\.weight has shape \[4, 11\]"),
-        (TENSORS, {DOWN: torch.full((4, 12), torch.nan)}, r"q_proj\.lora_A\.weight has NaN"),
         (TENSORS, {DOWN: torch.zeros(4, 12, dtype=torch.int8)}, r"torch\.int8.* no tensor of a"),
         (TENSORS, {"x.lora_A.weight": torch.zeros(2)}, "no tensor of a LoRA"),
         (TENSORS, {f"{ROOT}y": torch.zeros(2)}, r"y does not begin with model\."),
@@ -162,6 +161,16 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
     change(tmp_path / "lora", file, apply)
     with pytest.raises((PolicyError, NonFiniteError), match=expected):
         folded(tmp_path / "lora")
+
+
+def test_an_adapter_that_is_not_finite_is_refused_before_any_work(
+    golden: Golden, tmp_path: Path
+) -> None:
+    write_case(tmp_path / "lora", "plain", golden)
+    broken = {DOWN: torch.full((4, 12), torch.nan)}
+    change(tmp_path / "lora", TENSORS, lambda tensors: tensors.update(broken))
+    with pytest.raises(NonFiniteError, match=r"q_proj\.lora_A\.weight of .* has NaN or Inf"):
+        read_adapter(tmp_path / "lora")
 
 
 # --- directories as lerobot-train writes them -------------------------------------------------

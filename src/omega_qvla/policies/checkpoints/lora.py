@@ -69,7 +69,8 @@ def read_adapter(directory: Path) -> Adapter:
     """An adapter, its values checked.
 
     Raises:
-        PolicyError: a file is missing or damaged, a setting is not known, or a value is not finite.
+        PolicyError: a file is missing or damaged, or a setting is not known.
+        NonFiniteError: a value is not finite.
     """
     settings = read_lora_settings(directory)
     if not (directory / ADAPTER_WEIGHTS).exists():
