@@ -122,7 +122,7 @@ def open_policy(source: str | Path, settings: Settings, choices: Choices) -> Ser
         if choices != _NO_CHOICES:
             raise PolicyError(
                 f"{source} is an artifact and leaves nothing open: --training-config, "
-                "--data-config, --embodiment and --tokenizer are for policies in full precision"
+                "--tokenizer and the other options about checkpoints are for full precision"
             )
         quantized = load(source, kernel=settings.kernel, threads=settings.threads)
         recipe = str(quantized.config["recipe"]["name"])
