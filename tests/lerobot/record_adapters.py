@@ -1,7 +1,7 @@
 """Saves LoRA adapters to a recorded pi05 with LeRobot and peft, and records what LeRobot computes.
 
 Runs in an environment with LeRobot, never with this project.  The job is JSON on standard input:
-``{"records": FOLDER}``, where ``record.py`` has put its cases.  Every adapter becomes two directories
+``{"records": FOLDER}``, where ``record.py`` has put its cases.  Every adapter becomes two folders
 beside them, ``adapter-NAME`` and ``adapter-NAME-merged``, each with ``checkpoint/`` and
 ``record.safetensors``; what the network is shown is that of the base's case.
 """
