@@ -35,6 +35,9 @@ def quantize(
 ) -> QuantizedPolicy | SimulatedPolicy:
     """Quantize a policy without training.
 
+    A ``TorchPolicy`` is sampled on the first observation before the work, as it is and with its
+    linears replaced (``quantization/rehearsal.py``), and once more when it is quantized.
+
     Args:
         policy: full precision, from ``load_policy`` or a ``TorchPolicy``; it is not modified.
         observations: calibration data.

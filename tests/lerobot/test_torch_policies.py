@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import omega_qvla as oq
 
@@ -78,3 +79,37 @@ def test_a_policy_of_lerobot_quantized_saved_and_loaded_in_another_process(
     found = [line.split() for line in printed.splitlines() if line[:1].isdigit()]
     for chunk, (_, text) in zip(ours, found, strict=True):
         assert bytes(chunk.contiguous().view(-1).view(torch.uint8).tolist()).hex() == text
+
+
+@pytest.mark.parametrize("pattern", [r".*base_layer", r".*"])
+def test_an_unmerged_lora_of_peft_keeps_its_branch(pattern: str, tmp_path: Path) -> None:
+    """PEFT's layer is no nn.Linear but holds three: the base, and the two of its branch."""
+    peft = pytest.importorskip("peft")
+
+    def made(seed: int) -> oq.TorchPolicy:
+        network = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 8))
+        config = peft.LoraConfig(r=4, target_modules=["0", "2"], lora_alpha=32)
+        module = peft.get_peft_model(network, config)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in module.parameters():
+            parameter.data.normal_(0.0, 0.3, generator=generator)
+        return oq.TorchPolicy(
+            module, backbone=pattern, sample=lambda module, x, _noise, _clock: module(x["x"])
+        )
+
+    generator = torch.Generator().manual_seed(1)
+    data = [{"x": torch.randn(16, 32, generator=generator)} for _ in range(4)]
+    policy = made(0)
+    exact = policy.clone().sample_actions(data[0])
+    without = made(0).clone()
+    for name, parameter in without.module.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.zeros_like(parameter)
+    lost = (without.sample_actions(data[0]) - exact).square().mean()
+    quantized = oq.quantize(policy, data)
+    error = (quantized.sample_actions(data[0]) - exact).square().mean()
+    assert error < 0.25 * lost  # a branch of rank four in four bits; without it, 1
+    quantized.save_pretrained(tmp_path / "out")
+    loaded = oq.load(tmp_path / "out", policy=made(1))
+    for item in data:
+        assert torch.equal(loaded.sample_actions(item), quantized.sample_actions(item))

@@ -209,6 +209,18 @@ def test_right_once_quantized(
     quantized_close(first, data, tmp_path, second)
 
 
+def test_a_linear_of_several_names_is_quantized_under_all_of_them(
+    data: list[dict[str, Tensor]],
+) -> None:
+    module = seeded(SharesALinear())
+    quantized = oq.quantize(wrap(module, r"inner\.third|layers\.1\.0"), data)
+    assert [site.site.name for site in quantized.sites] == ["up", "layers.0.0"]
+    made = quantized.policy.module
+    assert isinstance(made.up, LinearSlot)
+    assert made.again is made.up and made.inner["third"] is made.up
+    assert isinstance(made.layers[1][0], LinearSlot) and isinstance(module.up, nn.Linear)
+
+
 def test_a_transformer_layer_of_pytorch_runs_its_linears_and_not_its_fast_path(
     data: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:

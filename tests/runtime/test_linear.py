@@ -258,3 +258,18 @@ def test_a_prepared_module_keeps_its_weight_once_and_gives_it_back() -> None:
         assert module.weight_packed is None
     assert torch.equal(module.stored()["weight_packed"], stored)
     assert torch.equal(module.integers()[:, :70], weight)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_a_low_rank_branch_is_the_same_to_the_bit_however_it_lies_in_memory(rows: int) -> None:
+    """As calibration makes it one factor is column by column; as it is loaded, row by row."""
+    generator = torch.Generator().manual_seed(0)
+    weight = integers(70, 96, 1)
+    down = torch.randn(16, 96, generator=generator).bfloat16()
+    up = torch.randn(70, 16, generator=generator).bfloat16()
+    x = torch.randn(rows, 96, generator=generator)
+    made = make(weight, low_rank_down=down, low_rank_up=up.t().contiguous().t())
+    loaded = make(weight, low_rank_down=down.t().contiguous().t(), low_rank_up=up)
+    assert torch.equal(made(x), loaded(x))
+    assert made.low_rank_up is not None and loaded.low_rank_up is not None
+    assert made.low_rank_up.stride() == loaded.low_rank_up.stride()

@@ -36,6 +36,7 @@ from omega_qvla.evaluation.openloop import (
     sample_chunks,
 )
 from omega_qvla.policies.base import FlowClock, QuantizationSite, linears_of, sites_of
+from omega_qvla.policies.slots import LinearSlot
 
 ROWS = 64
 """Rows of a site's output kept per call, to compare the two policies with each other."""
@@ -265,13 +266,15 @@ def channel_profile(largest: Tensor, bins: int = BINS) -> list[float]:
 
 
 def _probes(policy: Any, quantized: Any) -> list[_SiteProbe]:
-    """One per quantized site."""
+    """One per quantized site; those of a user's module are made when it is quantized."""
     probes: list[_SiteProbe] = []
-    for site in sites_of(policy):
+    for site in sites_of(quantized):
         try:
             integer = quantized.module.get_submodule(site.linears[0])
         except AttributeError as error:
             raise PolicyError(f"the quantized policy has no {site.linears[0]!r}") from error
+        if isinstance(integer, LinearSlot):
+            integer = integer.linear
         if not isinstance(integer, nn.Linear):
             probes.append(_SiteProbe(site, linears_of(policy.module, site), integer))
     if not probes:

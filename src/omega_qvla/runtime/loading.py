@@ -231,7 +231,7 @@ def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for kind, _ in child.named_parameters(recurse=False)
     }
     placed = {
-        name: laid_out(value if name in narrow else _widened(value, expected[name]), expected[name])
+        name: value if name in narrow else laid_out(_widened(value, expected[name]), expected[name])
         for name, value in tensors.items()
     }
     module.load_state_dict(placed, strict=False, assign=True)
