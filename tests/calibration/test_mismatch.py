@@ -81,7 +81,10 @@ def test_states_a_hundred_times_too_large_are_refused_with_numbers(
     found = examine(policy, changed(observations, scale), LIMIT)
     assert found.refusal is not None
     assert "of the state outside the policy's statistics" in found.refusal
-    assert "state[1] 100% outside [0.3" in found.refusal and "--allow-mismatch" in found.refusal
+    assert "state[1] 100% outside [0.3" in found.refusal
+    with pytest.raises(ObservationError, match=r"--allow-mismatch, in Python allow_mismatch=True"):
+        found.admit(allow=False)
+    assert found.admit(allow=True) == [f"allowed all the same: {found.refusal}"]
 
 
 def test_one_dimension_of_another_unit_is_warned_of_by_its_number(

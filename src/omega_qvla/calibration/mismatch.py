@@ -80,6 +80,24 @@ class Findings:
     warnings: tuple[str, ...] = ()
     refusal: str | None = None
 
+    def admit(self, *, allow: bool) -> list[str]:
+        """All that is to be warned of.
+
+        Args:
+            allow: warn of what would be refused.
+
+        Raises:
+            ObservationError: the set is refused.
+        """
+        if self.refusal is None:
+            return [*self.warnings]
+        if not allow:
+            raise ObservationError(
+                f"{self.refusal}. Give data of the policy's own robot, in its units, or allow "
+                "this: --allow-mismatch, in Python allow_mismatch=True"
+            )
+        return [f"allowed all the same: {self.refusal}", *self.warnings]
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -124,12 +142,7 @@ def check(policy: Policy, observations: Observations, limit: int, *, allow: bool
     """
     if not isinstance(policy, NativePolicy):
         return []
-    found = examine(policy, observations, limit)
-    told = list(found.warnings)
-    if found.refusal is not None:
-        if not allow:
-            raise ObservationError(found.refusal)
-        told.insert(0, f"allowed all the same: {found.refusal}")
+    told = examine(policy, observations, limit).admit(allow=allow)
     for text in told:
         warnings.warn(text, CalibrationWarning, stacklevel=3)
     return told
@@ -169,14 +182,8 @@ def examine(policy: NativePolicy, observations: Observations, limit: int) -> Fin
         told += warned
     plural = "" if len(instructions) == 1 else "s"
     facts.append(f"{len(instructions)} instruction{plural}")
-    refusal = None
-    if refusals:
-        refusal = (
-            f"the observations do not fit the policy: {'; '.join(refusals)}. Give data of the "
-            "policy's own robot, in its units, or allow this: --allow-mismatch, in Python "
-            "allow_mismatch=True"
-        )
-    return Findings("; ".join(facts), tuple(told), refusal)
+    refusal = f"the observations do not fit the policy: {'; '.join(refusals)}"
+    return Findings("; ".join(facts), tuple(told), refusal if refusals else None)
 
 
 def expected_range(normalization: Normalization, width: int) -> Expected:

@@ -85,13 +85,8 @@ def admit(
     found = examine(policy, observations, limit)
     if found.facts:
         screen.say(found.facts)
-    for text in found.warnings:
+    for text in found.admit(allow=options.allow_mismatch):
         screen.say(f"warning  {text}")
-    if found.refusal is None:
-        return
-    if not options.allow_mismatch:
-        raise ObservationError(found.refusal)
-    screen.say(f"warning  allowed all the same: {found.refusal}")
 
 
 def _camera_choice(text: str | None, cameras: Sequence[str]) -> dict[str, str | None]:
