@@ -10,6 +10,7 @@ import tyro
 
 from omega_qvla.cli.options import Common, Positional, save
 from omega_qvla.cli.screen import Screen
+from omega_qvla.threads import torch_threads
 from omega_qvla.training.embedded import rebuild
 
 
@@ -25,7 +26,7 @@ class Train(Common):
 
     def run(self, screen: Screen) -> int:
         out = self.out or Path("out") / self.policy
-        with screen.bars() as bars:
+        with screen.bars() as bars, torch_threads(self.threads):
             provenance = rebuild(
                 self.policy, out, steps=self.steps, workers=self.workers, progress=bars
             )
