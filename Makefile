@@ -15,9 +15,8 @@ STAMP := $(VENV)/.installed
 EMULATOR := $(VENV)/.emulator
 GPU := $(VENV)/.gpu
 
-# Two threads at most, and idle ones sleep: spinning costs a factor of seven when cores are shared.
+# Two threads at most; that idle ones sleep is the package's own doing (openmp.py).
 export OMP_NUM_THREADS ?= 2
-export OMP_WAIT_POLICY ?= PASSIVE
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

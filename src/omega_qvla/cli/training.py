@@ -14,6 +14,7 @@ from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sweeps import require_simulator
 from omega_qvla.errors import OutputError
 from omega_qvla.evaluation.benchmark import PROVENANCE
+from omega_qvla.threads import torch_threads
 from omega_qvla.training.embedded import rebuild
 
 
@@ -38,7 +39,7 @@ class Train(Common):
         require_simulator()
         with Claim(out):
             _require_unfinished(screen, out)
-            with screen.bars() as bars:
+            with screen.bars() as bars, torch_threads(self.threads):
                 provenance = rebuild(
                     self.policy, out, steps=self.steps, workers=self.workers, progress=bars
                 )
