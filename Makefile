@@ -70,17 +70,20 @@ test-scale: $(STAMP)
 	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[scale]"
 	$(BIN)/python -m pytest -q -m scale tests/evaluation/test_ray.py
 
-# LeRobot itself beside ours on the checkpoints it writes: 5 GB in an environment of its own, then
-# ten minutes.  LEROBOT=DIR names an environment that is there already (docs/parity.md says with what).
+# LeRobot itself beside ours on what it writes: 5 GB in an environment of its own, then a quarter
+# of an hour.  LEROBOT=DIR names an environment that is there already (docs/parity.md says with what).
 LEROBOT ?=
 LEROBOT_VENV := .venv-lerobot
-LEROBOT_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m lerobot \
-  tests/lerobot --lerobot $(abspath $(or $(LEROBOT),$(LEROBOT_VENV)))/bin/python \
-  --lerobot-out $(OUT)/lerobot
+LEROBOT_PYTHON = $(abspath $(or $(LEROBOT),$(LEROBOT_VENV)))/bin/python
+LEROBOT_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m lerobot tests/lerobot \
+  --lerobot $(LEROBOT_PYTHON) --lerobot-out $(OUT)/lerobot
 
+# LeRobot's modules as TorchPolicy need both in one environment; the rest keeps them apart.
 test-lerobot: $(STAMP) $(if $(LEROBOT),,$(LEROBOT_VENV)/.installed)
 	@mkdir -p $(OUT)
 	$(LEROBOT_TESTS)
+	$(LEROBOT_PYTHON) -m pip install --quiet pytest .
+	OMP_NUM_THREADS=1 $(LEROBOT_PYTHON) -m pytest -q tests/lerobot/test_torch_policies.py
 
 # Replaces the records that `test` compares with by what LeRobot computes now.
 golden-lerobot: $(STAMP) $(if $(LEROBOT),,$(LEROBOT_VENV)/.installed)
@@ -92,7 +95,8 @@ $(LEROBOT_VENV)/.installed:
 	  "$$python" -m venv $(LEROBOT_VENV) 2>/dev/null && exit 0; done; \
 	  echo "Python 3.12 is needed for LeRobot; name one with: make PYTHON312=PATH test-lerobot"; exit 2
 	$(LEROBOT_VENV)/bin/python -m pip install --quiet "torch==2.11.0"
-	$(LEROBOT_VENV)/bin/python -m pip install --quiet "lerobot[pi,peft,dataset]==0.6.1" \
+	$(LEROBOT_VENV)/bin/python -m pip install --quiet \
+	  "lerobot[pi,smolvla,groot,xvla,diffusion,peft]==0.6.1" peft==0.21.2 \
 	  imageio pyserial deepdiff sentencepiece
 	@touch $@
 
