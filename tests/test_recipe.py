@@ -19,6 +19,7 @@ NAMES = [
     "omega-paper",
     "omega-w4a4",
     "omega2-w4a4",
+    "omega3-w4a4",
     "quantvla",
     "quarot",
     "rtn",
@@ -81,10 +82,20 @@ def test_hashes_of_before_still_hold(name: str, expected: str) -> None:
         assert f"'{field}'" not in written
 
 
-def test_the_default_is_what_was_measured() -> None:
-    """Its rows in benchmarks/results carry this hash."""
-    expected = "c437db6ca8aeb86f211bee78a61e8d1fdd1d33cdb6c65e1672ef3d6161d4f4f0"
-    assert Recipe.load(DEFAULT_RECIPE).content_hash == expected
+def test_the_default_and_its_predecessor_are_what_was_measured() -> None:
+    """Their rows in benchmarks/results carry these hashes."""
+    expected = {
+        "omega2-w4a4": "c437db6ca8aeb86f211bee78a61e8d1fdd1d33cdb6c65e1672ef3d6161d4f4f0",
+        "omega3-w4a4": "ec3f6181053b5728cea32f3da0f6cb9ccedea6f162a45f679646190bda1fda67",
+    }
+    assert {name: Recipe.load(name).content_hash for name in expected} == expected
+    assert DEFAULT_RECIPE == "omega3-w4a4"
+
+
+def test_the_default_differs_from_its_predecessor_in_its_prior_alone() -> None:
+    changed = differences(Recipe.load("omega2-w4a4"), Recipe.load("omega3-w4a4"))
+    assert {path.rpartition(".")[2] for path in changed} == {"prior"}
+    assert "'prior'" not in str(Recipe.load("omega2-w4a4").model_dump(mode="json"))
 
 
 def test_fields_added_later_are_written_when_they_are_used() -> None:
@@ -162,6 +173,11 @@ def test_a_recipe_can_be_a_file_a_path_or_itself(tmp_path: Path) -> None:
             "name: a\ndescription: b\nbackbone:\n"
             "  activations: {scale: per_channel_per_step, centred: true}\n",
             "centred",
+        ),
+        (
+            "name: a\ndescription: b\nbackbone:\n  transform: {rotation: none}\n"
+            "  weights: {rounding: nearest}\n  prior: contribution\n",
+            "prior",
         ),
         (
             "name: a\ndescription: b\nbackbone:\n"

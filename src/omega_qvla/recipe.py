@@ -34,9 +34,9 @@ from omega_qvla.errors import RecipeError
 Scope = Literal["all", "paper"]
 
 _COMPONENTS = ("vision", "projector", "backbone", "action_head")
-DEFAULT_RECIPE = "omega2-w4a4"
-"""What is taken when none is named: of the four-bit methods the one with the lowest action error
-(docs/methods.md)."""
+DEFAULT_RECIPE = "omega3-w4a4"
+"""What is taken when none is named: the lowest action error of the four-bit methods, on what
+calibration saw and on what it did not (docs/methods.md)."""
 _METHODS, _ABLATIONS = "recipes", "recipes/ablations"
 """Folders of the package that hold the built-in recipes."""
 
@@ -197,24 +197,36 @@ class Scheme(_Frozen):
 
     Attributes:
         layers: ``mlp`` leaves the component's attention projections in the checkpoint's precision.
+        prior: what is assumed of inputs that calibration did not see: nothing (``none``), or that
+            any channel may come to contribute as much to the output as the channels of its site do
+            on average (``contribution``, ``quantization/prior.py``).  It holds for whatever is
+            calibrated: balance and the other transforms, GPTQ's Hessian, static scales and clips.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"layers"})
+    later: ClassVar[frozenset[str]] = frozenset({"layers", "prior"})
 
     transform: TransformScheme = TransformScheme()
     weights: WeightScheme = WeightScheme()
     activations: ActivationScheme = ActivationScheme()
     layers: Literal["all", "mlp"] = "all"
+    prior: Literal["none", "contribution"] = "none"
 
     @model_validator(mode="after")
     def _noise_and_centre_have_a_place(self) -> Scheme:
         if self.weights.rounding_noise and self.weights.rounding != "gptq":
             raise ValueError("rounding_noise is what GPTQ reckons with: give rounding: gptq")
+        if self.prior != "none" and not self._calibrated:
+            raise ValueError("prior is about calibration, and this scheme needs none")
         if self.activations.centred and not self.activations.realizable:
             raise ValueError("centred inputs are for integers; this scale is a simulation's")
         if self.activations.centred and self.transform.output_rotation:
             raise ValueError("centred inputs are for integers; an output rotation is a simulation")
         return self
+
+    @property
+    def _calibrated(self) -> bool:
+        static = self.activations.scale != "per_token" or self.activations.clip == "search"
+        return self.transform.needs_statistics or self.weights.rounding == "gptq" or static
 
     @property
     def realizable(self) -> bool:

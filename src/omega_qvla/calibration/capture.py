@@ -120,6 +120,8 @@ class SiteStatistics:
         maxima: largest magnitude of each channel, [K] float32.
         samples: row samples by denoising step; sites that run once use step 0.
         times: flow time of each step seen.
+        numbers: the observations seen, by the caller's numbers.
+        deviation: [K] how far channels may move beyond what was seen (``expect``), or None.
         device: where the site computes: moments, maxima and row samples are there.
     """
 
@@ -134,6 +136,8 @@ class SiteStatistics:
     counts: dict[int, int] = field(default_factory=dict)
     samples: dict[int, RowSample] = field(default_factory=dict)
     times: dict[int, float] = field(default_factory=dict)
+    numbers: set[int] = field(default_factory=set)
+    deviation: Tensor | None = None
 
     def __post_init__(self) -> None:
         square = (self.width, self.width)
@@ -164,6 +168,7 @@ class SiteStatistics:
         if rows.shape[0]:
             self.maxima = torch.maximum(self.maxima, rows.abs().amax(dim=0))
         self.times[step] = time
+        self.numbers.add(observation)
         self.sums[step] = total + self.sums.get(step, 0.0)
         self.counts[step] = self.counts.get(step, 0) + rows.shape[0]
         if step not in self.samples:
@@ -198,6 +203,21 @@ class SiteStatistics:
         self.maxima = torch.stack([self.rows(step).abs().amax(dim=0) for step in means]).amax(dim=0)
         return means
 
+    def expect(self, deviation: Tensor) -> None:
+        """Reckon with channels that move by this beyond what was seen, each by itself.
+
+        Second moment and rows are from then on as if every row had such a deviation, normal with
+        these standard deviations [K]; rows get the same one whenever they are asked for.
+        """
+        self.deviation = deviation.to(torch.float32)
+        variance = deviation.to(self.second_moment.dtype).square()
+        self.second_moment.diagonal().add_(variance, alpha=self.count)
+
+    @property
+    def observations(self) -> int:
+        """How many observations were seen."""
+        return len(self.numbers)
+
     @property
     def rms(self) -> Tensor:
         """Root mean square of each input channel, [K] float32."""
@@ -219,7 +239,10 @@ class SiteStatistics:
         rows = self.samples[step].rows
         if rows is None:
             raise PolicyError(f"{self.site.name!r} saw no rows at step {step}")
-        return rows
+        if self.deviation is None:
+            return rows
+        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(step))
+        return rows + noise.to(rows.device) * self.deviation
 
 
 class _InputsOfSite:

@@ -31,6 +31,7 @@ from omega_qvla.cli.quantizing import Inspect, Quantize, Verify
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.serving import Serve
 from omega_qvla.cli.training import Train
+from omega_qvla.cli.unseen import Unseen
 from omega_qvla.errors import OmegaError
 
 Command = (
@@ -41,6 +42,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Benchmark, tyro.conf.subcommand("benchmark")]
+    | Annotated[Unseen, tyro.conf.subcommand("unseen")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -34,6 +34,7 @@ METHODS = (
     "omega-paper",
     "omega-w4a4",
     "omega2-w4a4",
+    "omega3-w4a4",
 )
 """All methods in the order of the tables; a new one is a recipe and a line here."""
 

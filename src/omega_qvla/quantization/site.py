@@ -32,12 +32,14 @@ from omega_qvla.quantization.activations import (
     static_scale_mse,
 )
 from omega_qvla.quantization.low_rank import LowRankBranch, low_rank_branch
+from omega_qvla.quantization.prior import expected_deviation, expected_size
 from omega_qvla.quantization.rounded_inputs import fit_to_rounded, noise_share
 from omega_qvla.quantization.transforms import (
     BlockTransform,
     InputSummary,
     OutputRotation,
     block_transform,
+    column_rms,
     output_rotation,
 )
 from omega_qvla.quantization.weights import (
@@ -125,13 +127,21 @@ def quantize_site(
         NonFiniteError: a weight is NaN or Inf; names the linear.
     """
     weight, bias = _stack(site, linears)
+    uncentred = None if statistics is None else statistics.rms
     means = None
     if scheme.activations.centred:
         means = _required(statistics, "centring inputs").centre()
+    deviation = None
+    if scheme.prior == "contribution" and statistics is not None and uncentred is not None:
+        # One row per step varies around its mean in no channel: then its size is all there is.
+        sizes = statistics.rms if bool((statistics.rms > 0).any()) else uncentred
+        deviation = expected_deviation(sizes, column_rms(weight))
     transform = None
     if not scheme.transform.identity:
-        summary = None if statistics is None else _summary(statistics, scheme)
+        summary = None if statistics is None else _summary(statistics, scheme, deviation)
         transform = block_transform(weight, scheme.transform, summary)
+    if statistics is not None and deviation is not None:
+        statistics.expect(deviation / (statistics.observations + 1) ** 0.5)
     branch = None
     if scheme.weights.low_rank is not None:
         branch = low_rank_branch(weight, transform, scheme.weights.low_rank)
@@ -245,13 +255,19 @@ def _stack(site: QuantizationSite, linears: Sequence[nn.Linear]) -> tuple[Tensor
     return weight, torch.cat([b.to(torch.float32) for b in biases])
 
 
-def _summary(statistics: SiteStatistics, scheme: Scheme) -> InputSummary:
-    """What the transform may look at; the rows only where it will."""
+def _summary(statistics: SiteStatistics, scheme: Scheme, deviation: Tensor | None) -> InputSummary:
+    """What the transform may look at, the expected deviation included; rows only where it will."""
     rows = None
     if scheme.transform.rotation == "greedy":
         rows = torch.cat([statistics.rows(step) for step in statistics.steps])
         rows = rows[:: -(-rows.shape[0] // _ROWS)]
-    return InputSummary(statistics.rms, statistics.maxima, statistics.second_moment, rows)
+    rms, maxima, moment = statistics.rms, statistics.maxima, statistics.second_moment
+    if deviation is not None:
+        rms, maxima = expected_size(rms, deviation), expected_size(maxima, deviation)
+        if scheme.transform.rotation == "second_moment":
+            moment = moment.clone()
+            moment.diagonal().add_(deviation.to(moment.dtype).square(), alpha=statistics.count)
+    return InputSummary(rms, maxima, moment, rows)
 
 
 def _hessian(statistics: SiteStatistics, transform: BlockTransform | None) -> Tensor:

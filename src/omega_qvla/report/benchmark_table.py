@@ -36,6 +36,36 @@ def benchmark_tables(path: str | Path) -> dict[str, Table]:
     return {name: _table([r for r in results if r.policy == name]) for name in policies}
 
 
+def unseen_table(path: str | Path) -> Table:
+    """What calibration did not see: methods down, conditions across, one policy.
+
+    Raises:
+        ReportError: the file cannot be read as a comparison.
+    """
+    results = load_results(path)
+    conditions = list(dict.fromkeys(result.condition for result in results))
+    cells = {(result.recipe, result.condition): result for result in results}
+    lowest = {condition: _lowest(results, condition) for condition in conditions}
+    rows: list[tuple[str, ...]] = []
+    for recipe in dict.fromkeys(result.recipe for result in results):
+        found = [cells[recipe, condition] for condition in conditions]
+        ratio = next((result for result in found if result.unseen_ratio is not None), None)
+        rows.append(
+            (
+                recipe + simulated_mark(found[0]),
+                *(error_text(result.action_error) + _marks(result, lowest) for result in found),
+                MISSING
+                if ratio is None
+                else f"{ratio.unseen_ratio:.2f} {_interval(ratio.unseen_ci95)}",
+            )
+        )
+    notes = (
+        "action errors; unseen over seen: with the interval of a bootstrap paired over "
+        "observations (95 %); marks and * as in the benchmark",
+    )
+    return Table(("recipe", *conditions, "unseen over seen"), tuple(rows), notes)
+
+
 def error_table(results: Sequence[Result]) -> Table:
     """Action errors with their intervals, alone and against the default recipe."""
     header = (
@@ -137,8 +167,13 @@ def _cell(result: Result | None, lowest: dict[str, Result | None]) -> str:
     if result is None:
         return MISSING
     success = MISSING if result.success_mean is None else f"{100 * result.success_mean:.1f} %"
+    return f"{success} · {error_text(result.action_error)}{_marks(result, lowest)}"
+
+
+def _marks(result: Result, lowest: dict[str, Result | None]) -> str:
+    """Of the lowest error of a condition, and of those not told apart from the default's."""
     mark = LOWEST if result is lowest[result.condition] else ""
     interval = result.error_vs_default
     if interval is not None and interval[0] <= 1 <= interval[1] and in_contest(result):
         mark += LEVEL
-    return f"{success} · {error_text(result.action_error)}{mark}"
+    return mark

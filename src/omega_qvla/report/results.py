@@ -31,10 +31,11 @@ class Result:
 
     ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``,
     ``error_ci95`` that of ``action_error``, ``error_vs_default`` that of ``error_ratio``, its ratio
-    to the default recipe's; ``typical_error`` is the error if all observations were as the median
-    one, ``typical_ratio`` and ``typical_vs_default`` as those of the whole; ``drift`` maps control
-    steps to metres; ``source`` is the file's name where several are read; ``unfinished`` rows come
-    from a journal.
+    to the default recipe's; ``unseen_ratio`` and ``unseen_ci95`` are its ratio to the error on
+    tasks that calibration saw; ``typical_error`` is the error if all observations were as the
+    median one, ``typical_ratio`` and ``typical_vs_default`` as those of the whole; ``drift`` maps
+    control steps to metres; ``source`` is the file's name where several are read; ``unfinished``
+    rows come from a journal.
     """
 
     policy: str
@@ -60,6 +61,8 @@ class Result:
     typical_error: float | None = None
     typical_ratio: float | None = None
     typical_vs_default: tuple[float, float] | None = None
+    unseen_ratio: float | None = None
+    unseen_ci95: tuple[float, float] | None = None
     drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     source: str = ""
     unfinished: bool = False
@@ -126,6 +129,7 @@ def _result(row: Any, where: str) -> Result:
     given = cast(dict[str, Any], row)
     try:
         versus = given.get("error_vs_default") or {}
+        unseen = given.get("unseen_over_seen") or {}
         return Result(
             policy=str(given["policy"]),
             recipe=str(given["recipe"]),
@@ -150,6 +154,8 @@ def _result(row: Any, where: str) -> Result:
             typical_error=_typical(given.get("action_errors")),
             typical_ratio=_number(versus.get("typical_ratio")),
             typical_vs_default=_optional_pair(versus.get("typical_ci95")),
+            unseen_ratio=_number(unseen.get("ratio")),
+            unseen_ci95=_optional_pair(unseen.get("ci95")),
             drift=_drift(given.get("drift")),
         )
     except KeyError as error:

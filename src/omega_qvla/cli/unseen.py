@@ -1,0 +1,70 @@
+"""``unseen``: recipes calibrated on less than they meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from omega_qvla.calibration.observations import Observations
+from omega_qvla.cli.options import Common, Positional, names_of, save
+from omega_qvla.cli.screen import Screen
+from omega_qvla.evaluation.benchmark import expand_recipes
+from omega_qvla.evaluation.kernel_speed import machine_name
+from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.evaluation.unseen import Unseen as Definition
+from omega_qvla.evaluation.unseen import measure_unseen
+from omega_qvla.policies.loading import load_policy
+from omega_qvla.quantization.pipeline import weights_fingerprint
+from omega_qvla.recipe import Recipe
+from omega_qvla.report.benchmark_table import unseen_table
+
+
+@dataclass(frozen=True)
+class Unseen(Common):
+    """Calibrate on two of the tasks, one observation, a black image; measure the action error."""
+
+    policy: Positional[str] = "builtin:tiny-pi05"
+    recipes: Annotated[
+        str, tyro.conf.arg(help="comma-separated names or YAML files; or: methods, ablations")
+    ] = "methods"
+    out: Annotated[Path, tyro.conf.arg(help="the JSON goes here, and what is done until then")] = (
+        Path("out/unseen")
+    )
+    resume: Annotated[bool, tyro.conf.arg(help="keep what was measured of the same")] = False
+    threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
+
+    def run(self, screen: Screen) -> int:
+        torch.set_num_threads(self.threads)
+        recipes = [Recipe.load(name) for name in expand_recipes(names_of(self.recipes) or ())]
+        policy = load_policy(self.policy)
+        name = self.policy.rpartition(":")[2].rpartition("/")[2]
+        with screen.bars() as bars:
+            document = measure_unseen(
+                policy,
+                self.policy,
+                recipes,
+                Observations.load(self.policy),
+                Observations.load(self.policy, split="heldout"),
+                definition=Definition(),
+                weights=weights_fingerprint(policy),
+                partial=self.out / f".{name}-partial.json",
+                resume=self.resume,
+                progress=bars,
+            )
+        made = {
+            "machine": machine_name(),
+            "library": f"omega-qvla {version('omega-qvla')}",
+            "command": f"omega-qvla unseen {self.policy} --recipes {self.recipes}",
+        }
+        document["unseen"] |= made
+        target = self.out / f"{name}-unseen.json"
+        write_json(document, target)
+        save(self.json, document)
+        screen.table(unseen_table(target))
+        screen.say(f"\nresults {target}")
+        return 0
