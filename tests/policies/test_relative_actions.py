@@ -111,7 +111,7 @@ def test_an_artifact_keeps_which_actions_are_relative(
     assert loaded.policy.config.relative_actions == MASK
     wanted = quantized.sample_actions(few[0], noise)
     np.testing.assert_array_equal(loaded.sample_actions(few[0], noise), wanted)
-    engine = PolicyEngine(loaded)
+    engine = PolicyEngine(loaded.policy)
     (served,) = engine.sample([engine.encode(few[0])], [noise])
     np.testing.assert_array_equal(served, wanted)
     assert not np.allclose(wanted[:, 0], quantized.policy.processor.decode(
@@ -135,7 +135,7 @@ def test_limits_of_relative_actions_contain_the_state_they_are_added_to(
         actions=Quantiles(q01=(-1.0, -1.0, -1.0, -1.0), q99=(2.0, 2.0, 2.0, 2.0)),
     )
     policy.processor = Pi05Processor(policy.config, statistics, policy.processor.tokenizer)
-    limits = PolicyEngine(oq.quantize(policy, few, recipe="rtn")).limits(0.0)
+    limits = PolicyEngine(oq.quantize(policy, few, recipe="rtn").policy).limits(0.0)
     np.testing.assert_allclose(limits.low, [-4.0, -1.0, -4.0, -1.0])
     np.testing.assert_allclose(limits.high, [7.0, 2.0, 7.0, 2.0])
 
