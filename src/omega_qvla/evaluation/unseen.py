@@ -186,7 +186,8 @@ def measure_unseen(
             # Without statistics every calibration gives the same policy.
             key = f"{recipe.content_hash} {calibration.name if calibrated(recipe) else 'none'}"
             if key not in journal.shares:
-                made = quantize(policy, calibration.observations, recipe)
+                # Black images and a single task are what this measures.
+                made = quantize(policy, calibration.observations, recipe, allow_mismatch=True)
                 journal.add(key, _measured(made, held, reference, definition))
             shares[calibration.name] = np.array(journal.shares[key])
         progress(f"{label}, {recipe.name}", len(given), len(given))
