@@ -187,6 +187,26 @@ def test_the_content_hash_does_not_depend_on_the_number_of_threads(
     assert len({content_hash(policy, few, recipe, tmp_path, n) for n in (1, 2, 3)}) == 1
 
 
+@pytest.mark.parametrize("recipe", ["gptq", "omega2-w4a4", "svdquant"])
+def test_nor_does_it_where_factorizations_would_have_other_bits_on_more_threads(
+    recipe: str, tmp_path: Path
+) -> None:
+    """512 inputs: here they do, were they not made on one."""
+    generator = torch.Generator().manual_seed(5)
+    module = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 64))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0.0, 0.03, generator=generator)
+    policy = oq.TorchPolicy(module, sample=one_step, action_head=r"0|2")
+    seen = [{"x": torch.randn((300, 512), generator=generator)} for _ in range(3)]
+    assert len({content_hash(policy, seen, recipe, tmp_path, n) for n in (1, 2, 3)}) == 1
+
+
+def one_step(module: nn.Module, observation: Any, _noise: Any, clock: oq.FlowClock) -> Tensor:
+    with clock.step(0, 1.0):
+        return module(observation["x"])
+
+
 def content_hash(
     policy: Any, observations: Any, recipe: str, folder: Path, count: int
 ) -> str | None:
