@@ -75,7 +75,9 @@ test-scale: $(STAMP)
 LEROBOT ?=
 LEROBOT_VENV := .venv-lerobot
 LEROBOT_PYTHON = $(abspath $(or $(LEROBOT),$(LEROBOT_VENV)))/bin/python
+# LeRobot writes all checkpoints before the first test ends: that takes minutes and is no hang.
 LEROBOT_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m lerobot tests/lerobot \
+  -o faulthandler_timeout=0 \
   --lerobot $(LEROBOT_PYTHON) --lerobot-out $(OUT)/lerobot
 
 # LeRobot's modules as TorchPolicy need both in one environment; the rest keeps them apart.
