@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +57,6 @@ class Unseen(Common):
             )
         made = {
             "machine": machine_name(),
-            "library": f"omega-qvla {version('omega-qvla')}",
             "command": f"omega-qvla unseen {self.policy} --recipes {self.recipes}",
         }
         document["unseen"] |= made

@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,7 @@ def measure_unseen(
         "weights": weights,
         "calibration": observations.fingerprint,
         "heldout": held.fingerprint,
+        "library": f"omega-qvla {version('omega-qvla')}",
     }
     journal = _Partial(partial, identity, resume=resume)
     tasks = [observation["task"] for observation in held]
