@@ -179,7 +179,10 @@ def command_line(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 def interrupt(out: Path, number: int) -> tuple[int, str]:
     """Status and last words of a quantization that got a signal after its first sites."""
-    process = command_line(*quantizing(out))
+    # Whoever runs the tests may ignore Ctrl-C, as a shell does in the background.
+    process = command_line(
+        *quantizing(out), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     journal = out.with_name(f".{out.name}.journal")
     deadline = time.monotonic() + 240
     while not (journal / "site-00003.safetensors").exists():

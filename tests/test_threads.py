@@ -104,7 +104,7 @@ def sample_every_way(policy: Pi05Policy, observations: Observations, noise: np.n
     policy.sample_actions(observations[0], noise)
     policy.sample_normalized(observations[0], noise)
     policy.sample_noises(observations[0], [noise])
-    policy.sample_batch([policy.processor.encode(observations[0])], [noise])
+    policy.sample_batch([policy.encode(observations[0])], [noise])
 
 
 def test_chunks_of_a_small_policy_are_computed_by_one_thread(
@@ -169,12 +169,17 @@ def test_too_many_threads_are_refused_before_any_work(
     assert not any(tmp_path.iterdir())
 
 
-def test_the_command_refuses_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "status", "words"), [("0", 2, "--threads"), ("1000", 3, "threads=1000")]
+)
+def test_the_command_refuses_them_too(
+    given: str, status: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(SystemExit) as ended:
-        main(["quantize", "builtin:tiny-pi05", "--out", out, "--threads", "0"])
-    assert ended.value.code == 3
-    assert "threads=0" in capsys.readouterr().err
+        main(["quantize", "builtin:tiny-pi05", "--out", out, "--threads", given])
+    assert ended.value.code == status
+    assert words in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

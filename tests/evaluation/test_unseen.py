@@ -83,7 +83,7 @@ def test_a_run_is_continued_and_gives_rows_of_a_comparison(
     asked: list[str] = []
     quantized = oq.quantize(small_policy, observations, "rtn")
 
-    def counted(_policy: Any, _calibration: Any, recipe: Recipe) -> Any:
+    def counted(_policy: Any, _calibration: Any, recipe: Recipe, **_: Any) -> Any:
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append(recipe.name)
@@ -108,7 +108,7 @@ def test_a_run_is_continued_and_gives_rows_of_a_comparison(
         run("quarot", resume=False)
     assert asked == ["rtn", "quarot", "quarot"]  # no calibration changes rtn
     asked.clear()
-    monkeypatch.setattr(unseen, "quantize", lambda *_: asked.append("again") or quantized)
+    monkeypatch.setattr(unseen, "quantize", lambda *_, **__: asked.append("again") or quantized)
     document = run("quarot", resume=True)
     assert len(asked) == 6  # of nine
     again = run("quarot", resume=False)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.errors import PolicyError, ResourceError
+from omega_qvla.errors import NonFiniteError, PolicyError, ResourceError
 from omega_qvla.policies import loading
 from omega_qvla.policies.checkpoints.openpi import write_openpi
 from omega_qvla.policies.pi05 import dropped_shapes
@@ -72,7 +72,7 @@ def test_dead_weights_are_accepted_counted_and_left_out(
     written: Path, small_policy: Pi05Policy
 ) -> None:
     shapes = dropped_shapes(small_policy.config)
-    dead = {name: torch.zeros(shapes[name]) for name in sorted(shapes)[:2]}
+    dead = {name: torch.zeros(shapes[name]) for name in sorted({*shapes} - {HEAD})[:2]}
     change(written, **dead)
     loaded = oq.load_policy(written)
     assert loaded.dropped_parameters == sum(tensor.numel() for tensor in dead.values())
@@ -81,7 +81,7 @@ def test_dead_weights_are_accepted_counted_and_left_out(
 
 def test_a_dead_weight_of_another_shape_is_refused(written: Path) -> None:
     change(written, **{HEAD: torch.zeros(3, 5)})
-    with pytest.raises(PolicyError, match=rf"{HEAD} has shape \[3, 5\]"):
+    with pytest.raises(PolicyError, match=rf"{HEAD}, to which it is tied, \[3, 5\]"):
         oq.load_policy(written)
 
 
@@ -115,15 +115,15 @@ def test_half_precision_checkpoints_become_float32(dtype: torch.dtype, written: 
         ("stranger", torch.zeros(2), r"unexpected stranger \[2\]"),
         (NORM, torch.zeros(63), rf"{NORM} has shape \[63\], expected \[64\]"),
         (NORM, torch.zeros(64, dtype=torch.int32), rf"{NORM} has dtype torch.int32"),
-        (NORM, torch.full((64,), torch.nan), rf"{NORM} has NaN or Inf"),
-        (NORM, torch.full((64,), -torch.inf), rf"{NORM} has NaN or Inf"),
+        (NORM, torch.full((64,), torch.nan), rf"{NORM} .*has NaN or Inf"),
+        (NORM, torch.full((64,), -torch.inf), rf"{NORM} .*has NaN or Inf"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_refused_by_name(
     name: str, tensor: torch.Tensor | None, expected: str, written: Path
 ) -> None:
     change(written, **{name: tensor})
-    with pytest.raises(PolicyError, match=expected):
+    with pytest.raises((PolicyError, NonFiniteError), match=expected):
         oq.load_policy(written)
 
 
@@ -131,7 +131,7 @@ def test_a_value_that_is_not_finite_is_found_when_it_is_read(written: Path) -> N
     change(written, **{NORM: torch.full((64,), torch.nan)})
     policy = loading.stream_policy(written)
     assert policy.store is not None
-    with pytest.raises(PolicyError, match=rf"{NORM} has NaN or Inf"):
+    with pytest.raises(NonFiniteError, match=rf"{NORM} .*has NaN or Inf"):
         policy.store.read(NORM)
 
 

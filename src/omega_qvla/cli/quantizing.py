@@ -12,7 +12,15 @@ import tyro
 from omega_qvla.api import quantize
 from omega_qvla.artifact import preflight, verify_artifact
 from omega_qvla.artifact.claims import Claim
-from omega_qvla.cli.options import STEPS, Calibrated, Checkpoint, Common, Positional, save
+from omega_qvla.cli.options import (
+    PROCESSES,
+    STEPS,
+    Calibrated,
+    Checkpoint,
+    Common,
+    Positional,
+    save,
+)
 from omega_qvla.cli.outputs import prepare_journal, require_free_artifact
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import admit, calibration_of, default_calibration
@@ -51,6 +59,7 @@ class Quantize(Calibrated, Checkpoint, Common):
     threads: Annotated[
         int | None,
         tyro.conf.arg(help="at most; every core by default, and always one for small layers"),
+        PROCESSES,
     ] = None
     resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="only predict the memory table")] = False

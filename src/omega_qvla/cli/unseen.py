@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.cli.options import Common, Positional, names_of, save
+from omega_qvla.cli.options import PROCESSES, Common, Positional, names_of, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.kernel_speed import machine_name
@@ -35,7 +35,7 @@ class Unseen(Common):
         Path("out/unseen")
     )
     resume: Annotated[bool, tyro.conf.arg(help="keep what was measured of the same")] = False
-    threads: Annotated[int, tyro.conf.arg(help="threads of the policy")] = 1
+    threads: Annotated[int, tyro.conf.arg(help="threads of the policy"), PROCESSES] = 1
 
     def run(self, screen: Screen) -> int:
         torch.set_num_threads(self.threads)

@@ -62,7 +62,7 @@ def full_blueprint(
         checkpoint_bytes: size of its checkpoint.
     """
     answers = {
-        name: None if answer is None else _absolute(str(answer))
+        name: _absolute(str(answer)) if isinstance(answer, str | Path) else answer
         for name, answer in asdict(choices).items()
     }
     arguments = {
@@ -272,6 +272,16 @@ def _absolute(name: str) -> str:
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
+def _answers(content: Mapping[str, Any]) -> Choices:
+    """Choices after their way through JSON, which has neither paths nor tuples."""
+    tokenizer = content["tokenizer"]
+    typed = {
+        "tokenizer": None if tokenizer is None else Path(tokenizer),
+        "ignore_settings": tuple(content["ignore_settings"]),
+    }
+    return Choices(**{**content, **typed})
+
+
 def _load_full(
     *,
     source: str,
@@ -283,9 +293,7 @@ def _load_full(
     checkpoint_bytes: int | None,
 ) -> NativePolicy:
     del checkpoint_bytes
-    tokenizer = choices["tokenizer"]
-    answers = {**choices, "tokenizer": None if tokenizer is None else Path(tokenizer)}
-    policy = load_policy(source, Choices(**answers))
+    policy = load_policy(source, _answers(choices))
     if weights_fingerprint(policy) != weights:
         raise PolicyError(
             f"{source} has other weights here than where the comparison was started; every machine "
