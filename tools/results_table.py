@@ -12,7 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.report.benchmark_table import benchmark_tables, drift_table, error_table
+from omega_qvla.report.benchmark_table import (
+    benchmark_tables,
+    drift_table,
+    error_table,
+    unseen_table,
+)
 from omega_qvla.report.results import load_results, parse_results
 from omega_qvla.report.table import (
     Table,
@@ -55,6 +60,17 @@ MANY = """## {policy} on 800 more observations
 Open loop, from [`benchmarks/results/{name}`](../benchmarks/results/{name}): observations that full
 precision acted on in other episodes, two noises each, the same calibration
 (`benchmarks/many_observations.py --first-seed 600000`). No recipe was chosen on them.
+"""
+SUCCESSOR = """## `omega3-w4a4`, {policy}, the same observations
+
+Open loop, from [`benchmarks/results/{name}`](../benchmarks/results/{name}): observations, noises
+and calibration of the rows above, which were measured while `omega2-w4a4` was the default. Its
+episodes in the simulator are **not measured**.
+"""
+UNSEEN = """## What calibration did not see, {policy}
+
+From [`benchmarks/results/{name}`](../benchmarks/results/{name}), made with `{command}`; what the
+columns are is in [benchmark.md](benchmark.md#what-calibration-did-not-see).
 """
 ABLATIONS = """## Ablations of `omega-w4a4`, {policy}, on 400 observations
 
@@ -119,6 +135,15 @@ def details() -> str:
         parts += ["### Action error\n", markdown(error_table(kept))]
         parts += ["### Drift of the hand\n", markdown(drift_table(kept))]
         parts += ["### Successes per task\n", markdown(per_task_table(kept))]
+    for policy in POLICIES:
+        name = f"{policy}-omega3.json"
+        parts += [SUCCESSOR.format(policy=policy, name=name)]
+        parts += [markdown(error_table(load_results(RESULTS / name)))]
+    for policy in POLICIES:
+        name = f"{policy}-unseen.json"
+        made = json.loads((RESULTS / name).read_text("utf-8"))["unseen"]
+        parts += [UNSEEN.format(policy=policy, name=name, command=made["command"])]
+        parts += [markdown(unseen_table(RESULTS / name))]
     for policy in POLICIES:
         for kind, text in (("many-observations", MANY), ("ablations", ABLATIONS)):
             name = f"{policy}-{kind}.json"

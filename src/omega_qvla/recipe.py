@@ -35,8 +35,8 @@ Scope = Literal["all", "paper"]
 
 _COMPONENTS = ("vision", "projector", "backbone", "action_head")
 DEFAULT_RECIPE = "omega3-w4a4"
-"""What is taken when none is named: the lowest action error of the four-bit methods, on what
-calibration saw and on what it did not (docs/methods.md)."""
+"""What is taken when none is named: of the four-bit methods the one with the lowest action error on
+what calibration saw that also stands what it did not see (docs/methods.md)."""
 _METHODS, _ABLATIONS = "recipes", "recipes/ablations"
 """Folders of the package that hold the built-in recipes."""
 
