@@ -11,15 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lerobot_policies
 import pytest
 import torch
 from torch import nn
 
 import omega_qvla as oq
-
-pytest.importorskip("lerobot", reason="LeRobot is not installed here (make test-lerobot)")
-
-import lerobot_policies
 
 SITES = {  # linears, and sites they make: those that read one tensor are one
     "pi0": (41, 25),
