@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.artifact.checkpoint import read_artifact
+from omega_qvla.artifact.checkpoint import read_artifact, read_description
 from omega_qvla.artifact.memory import MemorySummary
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.runtime.foreign import part_of_linears
@@ -44,12 +44,14 @@ def inspect_artifact(directory: Path, *, directory_bytes: int) -> Inspection:
     Raises:
         NotAnArtifactError, ArtifactError, ResourceError: see ``load``.
     """
+    described, _ = read_description(directory)
+    if described["policy"]["family"] != TorchPolicy.family:
+        quantized = load(directory)
+        memory = quantized.memory_report(directory_bytes=directory_bytes)
+        assert quantized.content_hash is not None
+        return Inspection(quantized.config, quantized.content_hash, memory, quantized.kernel)
     artifact = read_artifact(directory)
     config = artifact.config
-    if config["policy"]["family"] != TorchPolicy.family:
-        quantized = load(directory, verify=False)  # checked a moment ago
-        memory = quantized.memory_report(directory_bytes=directory_bytes)
-        return Inspection(config, artifact.content_hash, memory, quantized.kernel)
     parts = part_of_linears(config["policy"]["config"])
     memory = memory_report(
         config,
