@@ -170,7 +170,7 @@ def test_more_than_8_bits_are_refused_by_name(tmp_path: Path) -> None:
     """Depth maps are stored so, and how such colours are converted depends on the decoder."""
     av = pytest.importorskip("av", reason="the extra `data` is not installed")
     with av.open(str(tmp_path / "deep.mp4"), "w") as container:
-        stream: Any = container.add_stream("libx265", rate=FPS)
+        stream: Any = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p10le"
         frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
         container.mux(stream.encode(frame))
