@@ -91,12 +91,13 @@ except errors.MissingPackageError as error:
         (
             "sentencepiece",
             "hub",
-            "from omega_qvla.policies.tokenizers import SentencePieceTokenizer as t; t(b'', 'x')",
+            "from omega_qvla.policies.processing.tokenizers import SentencePieceTokenizer as t;"
+            " t(b'', 'x')",
         ),
         (
             "tokenizers",
             "hub",
-            "from omega_qvla.policies.tokenizers import QwenTokenizer as t; t({}, 'x')",
+            "from omega_qvla.policies.processing.tokenizers import QwenTokenizer as t; t({}, 'x')",
         ),
         ("matplotlib", "report", "from omega_qvla.report.style import new_figure as f; f(1.0)"),
         (

@@ -14,13 +14,13 @@ import torch
 from inline_crew import InlineCrew
 
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.checkpoints.options import Choices
 from omega_qvla.errors import ArtifactError, PolicyError
 from omega_qvla.evaluation.comparison import Comparison, comparison_rows, discard_simulations
 from omega_qvla.evaluation.distributed import evaluate_with
 from omega_qvla.evaluation.prepare import artifact_blueprint, origin_of, saved
 from omega_qvla.evaluation.sweep import OpenLoop, run_sweep
-from omega_qvla.policies.checkpoints.choices import Choices
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 
 SOURCE = "builtin:tiny-pi05"

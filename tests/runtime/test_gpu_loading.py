@@ -21,7 +21,7 @@ from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies.base import FlowClock
-from omega_qvla.policies.elementwise import ElementwiseModule
+from omega_qvla.policies.layers.elementwise import ElementwiseModule
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import loading
 from omega_qvla.runtime.fused import FusedElementwise

@@ -50,7 +50,7 @@ from omega_qvla.evaluation.openloop import NOISES
 from omega_qvla.evaluation.sweep import OpenLoop, write_json
 from omega_qvla.evaluation.twin import condition_name
 from omega_qvla.extras import require
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.figure import comparison_figure

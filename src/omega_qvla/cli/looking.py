@@ -35,7 +35,7 @@ from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.extras import require
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.document import write_report
 from omega_qvla.report.table import site_table

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from omega_qvla.checkpoints.options import Choices
 from omega_qvla.cli.options import Execution, Simulation, names_of
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import checkpoint_bytes, resident_bytes
@@ -27,8 +28,7 @@ from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.sweep import ClosedLoop, Footprint, OpenLoop, SweepRow, run_sweep
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.extras import require
-from omega_qvla.policies.checkpoints.choices import Choices
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.runtime.loading import load
 

@@ -12,7 +12,7 @@ import torch
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.normalization import (
+from omega_qvla.policies.processing.normalization import (
     Binary,
     MeanStd,
     Normalization,
@@ -20,7 +20,7 @@ from omega_qvla.policies.normalization import (
     Quantiles,
     Range,
 )
-from omega_qvla.policies.processing import WordTokenizer
+from omega_qvla.policies.processing.observations import WordTokenizer
 from omega_qvla.serving.safety import ActionLimits
 from omega_qvla.serving.specification import NATIVE, Layout, Specification
 

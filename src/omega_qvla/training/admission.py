@@ -35,7 +35,7 @@ from omega_qvla.evaluation.rollout import (
 )
 from omega_qvla.evaluation.simulators import SimulatorPool
 from omega_qvla.evaluation.statistics import wilson_interval
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 
 LEAST_SUCCESS = 0.8
