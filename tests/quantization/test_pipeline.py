@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import omega_qvla as oq
-from omega_qvla.artifact.claims import Claim
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.claims import Claim
 from omega_qvla.errors import (
     NonFiniteError,
     ObservationError,

@@ -126,7 +126,7 @@ def test_a_module_of_the_users_own_stays_on_the_cpu(
 
 
 def test_memory_counts_every_tensor_once_and_widened_ones_twice(artifact: Path) -> None:
-    from omega_qvla.artifact.checkpoint import read_artifact
+    from omega_qvla.artifact.directory import read_artifact
 
     found = read_artifact(artifact)
     names = {site["name"] for site in found.config["sites"]}

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from omega_qvla.artifact.claims import Claim
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.claims import Claim
 from omega_qvla.cli.comparing import Compare
 from omega_qvla.cli.options import Common, Execution, names_of, save
 from omega_qvla.cli.outputs import known_cells, require_free_file, require_kept

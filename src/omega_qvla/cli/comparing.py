@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.cli.options import (
     COUNT,
     COUNT_OR_NONE,

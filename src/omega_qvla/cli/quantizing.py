@@ -11,7 +11,7 @@ import tyro
 
 from omega_qvla.api import quantize
 from omega_qvla.artifact import preflight, verify_artifact
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.cli.options import (
     PROCESSES,
     STEPS,

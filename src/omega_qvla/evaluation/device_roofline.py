@@ -28,7 +28,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from omega_qvla.artifact.checkpoint import read_artifact
+from omega_qvla.artifact.directory import read_artifact
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Observation, sites_of

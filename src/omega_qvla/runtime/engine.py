@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.artifact.checkpoint import write_artifact
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.artifact.directory import write_artifact
 from omega_qvla.artifact.memory import MemorySummary
 from omega_qvla.checkpoints.weight_store import materialize
+from omega_qvla.claims import Claim
 from omega_qvla.errors import NotRealizableError, PolicyError
 from omega_qvla.policies.base import Observation, Policy
 from omega_qvla.policies.layers.elementwise import use_elementwise

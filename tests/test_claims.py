@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from omega_qvla.artifact import read_artifact, write_artifact
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.errors import OutputError, ResourceError
 
 HOLD = """
 import sys, time
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 with Claim(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -28,7 +27,7 @@ with Claim(sys.argv[1]):
 TURNS = """
 import sys
 from pathlib import Path
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.errors import OutputError
 out, inside, rounds, won = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), 0
 for _ in range(rounds):
@@ -134,34 +133,3 @@ def test_a_place_that_cannot_be_locked_is_refused_by_name(
         patch.setattr(module, name, refuse)
         with pytest.raises(ResourceError, match=rf"out.*{reason}"):
             Claim(tmp_path / "out")
-
-
-def test_an_artifact_is_not_written_where_another_is_at_work(
-    tmp_path: Path, example: dict[str, Any]
-) -> None:
-    write_artifact(tmp_path / "out", **example)
-    changed = {**example, "card": "another"}
-    with Claim(tmp_path / "out") as claim:
-        with pytest.raises(OutputError, match=f"process {os.getpid()} "):
-            write_artifact(tmp_path / "out", **changed)
-        assert (tmp_path / "out" / "README.md").read_text() == example["card"]
-        written = write_artifact(tmp_path / "out", **changed, claim=claim)
-    assert read_artifact(tmp_path / "out").content_hash == written
-
-
-def test_artifacts_saved_at_once_are_one_of_them_and_whole(
-    tmp_path: Path, example: dict[str, Any]
-) -> None:
-    start = Barrier(4)
-
-    def save(number: int) -> str | None:
-        start.wait()
-        try:
-            return write_artifact(tmp_path / "out", **{**example, "card": f"{number}"})
-        except OutputError:
-            return None
-
-    with ThreadPoolExecutor(4) as pool:
-        hashes = [one for one in pool.map(save, range(4)) if one is not None]
-    assert read_artifact(tmp_path / "out").content_hash in hashes
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -31,17 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omega_qvla.artifact.claims import Claim
-from omega_qvla.artifact.files import (
-    ContainedDirectory,
-    DamageError,
-    Failure,
-    NewFile,
-    OpenFile,
-    describe,
-    preflight_disk,
-    replace_directory,
-)
 from omega_qvla.artifact.manifest import (
     CARD,
     CONFIG,
@@ -57,7 +46,8 @@ from omega_qvla.artifact.manifest import (
     parse_manifest,
     shard_name,
 )
-from omega_qvla.artifact.shards import (
+from omega_qvla.artifact.strict_json import JsonError, canonical, parse_object
+from omega_qvla.artifact.tensors import (
     DTYPES,
     Span,
     TensorSpec,
@@ -71,8 +61,18 @@ from omega_qvla.artifact.shards import (
     tensor_digest,
     write_shard,
 )
-from omega_qvla.artifact.strict_json import JsonError, canonical, parse_object
+from omega_qvla.claims import Claim
 from omega_qvla.errors import ArtifactError, NotAnArtifactError, ResourceError
+from omega_qvla.files import (
+    ContainedDirectory,
+    DamageError,
+    Failure,
+    NewFile,
+    OpenFile,
+    describe,
+    preflight_disk,
+    replace_directory,
+)
 
 MAX_SHARD_BYTES = 256 << 20
 _HASHING_THREADS = 2

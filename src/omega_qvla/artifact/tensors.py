@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omega_qvla.artifact.files import CHUNK_BYTES, DamageError, Failure, OpenFile
 from omega_qvla.artifact.strict_json import JsonError, canonical, parse_object
 from omega_qvla.errors import ArtifactError, NonFiniteError
+from omega_qvla.files import CHUNK_BYTES, DamageError, Failure, OpenFile
 
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 8 << 20
