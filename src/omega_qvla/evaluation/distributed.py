@@ -23,7 +23,6 @@ from functools import partial
 from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.crew import Crew, Death, Reply
-from omega_qvla.evaluation.episodes import EpisodeJournal, EpisodeRecord
 from omega_qvla.evaluation.openloop import Measurement
 from omega_qvla.evaluation.rollout import (
     MAX_DEATHS,
@@ -45,6 +44,7 @@ from omega_qvla.evaluation.work import (
     parse_prepared,
     prepare_request,
 )
+from omega_qvla.results.episodes import EpisodeJournal, EpisodeRecord
 
 SEEDS_PER_JOB = 50
 """A job loads policy and scenes once for at least so many episodes.

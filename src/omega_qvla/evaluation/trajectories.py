@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
 from omega_qvla.evaluation.channel import ChannelError
-from omega_qvla.evaluation.episodes import EpisodeRecord
 from omega_qvla.evaluation.openloop import Sampler
 from omega_qvla.evaluation.replay import REPLAY, SOLVED
 from omega_qvla.evaluation.rollout import (
@@ -30,6 +29,7 @@ from omega_qvla.evaluation.rollout import (
     rollout,
 )
 from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.results.episodes import EpisodeRecord
 
 FRAMES = 8
 """Pictures of a film strip, the first and the last moment included."""
