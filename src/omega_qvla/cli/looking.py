@@ -30,7 +30,7 @@ from omega_qvla.cli.sweeps import chosen_tasks, closed_loop_possible
 from omega_qvla.errors import OutputError, SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.diagnostics import diagnose
-from omega_qvla.evaluation.simulators import METAWORLD
+from omega_qvla.evaluation.simulators.pool import METAWORLD
 from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.evaluation.twin import condition_name, stress_twin

@@ -19,11 +19,11 @@ from omega_qvla.errors import (
 )
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.comparison import FULL_PRECISION
+from omega_qvla.evaluation.execution.building import artifact_blueprint, full_blueprint
+from omega_qvla.evaluation.execution.placing import place
 from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
-from omega_qvla.evaluation.metaworld import TASKS
-from omega_qvla.evaluation.placing import place
-from omega_qvla.evaluation.prepare import artifact_blueprint, full_blueprint
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import ClosedLoop, Footprint, OpenLoop, SweepRow, run_sweep
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.extras import require

@@ -13,7 +13,7 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli.options import PROCESSES, Common, Positional, names_of, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.evaluation.benchmark import expand_recipes
-from omega_qvla.evaluation.kernel_speed import machine_name
+from omega_qvla.evaluation.speed.kernel_speed import machine_name
 from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.unseen import Unseen as Definition
 from omega_qvla.evaluation.unseen import measure_unseen

@@ -16,8 +16,12 @@ from typing import Any, Literal, cast
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.evaluation.benchmark import expand_recipes
+from omega_qvla.evaluation.execution.building import (
+    full_blueprint,
+    quantized_blueprint,
+    save_and_load,
+)
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
-from omega_qvla.evaluation.prepare import full_blueprint, quantized_blueprint, save_and_load
 from omega_qvla.evaluation.sweep import SweepRow
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.policies.checkpoints.choices import Choices

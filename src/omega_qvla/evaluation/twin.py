@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.evaluation.outlier_injection import inject_outliers
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.quantization.outliers import inject_outliers
 
 STRESS_FRACTION = 0.03
 """Share of channels per producer that carry outliers (METHOD's published comparisons)."""
