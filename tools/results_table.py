@@ -18,7 +18,6 @@ from omega_qvla.report.benchmark_table import (
     error_table,
     unseen_table,
 )
-from omega_qvla.report.results import load_results, parse_results
 from omega_qvla.report.table import (
     Table,
     comparison_table,
@@ -26,6 +25,7 @@ from omega_qvla.report.table import (
     per_task_table,
     results_table,
 )
+from omega_qvla.results.rows import load_results, parse_results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -15,7 +15,7 @@ from omega_qvla.evaluation.benchmark import (
     benchmark_document,
     missing_cells,
 )
-from omega_qvla.report.results import parse_results
+from omega_qvla.results.rows import parse_results
 
 CONDITIONS = ("plain", "stress:10", "stress:30", "stress:100")
 

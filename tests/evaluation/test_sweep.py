@@ -7,7 +7,6 @@ import pytest
 
 from omega_qvla.errors import RecipeError, ResourceError
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.statistics import wilson_interval
 from omega_qvla.evaluation.sweep import (
     ClosedLoop,
     Footprint,
@@ -17,6 +16,7 @@ from omega_qvla.evaluation.sweep import (
     write_json,
 )
 from omega_qvla.recipe import DEFAULT_RECIPE
+from omega_qvla.results.statistics import wilson_interval
 
 CONTRACT = {
     "policy",

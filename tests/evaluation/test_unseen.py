@@ -28,7 +28,7 @@ from omega_qvla.evaluation.unseen import (
 from omega_qvla.policies.pi05_policy import Pi05Policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import unseen_table
-from omega_qvla.report.results import parse_results
+from omega_qvla.results.rows import parse_results
 
 TASKS = ("a", "b", "c", "d")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from omega_qvla.report.benchmark_table import benchmark_tables, drift_table, error_table
-from omega_qvla.report.results import load_results
+from omega_qvla.results.rows import load_results
 
 
 @pytest.fixture

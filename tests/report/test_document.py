@@ -13,7 +13,7 @@ import pytest
 
 from omega_qvla.errors import MissingPackageError
 from omega_qvla.report.document import write_report
-from omega_qvla.report.results import ReportError
+from omega_qvla.results.rows import ReportError
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

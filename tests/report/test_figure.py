@@ -7,7 +7,7 @@ import pytest
 
 from omega_qvla.errors import MissingPackageError
 from omega_qvla.report.figure import comparison_figure
-from omega_qvla.report.results import ReportError
+from omega_qvla.results.rows import ReportError
 
 pytest.importorskip("matplotlib")
 

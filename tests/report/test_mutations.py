@@ -8,10 +8,10 @@ import json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omega_qvla.report.results import ReportError
 from omega_qvla.report.sources import read_sources
 from omega_qvla.report.summary import summarise
 from omega_qvla.report.table import markdown, results_table
+from omega_qvla.results.rows import ReportError
 
 STRANGE = (None, True, -1, 0, 1e300, "", "text", "$x^", [], [[]], [1], {}, {"ci95": [1]})
 

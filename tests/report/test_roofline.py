@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from omega_qvla.report.results import ReportError
 from omega_qvla.report.roofline import roofline_figure
+from omega_qvla.results.rows import ReportError
 
 DOCUMENT = {
     "machine": "a processor",

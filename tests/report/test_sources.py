@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from omega_qvla.evaluation import statistics
-from omega_qvla.evaluation.episodes import EpisodeJournal, EpisodeRecord
 from omega_qvla.report.journals import wilson_interval
-from omega_qvla.report.results import ReportError
 from omega_qvla.report.sources import read_sources
+from omega_qvla.results import statistics
+from omega_qvla.results.episodes import EpisodeJournal, EpisodeRecord
+from omega_qvla.results.rows import ReportError
 
 
 def journal(*episodes, **labels):

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from omega_qvla.report.results import Result
 from omega_qvla.report.sources import Sources
 from omega_qvla.report.summary import summarise
+from omega_qvla.results.rows import Result
 
 
 def row(recipe: str, condition: str, error: float, bits: float | None = 4.2) -> Result:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from omega_qvla.report.results import ReportError, load_results
 from omega_qvla.report.table import (
     comparison_table,
     human_bytes,
@@ -11,6 +10,7 @@ from omega_qvla.report.table import (
     markdown,
     task_table,
 )
+from omega_qvla.results.rows import ReportError, load_results
 
 UNMEASURED = ("success_mean", "success_ci95", "action_error", "noise_floor", "smoothness")
 UNMEASURED += ("checkpoint_bytes", "resident_bytes", "ms_per_chunk")

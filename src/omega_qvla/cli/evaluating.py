@@ -43,8 +43,8 @@ from omega_qvla.evaluation.simulators.libero import (
 )
 from omega_qvla.evaluation.simulators.libero import chosen_tasks as libero_tasks
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.statistics import wilson_interval
 from omega_qvla.evaluation.sweep import ClosedLoop, SweepRow, run_sweep
+from omega_qvla.results.statistics import wilson_interval
 
 LIBERO_PATIENCE_S = 1800.0
 """Building a LIBERO scene on a busy machine takes minutes."""

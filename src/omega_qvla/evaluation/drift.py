@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from omega_qvla.evaluation.episodes import EpisodeRecord
+from omega_qvla.results.episodes import EpisodeRecord
 
 DRIFT_STEPS = (25, 50, 100)
 """Control steps after which the hands are compared."""

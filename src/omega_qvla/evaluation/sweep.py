@@ -28,7 +28,6 @@ from typing import Any
 
 from omega_qvla.errors import PolicyError, RecipeError, ResourceError
 from omega_qvla.evaluation.drift import hand_drift
-from omega_qvla.evaluation.episodes import EpisodeRecord
 from omega_qvla.evaluation.execution.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.openloop import (
     NOISES,
@@ -41,7 +40,9 @@ from omega_qvla.evaluation.openloop import (
 )
 from omega_qvla.evaluation.rollout import Transform, rollout
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.statistics import (
+from omega_qvla.recipe import DEFAULT_RECIPE
+from omega_qvla.results.episodes import EpisodeRecord
+from omega_qvla.results.statistics import (
     bootstrap_median_ratio,
     bootstrap_ratio,
     bootstrap_total,
@@ -49,7 +50,6 @@ from omega_qvla.evaluation.statistics import (
     relative_smoothness,
     wilson_interval,
 )
-from omega_qvla.recipe import DEFAULT_RECIPE
 
 SCHEMA = 1
 FULL_PRECISION = ("fp32", "bf16")

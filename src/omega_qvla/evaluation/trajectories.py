@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
-from omega_qvla.evaluation.episodes import EpisodeRecord
 from omega_qvla.evaluation.openloop import Sampler
 from omega_qvla.evaluation.rollout import (
     ACTION_LIMITS,
@@ -30,6 +29,7 @@ from omega_qvla.evaluation.rollout import (
 from omega_qvla.evaluation.simulators.channel import ChannelError
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.simulators.replay import REPLAY, SOLVED
+from omega_qvla.results.episodes import EpisodeRecord
 
 FRAMES = 8
 """Pictures of a film strip, the first and the last moment included."""

@@ -36,12 +36,12 @@ from omega_qvla.evaluation.openloop import (
     measure_reference,
     measure_row,
 )
-from omega_qvla.evaluation.statistics import bootstrap_total
 from omega_qvla.evaluation.sweep import SCHEMA, error_ratios, write_json
 from omega_qvla.policies.base import Observation
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.site import needs_statistics
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
+from omega_qvla.results.statistics import bootstrap_total
 from omega_qvla.runtime.memory import weight_storage
 
 SEEN, UNSEEN = "seen tasks", "unseen tasks"

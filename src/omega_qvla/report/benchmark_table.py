@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from omega_qvla.report.results import Result, load_results
 from omega_qvla.report.table import MISSING, Table, error_text, human_bytes, simulated_mark
+from omega_qvla.results.rows import Result, load_results
 
 LOWEST, LEVEL = " ◂", " ="
 _NOTES = (

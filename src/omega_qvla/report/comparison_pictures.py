@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from omega_qvla.report.pictures import Picture, draw_picture
-from omega_qvla.report.results import Result
 from omega_qvla.report.sources import Memory, PolicySpeed, Sourced
 from omega_qvla.report.style import (
     CONDITION_COLOURS,
@@ -20,6 +19,7 @@ from omega_qvla.report.style import (
 )
 from omega_qvla.report.table import MISSING, Table, human_bytes
 from omega_qvla.report.words import condition_words, error_words, listing, row_name, share
+from omega_qvla.results.rows import Result
 
 
 def success_pictures(results: Sequence[Result]) -> list[Picture]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.report.files import write_file
-from omega_qvla.report.results import Result, load_results
 from omega_qvla.report.style import (
     BYTES_COLOURS,
     CONDITION_COLOURS,
@@ -26,6 +25,7 @@ from omega_qvla.report.style import (
     RC,
     matplotlib_modules,
 )
+from omega_qvla.results.rows import Result, load_results
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from omega_qvla.report.results import ReportError
+from omega_qvla.results.rows import ReportError
 
 
 def write_file(target: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, cast
 
-from omega_qvla.report.results import ReportError, Result
+from omega_qvla.results.rows import ReportError, Result
 
 _SCHEMAS = (1, 2)
 """The second keeps the robot's states as well, which are not shown here."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.report.files import write_file
-from omega_qvla.report.results import ReportError
 from omega_qvla.report.style import matplotlib_modules
+from omega_qvla.results.rows import ReportError
 
 _BYTES_PER_WEIGHT = {
     "torch fp32": 4.0,

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from omega_qvla.report.journals import is_journal, read_journal
-from omega_qvla.report.results import SCHEMA, ReportError, Result, parse_results
+from omega_qvla.results.rows import SCHEMA, ReportError, Result, parse_results
 
 UNDERSTOOD = (
     "results of compare, demo, eval, diagnose, inspect, quantize, bench, and the journals of a "

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from omega_qvla.report.results import Result
 from omega_qvla.report.sources import Sources
 from omega_qvla.report.words import (
     NO_BREAK,
@@ -24,6 +23,7 @@ from omega_qvla.report.words import (
     share,
     size_words,
 )
+from omega_qvla.results.rows import Result
 
 SIGNIFICANT = 0.05
 _FEW = 3

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.report.results import Result, load_results
+from omega_qvla.results.rows import Result, load_results
 
 MISSING = "–"
 _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))

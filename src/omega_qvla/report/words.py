@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omega_qvla.report.results import Result
 from omega_qvla.report.table import MISSING, human_bytes
+from omega_qvla.results.rows import Result
 
 NO_BREAK = "\u00a0"
 _BLOCKS = (

@@ -34,9 +34,9 @@ from omega_qvla.evaluation.rollout import (
 )
 from omega_qvla.evaluation.simulators.metaworld import TASKS, MetaWorldEnv
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.statistics import wilson_interval
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.results.statistics import wilson_interval
 
 LEAST_SUCCESS = 0.8
 EVALUATION_SEED = 0

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.evaluation.episodes import EpisodeJournal, EpisodeRecord
 from omega_qvla.evaluation.execution.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.execution.executor import Crew, Death, Reply
 from omega_qvla.evaluation.execution.worker import (
@@ -45,6 +44,7 @@ from omega_qvla.evaluation.sweep import (
     SweepRow,
     journal_of,
 )
+from omega_qvla.results.episodes import EpisodeJournal, EpisodeRecord
 
 SEEDS_PER_JOB = 50
 """A job loads policy and scenes once for at least so many episodes.

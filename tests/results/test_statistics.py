@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from omega_qvla.evaluation.statistics import (
+from omega_qvla.results.statistics import (
     Z_95,
     bootstrap_median_ratio,
     bootstrap_ratio,
