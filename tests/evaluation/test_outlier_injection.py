@@ -1,6 +1,9 @@
-"""The stress twin has large activations and computes the same function."""
+"""An outlier-injected policy has large activations and computes the same function."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,18 +11,16 @@ from torch import nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.outlier_injection import (
-    OutlierPair,
     choose_channels,
     choose_factors,
     inject_outliers,
 )
+from omega_qvla.evaluation.outlier_paths import OutlierPath, gr00t_paths, outlier_paths, pi05_paths
 from omega_qvla.policies.base import FlowClock, euler_times
 from omega_qvla.policies.gr00t_layers import adaptive_layer_norm
 from omega_qvla.policies.gr00t_n15 import Gr00tN15Config
-from omega_qvla.policies.gr00t_outliers import gr00t_outlier_pairs
 from omega_qvla.policies.layers import AdaptiveRMSNorm, RMSNorm, adaptive_rms_norm
 from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, sample_chunk
-from omega_qvla.policies.pi05_outliers import pi05_outlier_pairs
 
 
 def gen(seed: int) -> torch.Generator:
@@ -62,17 +63,17 @@ def test_pi05_computes_the_same_actions(scope) -> None:
     module = tiny_module()
     before = full_forward(module)
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    pairs = pi05_outlier_pairs(module.config, scope)
-    injected = inject_outliers(module, pairs, 30.0, 0.03, gen(2))
-    assert len(injected) == len(pairs)
+    paths = pi05_paths(module.config, scope)
+    injected = inject_outliers(module, paths, 30.0, 0.03, gen(2))
+    assert len(injected) == len(paths)
     after = full_forward(module)
     assert float((after - before).norm() / before.norm()) < 1e-5
     changed = {
         name for name, tensor in module.state_dict().items() if not tensor.equal(weights[name])
     }
-    for pair in pairs:
-        assert f"{pair.producer}.weight" in changed
-        assert all(f"{path}.weight" in changed for path in pair.consumers)
+    for path in paths:
+        assert f"{path.producer}.weight" in changed
+        assert all(f"{name}.weight" in changed for name in path.consumers)
 
 
 def test_pi05_inputs_do_get_outliers() -> None:
@@ -87,25 +88,25 @@ def test_pi05_inputs_do_get_outliers() -> None:
     for linear in (layer.self_attn.q_proj, layer.mlp.gate_proj, layer.mlp.down_proj):
         linear.register_forward_pre_hook(record)
     full_forward(module)
-    inject_outliers(module, pi05_outlier_pairs(module.config), 30.0, 0.03, gen(3))
+    inject_outliers(module, pi05_paths(module.config), 30.0, 0.03, gen(3))
     full_forward(module)
     assert all(stressed > 5 * plain for plain, stressed in zip(seen[:3], seen[3:], strict=True))
 
 
-def test_pi05_pairs_cover_every_linear_behind_a_norm_once() -> None:
+def test_pi05_paths_cover_every_linear_behind_a_norm_once() -> None:
     config = Pi05Config.tiny(vocabulary=40)
-    paper, everything = (pi05_outlier_pairs(config, scope) for scope in ("paper", "all"))
-    consumers = [path for pair in everything for path in pair.consumers]
+    paper, everything = (pi05_paths(config, scope) for scope in ("paper", "all"))
+    consumers = [name for path in everything for name in path.consumers]
     assert len(consumers) == len(set(consumers))
     assert set(paper) < set(everything)
     assert len(paper) == 3 * (config.depth - 1) + 1 + 3 * config.depth
     assert len(everything) == len(paper) + 2 * config.vision.depth + 1
 
 
-def test_gr00t_pairs_cover_every_linear_behind_a_norm_once() -> None:
+def test_gr00t_paths_cover_every_linear_behind_a_norm_once() -> None:
     config = Gr00tN15Config.tiny(vocabulary=40)
-    paper, everything = (gr00t_outlier_pairs(config, scope) for scope in ("paper", "all"))
-    consumers = [path for pair in everything for path in pair.consumers]
+    paper, everything = (gr00t_paths(config, scope) for scope in ("paper", "all"))
+    consumers = [name for path in everything for name in path.consumers]
     assert len(consumers) == len(set(consumers))
     assert set(paper) < set(everything)
     assert len(paper) == 3 * config.backbone.depth + 2 * config.head.depth
@@ -153,18 +154,18 @@ def test_each_kind_preserves_the_function_to_float64(kind, magnitude: float) -> 
     x = torch.randn(2, 6, 24, generator=g, dtype=torch.float64)
     condition = torch.randn(2, 7, generator=g, dtype=torch.float64)
     before = chain(x, condition)
-    pair = OutlierPair(kind, "producer", ("reader", "other"))
-    inject_outliers(chain, [pair], magnitude, 0.25, g)
+    path = OutlierPath(kind, "producer", ("reader", "other"))
+    inject_outliers(chain, [path], magnitude, 0.25, g)
     for old, new in zip(before, chain(x, condition), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-10, atol=1e-12)
 
 
 def test_same_generator_state_same_twin() -> None:
-    pair = OutlierPair("linear", "producer", ("reader", "other"))
+    path = OutlierPath("linear", "producer", ("reader", "other"))
     first, second, third = Chain("linear"), Chain("linear"), Chain("linear")
-    one = inject_outliers(first, [pair], 30.0, 0.2, gen(7))[0]
-    two = inject_outliers(second, [pair], 30.0, 0.2, gen(7))[0]
-    inject_outliers(third, [pair], 30.0, 0.2, gen(8))
+    one = inject_outliers(first, [path], 30.0, 0.2, gen(7))[0]
+    two = inject_outliers(second, [path], 30.0, 0.2, gen(7))[0]
+    inject_outliers(third, [path], 30.0, 0.2, gen(8))
     assert torch.equal(one.channels, two.channels) and torch.equal(one.factors, two.factors)
     assert torch.equal(first.reader.weight, second.reader.weight)
     assert not torch.equal(first.reader.weight, third.reader.weight)
@@ -192,20 +193,26 @@ def test_bad_magnitudes_are_refused(magnitude: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "message"),
+    ("paths", "message"),
     [
-        ([OutlierPair("linear", "nowhere", ("reader",))], "nowhere"),
-        ([OutlierPair("linear", "producer", ("nobody",))], "nobody"),
-        ([OutlierPair("rms_norm", "producer", ("reader",))], "does not fit kind"),
-        ([OutlierPair("linear", "producer", ())], "no consumers"),
-        ([OutlierPair("linear", "other", ("reader",))], "3 channels"),
-        ([OutlierPair("linear", "producer", ("reader", "reader"))], "listed"),
+        ([OutlierPath("linear", "nowhere", ("reader",))], "nowhere"),
+        ([OutlierPath("linear", "producer", ("nobody",))], "nobody"),
+        ([OutlierPath("rms_norm", "producer", ("reader",))], "does not fit kind"),
+        ([OutlierPath("linear", "producer", ())], "no consumers"),
+        ([OutlierPath("linear", "other", ("reader",))], "3 channels"),
+        ([OutlierPath("linear", "producer", ("reader", "reader"))], "listed"),
     ],
 )
-def test_bad_pairs_are_refused_before_anything_changes(pairs, message: str) -> None:
+def test_bad_paths_are_refused_before_anything_changes(paths, message: str) -> None:
     chain = Chain("linear")
     before = {name: tensor.clone() for name, tensor in chain.state_dict().items()}
-    good = OutlierPair("linear", "producer", ("other",))
+    good = OutlierPath("linear", "producer", ("other",))
     with pytest.raises(PolicyError, match=message):
-        inject_outliers(chain, [good, *pairs], 30.0, 0.1, gen(0))
+        inject_outliers(chain, [good, *paths], 30.0, 0.1, gen(0))
     assert all(tensor.equal(before[name]) for name, tensor in chain.state_dict().items())
+
+
+def test_a_family_of_which_nothing_is_known_is_refused_by_name() -> None:
+    policy = SimpleNamespace(family="another", config=None)
+    with pytest.raises(PolicyError, match=r"'another'.*pi05, gr00t_n15.*--stress"):
+        outlier_paths(cast(Any, policy), "all")

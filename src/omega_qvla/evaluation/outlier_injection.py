@@ -1,10 +1,10 @@
-"""The outlier stress twin: large activations, the same function.
+"""Outlier injection: large activations, the same function (docs/outlier-injection.md).
 
 Small policies trained from scratch lack the outlier channels of billion-parameter ones, and four
-bits hardly hurt them.  The twin makes them as hard to quantize without changing what they compute:
-a channel is multiplied by f where it is produced and divided by f in every linear that reads it.
-This reverses what balancing does (SmoothQuant, arXiv 2211.10438), and it works wherever nothing
-nonlinear lies between producer and consumers:
+bits hardly hurt them.  Injected outliers make them as hard to quantize without changing what they
+compute: a channel is multiplied by f where it is produced and divided by f in every linear that
+reads it.  This reverses what balancing does (SmoothQuant, arXiv 2211.10438), and it works wherever
+nothing nonlinear lies between producer and consumers:
 
 =============  ==========================================  ====================================
 kind           producer                                    change for channel j
@@ -19,14 +19,14 @@ linear         y = x Wᵀ + b (``up_proj``; only             row ← f row, b �
                multiplied by the gate before it is read)
 =============  ==========================================  ====================================
 
-and column j of every consumer is divided by f.  Which norm feeds which linears is the policy's
-knowledge and comes in as a list of :class:`OutlierPair`.
+and column j of every consumer is divided by f.  Which norm feeds which linears is said
+by ``outlier_paths.py``.
 
 Factors are log-normal around the magnitude, f = magnitude · exp(½ z), z ~ N(0, 1): real outlier
 channels differ among themselves, and equal factors would be undone by one scale per group.  With
 magnitude 30 two thirds lie between 18 and 49.
 
-A stress twin is a test instrument.  Never present it as a checkpoint.
+An outlier-injected policy is a test instrument.  Never present it as a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,19 +34,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.evaluation.outlier_paths import OutlierPath, outlier_paths
+from omega_qvla.policies.native import NativePolicy
 
 SPREAD = 0.5
 """Standard deviation of log f."""
 
+FRACTION = 0.03
+"""Share of channels per producer that carry outliers."""
 
-OutlierKind = Literal["rms_norm", "layer_norm", "adaptive_norm", "adaptive_layer_norm", "linear"]
-"""How a producer stores its gain; see the table above."""
+TOLERANCE = 1e-5
+"""Largest relative difference of a float32 action chunk that injecting may make."""
+
+PLAIN = "plain"
 
 _PARTS = {"adaptive_norm": 3, "adaptive_layer_norm": 2}
 """How many of ``_PART_NAMES`` the dense layer of an adaptive norm produces."""
@@ -54,39 +60,56 @@ _PARTS = {"adaptive_norm": 3, "adaptive_layer_norm": 2}
 _PART_NAMES = ("scale", "shift", "gate")
 
 
-class OutlierPairLike(Protocol):
-    """What a policy's own description of a pair must offer; ``OutlierPair`` is one."""
-
-    @property
-    def kind(self) -> OutlierKind: ...
-    @property
-    def producer(self) -> str: ...
-    @property
-    def consumers(self) -> tuple[str, ...]: ...
-
-
-@dataclass(frozen=True)
-class OutlierPair:
-    """A producer of channels and everything that reads them.
-
-    Attributes:
-        kind: how the producer stores its gain, see the table above.
-        producer: dotted path of the norm, of the adaptive norm's dense linear, or of the linear.
-        consumers: dotted paths of all linears that read the producer's output.
-    """
-
-    kind: OutlierKind
-    producer: str
-    consumers: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class InjectedOutliers:
-    """What was done to one pair: channels [n] int64 and their factors [n] float32."""
+    """What was done at one path: channels [n] int64 and their factors [n] float32."""
 
-    pair: OutlierPairLike
+    path: OutlierPath
     channels: Tensor
     factors: Tensor
+
+
+def outlier_injected(
+    policy: NativePolicy, magnitude: float, *, seed: int = 0, probe: Any | None = None
+) -> NativePolicy:
+    """The same function with outlier channels in backbone, action head and vision tower.
+
+    Args:
+        magnitude: median factor of the chosen channels; 0 returns the policy itself.
+        seed: draws channels and factors.
+        probe: an observation on which the function is checked to be unchanged.
+
+    Raises:
+        PolicyError: the action chunk differs by more than ``TOLERANCE``, or nothing is known of the
+            policy's family.
+    """
+    if magnitude == 0:
+        return policy
+    paths = outlier_paths(policy, "all")
+    injected = policy.clone()
+    injected.module.load_state_dict(
+        {k: v.clone() for k, v in injected.module.state_dict().items()}, assign=True
+    )
+    injected.module.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    inject_outliers(injected.module, paths, magnitude, FRACTION, generator)
+    if probe is not None:
+        noise = torch.randn(policy.noise_shape, generator=generator)
+        ours = policy.sample_normalized(probe, noise)
+        theirs = injected.sample_normalized(probe, noise)
+        difference = float((ours - theirs).norm() / ours.norm())
+        if not difference <= TOLERANCE:
+            raise PolicyError(
+                f"injecting outliers of magnitude {magnitude:g} changed the policy's function by "
+                f"{difference:.1e} (allowed {TOLERANCE:g}): float32 does not carry outliers of "
+                "that size; use a smaller magnitude"
+            )
+    return injected
+
+
+def condition_name(magnitude: float) -> str:
+    """``plain`` or ``stress:30``."""
+    return PLAIN if magnitude == 0 else f"stress:{magnitude:g}"
 
 
 def choose_channels(width: int, fraction: float, generator: torch.Generator) -> Tensor:
@@ -161,55 +184,55 @@ def scale_modulation(weight: Tensor, bias: Tensor, factor: Tensor) -> tuple[Tens
 
 def inject_outliers(
     module: nn.Module,
-    pairs: Iterable[OutlierPairLike],
+    paths: Iterable[OutlierPath],
     magnitude: float,
     fraction: float,
     generator: torch.Generator,
 ) -> list[InjectedOutliers]:
-    """Turn a module into its stress twin, in place.
+    """Inject outliers into a module, in place.
 
-    All pairs are checked before the first weight is touched.  Channels and factors are drawn pair
-    by pair in the given order, so the same generator state gives the same twin.
+    All paths are checked before the first weight is touched.  Channels and factors are drawn path
+    by path in the given order, so the same generator state gives the same outliers.
 
     Args:
         module: the full-precision network.
-        pairs: from the policy family, for example ``pi05_outlier_pairs``.
+        paths: from ``outlier_paths.py``.
         magnitude: median factor, 30 in the published comparisons.
         fraction: share of channels per producer, 0.03 in the published comparisons.
         generator: a CPU generator; the only source of randomness.
 
     Returns:
-        What was done, per pair.
+        What was done, per path.
 
     Raises:
         PolicyError: a path does not exist, is not of its kind, widths differ, or a consumer is
             listed twice.
         ValueError: magnitude or fraction out of range.
     """
-    pairs = list(pairs)
-    widths = [_checked_width(module, pair) for pair in pairs]
-    _refuse_shared_consumers(pairs)
+    paths = list(paths)
+    widths = [_checked_width(module, path) for path in paths]
+    _refuse_shared_consumers(paths)
     drawn: list[InjectedOutliers] = []
-    for pair, width in zip(pairs, widths, strict=True):
+    for path, width in zip(paths, widths, strict=True):
         channels = choose_channels(width, fraction, generator)
         factors = choose_factors(channels.numel(), magnitude, generator)
-        drawn.append(InjectedOutliers(pair, channels, factors))
+        drawn.append(InjectedOutliers(path, channels, factors))
     with torch.no_grad():
         for injected, width in zip(drawn, widths, strict=True):
             factor = expand_factors(width, injected.channels, injected.factors)
-            _apply(module, injected.pair, factor)
+            _apply(module, injected.path, factor)
     return drawn
 
 
-def _apply(module: nn.Module, pair: OutlierPairLike, factor: Tensor) -> None:
-    """Scale the producer and divide the consumers of one checked pair."""
-    producer = module.get_submodule(pair.producer)
+def _apply(module: nn.Module, path: OutlierPath, factor: Tensor) -> None:
+    """Scale the producer and divide the consumers of one checked path."""
+    producer = module.get_submodule(path.producer)
     weight = cast(Tensor, producer.weight)
     bias = cast("Tensor | None", getattr(producer, "bias", None))
     factor = factor.to(weight.device)
-    if pair.kind == "rms_norm":
+    if path.kind == "rms_norm":
         weight.copy_(scale_offset_gain(weight, factor))
-    elif pair.kind in _PARTS:
+    elif path.kind in _PARTS:
         assert bias is not None
         new_weight, new_bias = scale_modulation(weight, bias, factor)
         weight.copy_(new_weight)
@@ -218,55 +241,55 @@ def _apply(module: nn.Module, pair: OutlierPairLike, factor: Tensor) -> None:
         weight.copy_(scale_rows(weight, factor))
         if bias is not None:
             bias.copy_(scale_rows(bias, factor))
-    for path in pair.consumers:
-        consumer = cast(nn.Linear, module.get_submodule(path))
+    for name in path.consumers:
+        consumer = cast(nn.Linear, module.get_submodule(name))
         consumer.weight.copy_(divide_columns(consumer.weight, factor.to(consumer.weight.device)))
 
 
-def _checked_width(module: nn.Module, pair: OutlierPairLike) -> int:
-    """Number of channels a pair connects, after checking that it fits the module."""
-    producer = _submodule(module, pair.producer)
+def _checked_width(module: nn.Module, path: OutlierPath) -> int:
+    """Number of channels a path connects, after checking that it fits the module."""
+    producer = _submodule(module, path.producer)
     weight = getattr(producer, "weight", None)
     if not isinstance(weight, Tensor):
-        raise PolicyError(f"outlier producer {pair.producer!r} has no weight")
+        raise PolicyError(f"outlier producer {path.producer!r} has no weight")
     linear = isinstance(producer, nn.Linear)
-    if linear != (pair.kind == "linear" or pair.kind in _PARTS):
+    if linear != (path.kind == "linear" or path.kind in _PARTS):
         raise PolicyError(
-            f"outlier producer {pair.producer!r} is a {type(producer).__name__}, "
-            f"which does not fit kind {pair.kind!r}"
+            f"outlier producer {path.producer!r} is a {type(producer).__name__}, "
+            f"which does not fit kind {path.kind!r}"
         )
     width = weight.shape[0]
-    parts = _PARTS.get(pair.kind, 1)
+    parts = _PARTS.get(path.kind, 1)
     if parts > 1:
         if width % parts or producer.bias is None:
             raise PolicyError(
-                f"{pair.producer!r} must produce ({', '.join(_PART_NAMES[:parts])}) with a bias, "
+                f"{path.producer!r} must produce ({', '.join(_PART_NAMES[:parts])}) with a bias, "
                 f"its weight is {list(weight.shape)}"
             )
         width //= parts
-    if not pair.consumers:
-        raise PolicyError(f"outlier producer {pair.producer!r} has no consumers to compensate it")
-    for path in pair.consumers:
-        consumer = _submodule(module, path)
+    if not path.consumers:
+        raise PolicyError(f"outlier producer {path.producer!r} has no consumers to compensate it")
+    for name in path.consumers:
+        consumer = _submodule(module, name)
         if not isinstance(consumer, nn.Linear) or consumer.in_features != width:
             raise PolicyError(
-                f"outlier consumer {path!r} must be a linear that reads the {width} channels "
-                f"of {pair.producer!r}"
+                f"outlier consumer {name!r} must be a linear that reads the {width} channels "
+                f"of {path.producer!r}"
             )
     return width
 
 
-def _refuse_shared_consumers(pairs: list[OutlierPairLike]) -> None:
+def _refuse_shared_consumers(paths: list[OutlierPath]) -> None:
     """A linear reads one input, so it can compensate one producer."""
     seen: dict[str, str] = {}
-    for pair in pairs:
-        for path in pair.consumers:
-            if path in seen:
+    for path in paths:
+        for name in path.consumers:
+            if name in seen:
                 raise PolicyError(
-                    f"outlier consumer {path!r} is listed for {seen[path]!r} and again for "
-                    f"{pair.producer!r}; a linear reads one input"
+                    f"outlier consumer {name!r} is listed for {seen[name]!r} and again for "
+                    f"{path.producer!r}; a linear reads one input"
                 )
-            seen[path] = pair.producer
+            seen[name] = path.producer
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:

@@ -18,14 +18,12 @@ from omega_qvla.policies.images import FITS
 from omega_qvla.policies.layers import KeyValue
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.normalization import NormalizationStatistics
-from omega_qvla.policies.outlier_paths import OutlierPath
 from omega_qvla.policies.pi05 import (
     Pi05Config,
     Pi05Module,
     remove_modulation,
     sample_chunk,
 )
-from omega_qvla.policies.pi05_outliers import pi05_outlier_pairs
 from omega_qvla.policies.pi05_stages import (
     EXPERT_LAYERS,
     MODULATION_PATHS,
@@ -42,7 +40,6 @@ from omega_qvla.policies.processing import (
     require_state,
 )
 from omega_qvla.policies.relative_actions import Mask, to_absolute
-from omega_qvla.recipe import Scope
 
 
 @dataclass(frozen=True)
@@ -216,9 +213,6 @@ class Pi05Policy(NativePolicy):
             AttentionLayer(p, f"{p}.q_proj", f"{p}.o_proj", expert.heads, expert.head_dim)
             for p in paths
         ]
-
-    def outlier_pairs(self, scope: Scope) -> Sequence[OutlierPath]:
-        return pi05_outlier_pairs(self.config, scope)
 
     def reads_per_chunk(self, path: str) -> float:
         if path == self.embedding_path:

@@ -28,8 +28,8 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ArtifactError, OmegaError, PolicyError
 from omega_qvla.evaluation.execution.blueprint import Blueprint, Built, Report
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
+from omega_qvla.evaluation.outlier_injection import outlier_injected
 from omega_qvla.evaluation.sweep import write_json
-from omega_qvla.evaluation.twin import stress_twin
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy
@@ -53,12 +53,12 @@ def full_blueprint(
     probe: Any | None,
     checkpoint_bytes: int | None,
 ) -> Blueprint:
-    """Full precision, or its stress twin.
+    """Full precision, with outliers injected or without.
 
     Args:
         source: name, absolute directory or hub id of the policy.
         weights: fingerprint that the weights must have.
-        magnitude, seed, probe: see :func:`twin.stress_twin`.
+        magnitude, seed, probe: see :func:`outlier_injection.outlier_injected`.
         checkpoint_bytes: size of its checkpoint.
     """
     answers = {
@@ -223,7 +223,7 @@ def save_and_load(
     """Quantize, save, and give back what was loaded from the artifact alone.
 
     Args:
-        build: the policy in full precision, or its twin; not called for an artifact taken again.
+        build: the policy in full precision; not called for an artifact taken again.
         full: arguments of its blueprint.
         resume: take an artifact that is there already, if it was made from the same.
     """
@@ -299,4 +299,4 @@ def _load_full(
             f"{source} has other weights here than where the comparison was started; every machine "
             "must find the same policy under that name"
         )
-    return stress_twin(policy, magnitude, seed=seed, probe=probe)
+    return outlier_injected(policy, magnitude, seed=seed, probe=probe)
