@@ -77,7 +77,7 @@ check: lint
 # Ray is 80 MB to fetch, 240 MB installed, and slow to start: its tests are not part of `make test`.
 test-scale: $(STAMP)
 	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[scale]"
-	$(BIN)/python -m pytest -q -m scale tests/evaluation/test_ray.py
+	$(BIN)/python -m pytest -q -m scale tests/evaluation/execution/test_ray.py
 
 # LeRobot itself beside ours on what it writes: 5 GB in an environment of its own, then a quarter
 # of an hour.  LEROBOT=DIR names an environment that is there already (docs/parity.md says with what).

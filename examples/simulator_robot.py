@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from omega_qvla.evaluation.metaworld import ACTION_DIM, MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld import ACTION_DIM, MetaWorldEnv
 from omega_qvla.serving.action_queue import Blending
 from omega_qvla.serving.client import RemotePolicy, drive
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from omega_qvla.errors import RecipeError, ResourceError
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import (
     ClosedLoop,
     Footprint,

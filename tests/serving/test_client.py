@@ -331,7 +331,7 @@ def test_closed_loop_success_through_the_socket_is_that_in_process(
     """Two episodes on the same seeds: every episode ends as it does without a socket."""
     from omega_qvla.errors import SimulatorUnavailable
     from omega_qvla.evaluation.rollout import rollout
-    from omega_qvla.evaluation.simulators import SimulatorPool
+    from omega_qvla.evaluation.simulators.pool import SimulatorPool
 
     server = serve_command(str(artifact), "--port", "0", "--limits", "none")
     port = server.wait_for("ready")["port"]

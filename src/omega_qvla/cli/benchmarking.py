@@ -27,9 +27,9 @@ from omega_qvla.evaluation.benchmark import (
     benchmark_document,
 )
 from omega_qvla.evaluation.comparison import FULL_PRECISION
-from omega_qvla.evaluation.kernel_speed import machine_name
+from omega_qvla.evaluation.outlier_injection import condition_name
+from omega_qvla.evaluation.speed.kernel_speed import machine_name
 from omega_qvla.evaluation.sweep import write_json
-from omega_qvla.evaluation.twin import condition_name
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe

@@ -20,13 +20,13 @@ from omega_qvla.errors import (
 )
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.comparison import FULL_PRECISION
+from omega_qvla.evaluation.execution.building import artifact_blueprint, full_blueprint
+from omega_qvla.evaluation.execution.placing import place
 from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
-from omega_qvla.evaluation.metaworld import TASKS
-from omega_qvla.evaluation.placing import place
-from omega_qvla.evaluation.prepare import artifact_blueprint, full_blueprint
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
+from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import ClosedLoop, Footprint, OpenLoop, SweepRow, run_sweep
-from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.extras import require
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
@@ -151,7 +151,7 @@ def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, 
     if (directory / "omega_config.json").exists():
         if stress:
             raise PolicyError(
-                "the stress twin is made from a full-precision policy, before quantization; "
+                "outliers are injected into a full-precision policy, before quantization; "
                 f"{source} is an artifact"
             )
         artifact: Any = load(directory)
@@ -170,7 +170,7 @@ def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, 
     row = SweepRow(
         source,
         FULL_PRECISION,
-        lambda: stress_twin(policy, stress),
+        lambda: outlier_injected(policy, stress),
         condition_name(stress),
         footprint=lambda built: full_footprint(built, size),
         blueprint=full_blueprint(

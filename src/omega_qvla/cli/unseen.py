@@ -14,7 +14,7 @@ from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, names_o
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import default_calibration
 from omega_qvla.evaluation.benchmark import expand_recipes
-from omega_qvla.evaluation.kernel_speed import machine_name
+from omega_qvla.evaluation.speed.kernel_speed import machine_name
 from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.unseen import Unseen as Definition
 from omega_qvla.evaluation.unseen import measure_unseen

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.evaluation.twin import condition_name
+from omega_qvla.evaluation.outlier_injection import condition_name
 from omega_qvla.policies.full_precision import builtin_directory
 from omega_qvla.recipe import DEFAULT_RECIPE, ablation_names
 

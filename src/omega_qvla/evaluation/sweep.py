@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.errors import PolicyError, RecipeError, ResourceError
-from omega_qvla.evaluation.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.drift import hand_drift
+from omega_qvla.evaluation.execution.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.openloop import (
     NOISES,
     Array,
@@ -39,7 +39,7 @@ from omega_qvla.evaluation.openloop import (
     measure_row,
 )
 from omega_qvla.evaluation.rollout import Transform, rollout
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.results.episodes import EpisodeRecord
 from omega_qvla.results.statistics import (

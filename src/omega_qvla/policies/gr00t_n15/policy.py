@@ -32,12 +32,9 @@ from omega_qvla.policies.gr00t_n15.stages import (
     component_of,
     gr00t_stages,
 )
-from omega_qvla.policies.gr00t_outliers import gr00t_outlier_pairs
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.outlier_paths import OutlierPath
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
 from omega_qvla.policies.processing.observations import load_tokenizer
-from omega_qvla.recipe import Scope
 
 _STATISTICS, _TOKENIZER = "statistics.json", "tokenizer.json"
 
@@ -123,9 +120,6 @@ class Gr00tN15Policy(NativePolicy):
             AttentionLayer(p, f"{p}.to_q", f"{p}.to_out.0", head.heads, head.width // head.heads)
             for p in paths
         ]
-
-    def outlier_pairs(self, scope: Scope) -> Sequence[OutlierPath]:
-        return gr00t_outlier_pairs(self.config, scope)
 
     def reads_per_chunk(self, path: str) -> float:
         if path == self.embedding_path or path.endswith(("future_tokens", "position_embedding")):

@@ -16,7 +16,6 @@ from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
 from omega_qvla.policies.layers.gemma import KeyValue
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.outlier_paths import OutlierPath
 from omega_qvla.policies.pi05.network import (
     Pi05Config,
     Pi05Module,
@@ -29,7 +28,6 @@ from omega_qvla.policies.pi05.stages import (
     component_of,
     pi05_stages,
 )
-from omega_qvla.policies.pi05_outliers import pi05_outlier_pairs
 from omega_qvla.policies.processing.images import FITS
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
 from omega_qvla.policies.processing.observations import (
@@ -42,7 +40,6 @@ from omega_qvla.policies.processing.observations import (
     require_state,
 )
 from omega_qvla.policies.processing.relative_actions import Mask, to_absolute
-from omega_qvla.recipe import Scope
 
 
 @dataclass(frozen=True)
@@ -216,9 +213,6 @@ class Pi05Policy(NativePolicy):
             AttentionLayer(p, f"{p}.q_proj", f"{p}.o_proj", expert.heads, expert.head_dim)
             for p in paths
         ]
-
-    def outlier_pairs(self, scope: Scope) -> Sequence[OutlierPath]:
-        return pi05_outlier_pairs(self.config, scope)
 
     def reads_per_chunk(self, path: str) -> float:
         if path == self.embedding_path:
