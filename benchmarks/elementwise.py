@@ -20,7 +20,6 @@ from statistics import median
 import numpy as np
 import torch
 import tyro
-from omega_qvla.policies.layers.attention.attention import rotary_table, split_heads
 from torch import Tensor
 
 import omega_qvla as oq

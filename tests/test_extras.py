@@ -73,8 +73,8 @@ except errors.MissingPackageError as error:
     ("package", "extra", "code"),
     [
         ("websockets", "serve", "import omega_qvla.serving.client"),
-        ("websockets", "serve", "import omega_qvla.serving.door"),
-        ("zmq", "serve", "import omega_qvla.serving.gr00t"),
+        ("websockets", "serve", "import omega_qvla.serving.server.door"),
+        ("zmq", "serve", "import omega_qvla.serving.server.protocols.gr00t"),
         (
             "pyarrow",
             "data",

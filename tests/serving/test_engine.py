@@ -22,8 +22,8 @@ from omega_qvla.policies.processing.normalization import (
     Unchanged,
 )
 from omega_qvla.policies.processing.observations import ByteTokenizer
-from omega_qvla.serving.engine import PolicyEngine
-from omega_qvla.serving.specification import LAYOUTS
+from omega_qvla.serving.server.policy_engine import PolicyEngine
+from omega_qvla.serving.wire.specification import LAYOUTS
 
 ARM = Part(name="arm", normalization=Range(low=(0.0, -1.0), high=(2.0, 1.0)))
 WRIST = Part(name="wrist", normalization=MeanStd(mean=(1.0,), std=(0.5,)))

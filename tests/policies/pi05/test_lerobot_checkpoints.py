@@ -18,7 +18,7 @@ from omega_qvla.checkpoints.options import Choices
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.processing.normalization import MeanStd, Range, Unchanged
-from omega_qvla.serving.engine import PolicyEngine
+from omega_qvla.serving.server.policy_engine import PolicyEngine
 
 NORM = "policy_preprocessor_step_3_normalizer_processor.safetensors"
 CAMERAS = ("front", "wrist")

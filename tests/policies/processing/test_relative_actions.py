@@ -19,7 +19,7 @@ from omega_qvla.evaluation.openloop import sample_together
 from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.processing.relative_actions import relative_mask, to_absolute
-from omega_qvla.serving.engine import PolicyEngine
+from omega_qvla.serving.server.policy_engine import PolicyEngine
 
 MASK = (True, False, True)
 """The last of four actions lies beyond the mask."""

@@ -15,7 +15,7 @@ from omega_qvla.threads import available_cores
 WORTH_PROCESSES = 200
 """Below so many episodes in all, starting worker processes costs more than it brings."""
 _COPIES, _PROCESS_BYTES, _SIMULATOR_BYTES = 3, 1 << 30, 1 << 28
-"""A process needs the policy, a copy with outliers, what quantizing makes; libraries; simulators."""
+"""A process needs the policy, a copy with outliers, what quantizing makes, libraries."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 
 from omega_qvla.errors import WireError
-from omega_qvla.serving.array_forms import DTYPES, Array, gr00t_array, openpi_array, restored
-from omega_qvla.serving.messagepack import DEFAULT_BOUNDS, Bounds, Value, read, write
+from omega_qvla.serving.wire.arrays import DTYPES, Array, gr00t_array, openpi_array, restored
+from omega_qvla.serving.wire.messagepack import DEFAULT_BOUNDS, Bounds, Value, read, write
 
 __all__ = [
     "DEFAULT_BOUNDS",

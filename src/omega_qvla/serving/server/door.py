@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from omega_qvla.extras import needing
-from omega_qvla.serving.arrivals import Pace, Turnstile
-from omega_qvla.serving.backlog import DEFAULT_LIMIT_BYTES, Backlog, Inbox
-from omega_qvla.serving.core import Core
-from omega_qvla.serving.listener import Doorstep, DoorstepSocket, bind
+from omega_qvla.serving.server.arrivals import Pace, Turnstile
+from omega_qvla.serving.server.backlog import DEFAULT_LIMIT_BYTES, Backlog, Inbox
+from omega_qvla.serving.server.listener import Doorstep, DoorstepSocket, bind
+from omega_qvla.serving.server.scheduler import Core
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds
 
 with needing("serving", "serve"):

@@ -15,9 +15,9 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from omega_qvla.errors import ServingError
-from omega_qvla.serving.access import authorized
-from omega_qvla.serving.core import Core, Outcome, Reply
-from omega_qvla.serving.specification import MAX_REQUEST_ID_CHARACTERS
+from omega_qvla.serving.server.access import authorized
+from omega_qvla.serving.server.scheduler import Core, Outcome, Reply
+from omega_qvla.serving.wire.specification import MAX_REQUEST_ID_CHARACTERS
 
 _FLUSH_S = 0.3
 """After the last answer is known: how long it may take to leave."""

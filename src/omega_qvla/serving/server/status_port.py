@@ -12,8 +12,7 @@ import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
 
-from omega_qvla.serving.core import Core
-from omega_qvla.serving.door import (
+from omega_qvla.serving.server.door import (
     Door,
     HttpRequest,
     Listening,
@@ -21,7 +20,8 @@ from omega_qvla.serving.door import (
     ServerConnection,
     guarded,
 )
-from omega_qvla.serving.front import Front, status
+from omega_qvla.serving.server.protocol_server import Front, status
+from omega_qvla.serving.server.scheduler import Core
 
 
 class WithStatusPort:

@@ -26,12 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import NonFiniteError, OmegaError, ResourceError, ServingError
-from omega_qvla.serving.admission import YIELDS_S, Admission, Ticket, stale
-from omega_qvla.serving.engine import Engine
-from omega_qvla.serving.forecast import Forecast
-from omega_qvla.serving.metrics import Metrics
-from omega_qvla.serving.safety import ActionLimits, UnsafeActionError
-from omega_qvla.serving.specification import Request, Specification
+from omega_qvla.serving.server.forecast import Forecast
+from omega_qvla.serving.server.metrics import Metrics
+from omega_qvla.serving.server.policy_engine import Engine
+from omega_qvla.serving.server.request_queue import YIELDS_S, Admission, Ticket, stale
+from omega_qvla.serving.server.safety import ActionLimits, UnsafeActionError
+from omega_qvla.serving.wire.specification import Request, Specification
 
 Array = npt.NDArray[np.float32]
 Log = Callable[..., None]

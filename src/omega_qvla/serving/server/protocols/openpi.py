@@ -27,9 +27,8 @@ from http import HTTPStatus
 from typing import Any, cast
 
 from omega_qvla.errors import ServingError
-from omega_qvla.serving.backlog import Inbox
-from omega_qvla.serving.core import Core, Outcome, Reply
-from omega_qvla.serving.door import (
+from omega_qvla.serving.server.backlog import Inbox
+from omega_qvla.serving.server.door import (
     ConnectionClosed,
     Door,
     GuardedConnection,
@@ -39,9 +38,17 @@ from omega_qvla.serving.door import (
     ServerConnection,
     guarded,
 )
-from omega_qvla.serving.front import Pending, drain, error_fields, facts, metadata, status
-from omega_qvla.serving.specification import parse_request
+from omega_qvla.serving.server.protocol_server import (
+    Pending,
+    drain,
+    error_fields,
+    facts,
+    metadata,
+    status,
+)
+from omega_qvla.serving.server.scheduler import Core, Outcome, Reply
 from omega_qvla.serving.wire import decode_map, encode
+from omega_qvla.serving.wire.specification import parse_request
 
 
 class WebsocketFront:

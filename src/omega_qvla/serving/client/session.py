@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import ServingError, WireError
-from omega_qvla.serving.connection import Connection, ExpiredError, GoneError
+from omega_qvla.serving.client.connection import Connection, ExpiredError, GoneError
 from omega_qvla.serving.wire import decode_map, encode
 
 _NOW = "now"

@@ -29,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import ServingError
-from omega_qvla.serving.action_queue import DEFAULT_BLENDING, ActionQueue, Blending
-from omega_qvla.serving.session import DEFAULT_PATIENCE, Patience, Question, Server, Session
-from omega_qvla.serving.specification import CONTROL
+from omega_qvla.serving.client.action_queue import DEFAULT_BLENDING, ActionQueue, Blending
+from omega_qvla.serving.client.session import DEFAULT_PATIENCE, Patience, Question, Server, Session
+from omega_qvla.serving.wire.specification import CONTROL
 
 Array = npt.NDArray[Any]
 

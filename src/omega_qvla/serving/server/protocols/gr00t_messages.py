@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import ServingError
-from omega_qvla.serving.specification import CONTROL, Request, Specification, parse_request
+from omega_qvla.serving.wire.specification import CONTROL, Request, Specification, parse_request
 
 Array = npt.NDArray[Any]
 

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from omega_qvla.serving.arrivals import Arrivals
+from omega_qvla.serving.server.arrivals import Arrivals
 
 _HAS_EPOLL = hasattr(select, "epoll")
 

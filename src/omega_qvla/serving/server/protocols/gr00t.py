@@ -22,18 +22,18 @@ from typing import Any, cast
 
 from omega_qvla.errors import PolicyError, ServingError
 from omega_qvla.extras import needing
-from omega_qvla.serving.access import is_loopback
-from omega_qvla.serving.backlog import DEFAULT_LIMIT_BYTES, Backlog, Inbox, Message
-from omega_qvla.serving.core import Core, Reply
-from omega_qvla.serving.front import Pending, drain, error_fields, facts, metadata
-from omega_qvla.serving.gr00t_messages import (
+from omega_qvla.serving.server.access import is_loopback
+from omega_qvla.serving.server.backlog import DEFAULT_LIMIT_BYTES, Backlog, Inbox, Message
+from omega_qvla.serving.server.protocol_server import Pending, drain, error_fields, facts, metadata
+from omega_qvla.serving.server.protocols.gr00t_messages import (
     action_parts,
     modality_configs,
     observation_of,
     parse_observation,
 )
-from omega_qvla.serving.specification import Request
+from omega_qvla.serving.server.scheduler import Core, Reply
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, Bounds, decode_map, encode, gr00t_array
+from omega_qvla.serving.wire.specification import Request
 
 with needing("GR00T's protocol", "serve"):
     import zmq

@@ -21,8 +21,8 @@ from omega_qvla.policies.processing.normalization import (
     Range,
 )
 from omega_qvla.policies.processing.observations import WordTokenizer
-from omega_qvla.serving.safety import ActionLimits
-from omega_qvla.serving.specification import NATIVE, Layout, Specification
+from omega_qvla.serving.server.safety import ActionLimits
+from omega_qvla.serving.wire.specification import NATIVE, Layout, Specification
 
 Array = npt.NDArray[np.float32]
 

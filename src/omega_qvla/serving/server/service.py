@@ -17,12 +17,12 @@ from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.runtime.loading import load
-from omega_qvla.serving.access import read_token, require_token, tls_context
-from omega_qvla.serving.core import MOST_WAITING, Core, Log, Rules
-from omega_qvla.serving.engine import PolicyEngine
-from omega_qvla.serving.front import Front
-from omega_qvla.serving.safety import ActionLimits, read_limits
-from omega_qvla.serving.specification import LAYOUTS
+from omega_qvla.serving.server.access import read_token, require_token, tls_context
+from omega_qvla.serving.server.policy_engine import PolicyEngine
+from omega_qvla.serving.server.protocol_server import Front
+from omega_qvla.serving.server.safety import ActionLimits, read_limits
+from omega_qvla.serving.server.scheduler import MOST_WAITING, Core, Log, Rules
+from omega_qvla.serving.wire.specification import LAYOUTS
 
 _PORTS = {"openpi": 8000, "gr00t": 5555}
 
@@ -225,19 +225,19 @@ def _front(core: Core, settings: Settings, token: bytes | None) -> Front:
     """Each protocol needs its own library, and only that one."""
     port = _PORTS[settings.protocol] if settings.port is None else settings.port
     if settings.protocol == "gr00t":
-        from omega_qvla.serving.gr00t import Gr00tFront
+        from omega_qvla.serving.server.protocols.gr00t import Gr00tFront
 
         front = Gr00tFront(core, settings.host, port, drain_s=settings.drain_s)
         if settings.metrics_port is None:
             return front
-        from omega_qvla.serving.door import Listening
-        from omega_qvla.serving.status_port import WithStatusPort
+        from omega_qvla.serving.server.door import Listening
+        from omega_qvla.serving.server.status_port import WithStatusPort
 
         tls = _tls(core, settings, token)
         listening = Listening(settings.metrics_host, settings.metrics_port, token, tls)
         return WithStatusPort(core, front, listening)
-    from omega_qvla.serving.door import Listening
-    from omega_qvla.serving.websocket import WebsocketFront
+    from omega_qvla.serving.server.door import Listening
+    from omega_qvla.serving.server.protocols.openpi import WebsocketFront
 
     tls = _tls(core, settings, token)
     listening = Listening(settings.host, port, token, tls, drain_s=settings.drain_s)

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import WireError
-from omega_qvla.serving.messagepack import Bounds, Value, shown
+from omega_qvla.serving.wire.messagepack import Bounds, Value, shown
 
 Array = npt.NDArray[Any]
 
