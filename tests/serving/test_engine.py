@@ -21,7 +21,7 @@ from omega_qvla.policies.processing.normalization import (
     Range,
     Unchanged,
 )
-from omega_qvla.policies.processing.observations import ByteTokenizer
+from omega_qvla.policies.processing.tokenizers import ByteTokenizer
 from omega_qvla.serving.engine import PolicyEngine
 from omega_qvla.serving.specification import LAYOUTS
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.cli.options import Execution, Simulation, names_of
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import checkpoint_bytes, resident_bytes
@@ -145,7 +145,7 @@ class Journals:
             path.unlink()
 
 
-def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, int]:
+def policy_row(source: str, stress: float, choices: CheckpointOptions) -> tuple[SweepRow, int]:
     """One row for ``eval``, a full-precision policy or an artifact, and its bytes in memory."""
     directory = Path(source)
     if (directory / "omega_config.json").exists():

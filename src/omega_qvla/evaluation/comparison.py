@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
 from omega_qvla.evaluation.prepare import full_blueprint, quantized_blueprint, save_and_load
@@ -54,7 +54,7 @@ class Comparison:
 
     label: str
     policy: NativePolicy
-    choices: Choices
+    choices: CheckpointOptions
     weights: str
     checkpoint_bytes: int | None
     calibration: Observations

@@ -9,7 +9,7 @@ feature layers: layer norms feed the linears behind them, SigLIP's last one the 
 
 from __future__ import annotations
 
-from omega_qvla.policies.gr00t_n15.network import Gr00tN15Config
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.stages import BLOCKS, FEATURES, LANGUAGE, PROJECTOR, VISION
 from omega_qvla.policies.outlier_paths import OutlierPath, under
 from omega_qvla.recipe import Scope

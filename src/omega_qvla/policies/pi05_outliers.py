@@ -9,7 +9,7 @@ one the projector (fc1 → fc2 has a nonlinearity in between and cannot be resca
 from __future__ import annotations
 
 from omega_qvla.policies.outlier_paths import OutlierPath, under
-from omega_qvla.policies.pi05.network import Pi05Config
+from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.recipe import Scope
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
