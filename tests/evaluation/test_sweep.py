@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from omega_qvla.errors import RecipeError, ResourceError
+from omega_qvla.evaluation.execution.blueprint import Footprint
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.sweep import (
-    ClosedLoop,
-    Footprint,
-    OpenLoop,
-    SweepRow,
-    run_sweep,
-    write_json,
-)
+from omega_qvla.evaluation.sweep import ClosedLoop, OpenLoop, SweepRow, run_sweep, write_json
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.results.statistics import wilson_interval
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.cli.options import Execution, Simulation, names_of
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import checkpoint_bytes, resident_bytes
@@ -20,13 +20,14 @@ from omega_qvla.errors import (
 )
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.comparison import FULL_PRECISION
+from omega_qvla.evaluation.execution.blueprint import Footprint
 from omega_qvla.evaluation.execution.building import artifact_blueprint, full_blueprint
 from omega_qvla.evaluation.execution.placing import place
 from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
 from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
 from omega_qvla.evaluation.simulators.metaworld import TASKS
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, Footprint, OpenLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.sweep import ClosedLoop, OpenLoop, SweepRow, run_sweep
 from omega_qvla.extras import require
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
@@ -145,7 +146,7 @@ class Journals:
             path.unlink()
 
 
-def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, int]:
+def policy_row(source: str, stress: float, choices: CheckpointOptions) -> tuple[SweepRow, int]:
     """One row for ``eval``, a full-precision policy or an artifact, and its bytes in memory."""
     directory = Path(source)
     if (directory / "omega_config.json").exists():

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.execution.building import (
     full_blueprint,
@@ -59,7 +59,7 @@ class Comparison:
 
     label: str
     policy: NativePolicy
-    choices: Choices
+    choices: CheckpointOptions
     weights: str
     checkpoint_bytes: int | None
     calibration: Observations

@@ -12,20 +12,23 @@ import torch
 
 from omega_qvla.checkpoints.files import UNSAFE_SUFFIXES, unsafe_message
 from omega_qvla.checkpoints.hub import fetch, looks_unpinned, parse_hub_id
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.weight_store import SeededWeights, materialize
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies.gr00t_n15 import network as gr00t_n15
-from omega_qvla.policies.gr00t_n15.network import EMBODIMENTS, Gr00tN15Config, Gr00tN15Module
+from omega_qvla.policies.gr00t_n15.config import EMBODIMENTS, Gr00tN15Config
+from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor, identity_statistics
 from omega_qvla.policies.layouts import reader_for, require_asked
 from omega_qvla.policies.native import HasEmbodiments, NativePolicy
 from omega_qvla.policies.pi05 import network as pi05
-from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module
-from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import Pi05Module
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, Quantiles
-from omega_qvla.policies.processing.observations import ByteTokenizer
+from omega_qvla.policies.processing.tokenizers import ByteTokenizer
 
 BUILTIN = {"tiny-pi05": "tiny_pi05", "tiny-gr00t": "tiny_gr00t"}
 """Embedded policies and their folder under ``assets``."""
@@ -75,14 +78,14 @@ RANDOM = tuple(_SHAPES)
 8 steps and one embodiment."""
 
 
-def load_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
+def load_policy(source: str | Path, options: CheckpointOptions | None = None) -> NativePolicy:
     """Load a full-precision policy.
 
     Args:
         source: ``builtin:`` and one of ``BUILTIN``; ``random:`` and one of ``RANDOM`` (true shapes,
             seeded random weights); a directory in the layout of openpi, LeRobot or GR00T; or such
             a directory on the hub, ``owner/name@revision`` (docs/checkpoints.md).
-        choices: answers to what the checkpoint does not say.
+        options: answers to what the checkpoint does not say.
 
     Raises:
         PolicyError: unknown name, not a policy directory, weights that do not fit, or something
@@ -90,26 +93,26 @@ def load_policy(source: str | Path, choices: Choices | None = None) -> NativePol
         ResourceError: not enough memory for a random policy of that size; a library is missing;
             the hub cannot be reached.
     """
-    policy = stream_policy(source, choices)
+    policy = stream_policy(source, options)
     if str(source).startswith("random:"):
         _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), str(source))
     return _in_memory(policy)
 
 
-def stream_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
+def stream_policy(source: str | Path, options: CheckpointOptions | None = None) -> NativePolicy:
     """The policy ``load_policy`` loads, its weights read layer by layer while it is quantized.
 
     Raises:
         PolicyError, ResourceError: as ``load_policy``.
     """
-    choices = choices or Choices()
+    options = options or CheckpointOptions()
     scheme, _, name = str(source).partition(":")
     if scheme == "random":
-        return _of_embodiment(stream_random(name), choices.embodiment)
+        return _of_embodiment(stream_random(name), options.embodiment)
     directory = policy_directory(source)
     reader = reader_for(directory)
-    require_asked(reader, choices, str(directory))
-    return reader(directory, choices)
+    require_asked(reader, options, str(directory))
+    return reader(directory, options)
 
 
 def _of_embodiment(policy: NativePolicy, embodiment: str | None) -> NativePolicy:
@@ -191,13 +194,13 @@ def builtin_directory(name: str) -> Path:
     return Path(str(files("omega_qvla") / "assets" / BUILTIN[name]))
 
 
-def policy_structure(source: str | Path, choices: Choices | None = None) -> NativePolicy:
+def policy_structure(source: str | Path, options: CheckpointOptions | None = None) -> NativePolicy:
     """A policy for looking at shapes: its tensors cost no memory.
 
     Raises:
         PolicyError, ResourceError: as ``load_policy``.
     """
-    return stream_policy(source, choices)
+    return stream_policy(source, options)
 
 
 def random_structure(name: str) -> NativePolicy:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.checkpoints.files import read_json, refuse_unsafe
-from omega_qvla.checkpoints.lora import ADAPTER_CONFIG, has_adapter
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.lora import has_adapter
+from omega_qvla.checkpoints.lora_settings import ADAPTER_CONFIG
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import INDEX, WEIGHTS
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.gr00t_n15.checkpoints.isaac import stream_gr00t
@@ -28,7 +29,7 @@ from omega_qvla.policies.pi05.checkpoints.openpi import CONFIG, stream_openpi
 READ = "openpi, LeRobot (pi05, groot), GR00T N1.5 and this project's own"
 
 
-Reader = Callable[[Path, Choices], NativePolicy]
+Reader = Callable[[Path, CheckpointOptions], NativePolicy]
 """A directory, and what it leaves open → its policy, the weights left in the files."""
 
 LEROBOT: dict[str, Reader] = {"pi05": stream_lerobot_pi05, "groot": stream_lerobot_groot}
@@ -53,17 +54,17 @@ LAYOUTS: dict[Reader, tuple[str, frozenset[str]]] = {
     ),
     stream_own: ("this project's own", frozenset({"embodiment"})),
 }
-"""What a user knows each layout as, and the fields of ``Choices`` that its reader reads."""
+"""What a user knows each layout as, and the ``CheckpointOptions`` that its reader reads."""
 
 
-def require_asked(reader: Reader, choices: Choices, where: str) -> None:
+def require_asked(reader: Reader, options: CheckpointOptions, where: str) -> None:
     """Refuse an answer to what a checkpoint does not ask: it is meant for another one.
 
     Raises:
         PolicyError: an answer was given that this layout has no use for.
     """
     layout, asked = LAYOUTS[reader]
-    given = [f.name for f in fields(choices) if getattr(choices, f.name) != f.default]
+    given = [f.name for f in fields(options) if getattr(options, f.name) != f.default]
     unasked = [f"--{name.replace('_', '-')}" for name in given if name not in asked]
     if unasked:
         raise PolicyError(

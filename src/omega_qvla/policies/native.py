@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.checkpoints.weight_store import WeightStore, hold
+from omega_qvla.checkpoints.weight_store import WeightStore, weights_on
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
 from omega_qvla.policies.layers.step_table import StepTable
@@ -215,7 +215,7 @@ class NativePolicy(ABC):
 
     def tabulate_modulation(self, step_counts: Iterable[int]) -> StepTable:
         """The adaptive norms as a table, exact for these step counts and the policy's own."""
-        with hold(self.module, self.store, self.modulation_paths):
+        with weights_on(self.module, self.store, self.modulation_paths):
             return StepTable.tabulate(self._modulation, {*step_counts, self.steps})
 
     def clone(self) -> Self:

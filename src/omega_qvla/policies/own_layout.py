@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from omega_qvla.checkpoints.files import read_bytes, read_json
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import find_tensors, write_weights
 from omega_qvla.checkpoints.strict import map_strictly
 from omega_qvla.errors import PolicyError
@@ -44,12 +44,12 @@ def write_own(
     write_weights(policy.module, directory, dtype)
 
 
-def stream_own(directory: Path, choices: Choices) -> Gr00tN15Policy:
+def stream_own(directory: Path, options: CheckpointOptions) -> Gr00tN15Policy:
     """A policy from a directory in this project's layout, its weights left in the file.
 
     Raises:
         PolicyError: a file is missing or invalid, the weights do not fit the configuration, or it
-            has not the embodiment that ``choices`` names.
+            has not the embodiment that ``options`` names.
     """
     config = read_json(directory, CONFIG)
     files = {
@@ -62,7 +62,7 @@ def stream_own(directory: Path, choices: Choices) -> Gr00tN15Policy:
         raise PolicyError(f"{directory} has no {', '.join(missing)}: it is not complete")
     policy = Gr00tN15Policy.skeleton(config, files)
     policy.store = map_strictly(policy.module, find_tensors(directory), dropped={})
-    return policy if choices.embodiment is None else _of_embodiment(policy, choices.embodiment)
+    return policy if options.embodiment is None else _of_embodiment(policy, options.embodiment)
 
 
 def _of_embodiment(policy: Gr00tN15Policy, embodiment: str) -> Gr00tN15Policy:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from omega_qvla.policies.layers.gemma import KeyValue
+from omega_qvla.policies.layers.attention import KeyValue
 from omega_qvla.policies.pi05.network import Pi05Module
-from omega_qvla.policies.processing.observations import STATE_BINS, WordTokenizer
+from omega_qvla.policies.processing.prompts import STATE_BINS
+from omega_qvla.policies.processing.tokenizers import WordTokenizer
 from omega_qvla.training.dataset import Batch
 from omega_qvla.training.learner import Learner, draw_dense, repeat
 

@@ -14,7 +14,7 @@ import torch
 from inline_crew import InlineCrew
 
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import ArtifactError, PolicyError
 from omega_qvla.evaluation.comparison import Comparison, comparison_rows, discard_simulations
 from omega_qvla.evaluation.execution.building import artifact_blueprint, origin_of, saved
@@ -45,7 +45,7 @@ def comparison(tmp_path: Path) -> Comparison:
     return Comparison(
         label=SOURCE,
         policy=policy,
-        choices=Choices(),
+        choices=CheckpointOptions(),
         weights=weights_fingerprint(policy),
         checkpoint_bytes=123,
         calibration=Observations.load(SOURCE)[:1],

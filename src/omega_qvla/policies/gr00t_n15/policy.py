@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.layers import EmbodimentLinear
 from omega_qvla.policies.gr00t_n15.network import (
-    Gr00tN15Config,
     Gr00tN15Module,
     Observed,
     Schedule,
@@ -34,7 +34,7 @@ from omega_qvla.policies.gr00t_n15.stages import (
 )
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
-from omega_qvla.policies.processing.observations import load_tokenizer
+from omega_qvla.policies.processing.tokenizers import load_tokenizer
 
 _STATISTICS, _TOKENIZER = "statistics.json", "tokenizer.json"
 

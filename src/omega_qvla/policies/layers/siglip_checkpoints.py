@@ -12,7 +12,7 @@ import math
 from omega_qvla.checkpoints.shapes import Shapes
 from omega_qvla.checkpoints.stored_tensors import StoredTensors
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.layers.gemma import VisionConfig
+from omega_qvla.policies.layers.siglip import VisionConfig
 
 INSIDE = "vision_model."
 

@@ -20,7 +20,7 @@ from omega_qvla.policies.processing.normalization import (
     Quantiles,
     Range,
 )
-from omega_qvla.policies.processing.observations import WordTokenizer
+from omega_qvla.policies.processing.tokenizers import WordTokenizer
 from omega_qvla.serving.server.safety import ActionLimits
 from omega_qvla.serving.wire.specification import NATIVE, Layout, Specification
 

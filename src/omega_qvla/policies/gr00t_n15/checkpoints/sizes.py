@@ -14,8 +14,9 @@ from omega_qvla.checkpoints.shapes import Shapes
 from omega_qvla.checkpoints.stored_tensors import StoredTensors
 from omega_qvla.checkpoints.tied import Tie, TiedHalf, untie
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.gr00t_n15.network import QwenConfig, TransformerConfig
-from omega_qvla.policies.layers.gemma import VisionConfig
+from omega_qvla.policies.gr00t_n15.config import TransformerConfig
+from omega_qvla.policies.layers.qwen3 import QwenConfig
+from omega_qvla.policies.layers.siglip import VisionConfig
 from omega_qvla.policies.layers.siglip_checkpoints import nested_tower, tower_sizes
 
 EAGLE = "backbone.eagle_model"

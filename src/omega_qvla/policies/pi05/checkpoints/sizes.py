@@ -12,9 +12,9 @@ from omega_qvla.checkpoints.shapes import Shapes
 from omega_qvla.checkpoints.stored_tensors import StoredTensors
 from omega_qvla.checkpoints.tied import Tie, TiedHalf, untie
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.layers.gemma import VisionConfig
+from omega_qvla.policies.layers.gemma import GemmaConfig
+from omega_qvla.policies.layers.siglip import VisionConfig
 from omega_qvla.policies.layers.siglip_checkpoints import nested_tower, tower_sizes
-from omega_qvla.policies.pi05.network import GemmaConfig
 
 ROOT = "paligemma_with_expert"
 TOWER = f"{ROOT}.paligemma.model.vision_tower"
