@@ -17,9 +17,10 @@ from omega_qvla.errors import PolicyError, ResourceError, ResumeError
 from omega_qvla.evaluation.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.distributed import evaluate_with
 from omega_qvla.evaluation.local_crew import LocalCrew
+from omega_qvla.evaluation.plan import ClosedLoop, OpenLoop, SweepRow
 from omega_qvla.evaluation.rollout import EvaluationError, blank_images
 from omega_qvla.evaluation.simulators import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, OpenLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.sweep import run_sweep
 
 TASKS = ["near", "far"]
 
@@ -54,8 +55,8 @@ def closed_loop(environment):
 
 def deterministic(document):
     """Everything but the clock."""
-    rows = [{**row, "ms_per_chunk": None} for row in document["rows"]]
-    return json.dumps({**document, "rows": rows})
+    rows = [row.model_copy(update={"ms_per_chunk": None}) for row in document.rows]
+    return document.model_copy(update={"rows": rows})
 
 
 def test_several_processes_give_the_document_of_one(rows, closed_loop, open_loop):

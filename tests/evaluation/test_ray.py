@@ -15,9 +15,10 @@ from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.evaluation import ray_crew
 from omega_qvla.evaluation.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.distributed import evaluate_with
+from omega_qvla.evaluation.plan import ClosedLoop, OpenLoop, SweepRow
 from omega_qvla.evaluation.ray_crew import RayCrew
 from omega_qvla.evaluation.simulators import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, OpenLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.sweep import run_sweep
 
 TASKS = ["near", "far"]
 
@@ -33,8 +34,8 @@ def point_row(recipe, gain=1.0, **arguments):
 
 
 def deterministic(document):
-    rows = [{**row, "ms_per_chunk": None} for row in document["rows"]]
-    return json.dumps({**document, "rows": rows})
+    rows = [row.model_copy(update={"ms_per_chunk": None}) for row in document.rows]
+    return document.model_copy(update={"rows": rows})
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -26,14 +26,15 @@ from omega_qvla.evaluation.benchmark import (
     FrozenPolicy,
     benchmark_document,
 )
-from omega_qvla.evaluation.comparison import FULL_PRECISION
+from omega_qvla.evaluation.comparison import REFERENCE
 from omega_qvla.evaluation.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.twin import condition_name
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import benchmark_tables
+from omega_qvla.results.rows import Comparison
+from omega_qvla.results.writing import write_json
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Benchmark(Execution, Common):
             cells = [
                 (f"builtin:{name}", recipe, condition_name(magnitude), "all")
                 for name in names
-                for recipe in (FULL_PRECISION, *recipes)
+                for recipe in (REFERENCE, *recipes)
                 for magnitude in (0.0, *definition.magnitudes)
             ]
             require_kept(target, known_cells(target), cells)
@@ -91,7 +92,7 @@ class Benchmark(Execution, Common):
     ) -> int:
         for name in names:
             definition.require(name, _found(name))
-        documents: list[dict[str, Any]] = []
+        documents: list[Comparison] = []
         for name in names:
             screen.say(f"benchmark {definition.version}, {name}")
             documents.append(self._comparison(definition, name).measure(screen, "benchmark"))
@@ -103,12 +104,13 @@ class Benchmark(Execution, Common):
             library=f"omega-qvla {version('omega-qvla')}",
             command=self._command(),
         )
-        write_json(document, target)
-        save(self.json, document)
-        for name, table in benchmark_tables(target).items():
+        write_json(document.to_json(), target)
+        save(self.json, document.to_json())
+        for name, table in benchmark_tables(document.rows).items():
             screen.say(f"\n{name}")
             screen.table(table)
-        for cell in document["benchmark"]["missing"]:
+        assert document.benchmark is not None
+        for cell in document.benchmark.missing:
             screen.say(f"not measured: {cell}")
         if self.quick:
             screen.say("a few episodes and observations: this shows that it runs, not who wins")

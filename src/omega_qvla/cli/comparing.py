@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -41,20 +41,22 @@ from omega_qvla.cli.sweeps import (
 )
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.comparison import (
-    FULL_PRECISION,
-    Comparison,
+    REFERENCE,
+    Compared,
     comparison_rows,
     discard_simulations,
 )
 from omega_qvla.evaluation.openloop import NOISES
-from omega_qvla.evaluation.sweep import OpenLoop, write_json
+from omega_qvla.evaluation.plan import OpenLoop
 from omega_qvla.evaluation.twin import condition_name
 from omega_qvla.extras import require
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.figure import comparison_figure
-from omega_qvla.report.table import comparison_table, task_table
+from omega_qvla.report.table import results_table, task_table
+from omega_qvla.results.rows import Comparison
+from omega_qvla.results.writing import write_json
 
 _WIDE_COLUMNS = ("vs full precision", "noise floor", "resident")
 """Columns that are left to the JSON and the picture, so that the table fits a terminal."""
@@ -96,11 +98,11 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
 
     def run(self, screen: Screen, command: str = "compare") -> int:
         require("the picture of a comparison", "report", "matplotlib")
-        document, target = self.measure(screen, command), self.out / RESULTS
-        screen.table(comparison_table(target), without=_WIDE_COLUMNS)
-        if document["rows"][0]["success"]:
-            screen.table(task_table(target))
-        picture = comparison_figure(target, self.out / "comparison.png")
+        rows, target = self.measure(screen, command).rows, self.out / RESULTS
+        screen.table(results_table(rows), without=_WIDE_COLUMNS)
+        if rows[0].success:
+            screen.table(task_table(rows))
+        picture = comparison_figure(rows, self.out / "comparison.png")
         screen.say(f"\nresults {target}\npicture {picture}")
         return 0
 
@@ -121,13 +123,13 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
         cells = [
             (self.policy, recipe, condition_name(magnitude), self.scope)
             for magnitude in magnitudes(self.stress)
-            for recipe in (FULL_PRECISION, *recipes)
+            for recipe in (REFERENCE, *recipes)
         ]
         require_free_comparison(
             self.out, cells, command, resume=self.resume, overwrite=self.overwrite
         )
 
-    def measure(self, screen: Screen, command: str) -> dict[str, Any]:
+    def measure(self, screen: Screen, command: str) -> Comparison:
         """The comparison's document, which is in ``results.json`` then.
 
         Args:
@@ -141,13 +143,11 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
             options = self if simulated else replace(self, episodes=0)
             return options._measured(screen, command, tasks)
 
-    def _measured(
-        self, screen: Screen, command: str, tasks: Sequence[str] | None
-    ) -> dict[str, Any]:
+    def _measured(self, screen: Screen, command: str, tasks: Sequence[str] | None) -> Comparison:
         torch.set_num_threads(self.threads)
         policy = load_policy(self.policy, self.choices)
         source = self.calibration or default_calibration(self.policy)
-        comparison = Comparison(
+        comparison = Compared(
             label=self.policy,
             policy=policy,
             choices=self.choices,
@@ -191,8 +191,8 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
                 journals,
             )
         discard_simulations(comparison)
-        write_json(document, self.out / RESULTS)
-        save(self.json, document)
+        write_json(document.to_json(), self.out / RESULTS)
+        save(self.json, document.to_json())
         return document
 
 

@@ -42,8 +42,10 @@ from omega_qvla.evaluation.libero import (
 )
 from omega_qvla.evaluation.libero import chosen_tasks as libero_tasks
 from omega_qvla.evaluation.placing import place
+from omega_qvla.evaluation.plan import ClosedLoop, SweepRow
 from omega_qvla.evaluation.simulators import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.sweep import run_sweep
+from omega_qvla.results.rows import Evaluation
 from omega_qvla.results.statistics import wilson_interval
 
 LIBERO_PATIENCE_S = 1800.0
@@ -93,13 +95,14 @@ class Eval(Simulation, Checkpoint, Common):
         row, resident = policy_row(self.policy, self.stress, self.choices)
         options = replace(self, episodes=20 if self.episodes is None else self.episodes)
         document = sweep(screen, [row], options, None, tasks, self.policy, resident)
-        result = {**document["rows"][0], **artifact_labels(Path(self.policy))}
-        save(self.json, {"schema": 1, "row": result})
-        for task, (solved, episodes) in result["success"].items():
+        (result,) = document.rows
+        save(self.json, Evaluation(row=result).to_json())
+        for task, (solved, episodes) in result.success.items():
             screen.say(f"{task:24s} {solved}/{episodes}")
-        low, high = result["success_ci95"]
-        screen.say(f"{'all':24s} {result['success_mean']:.1%}  [{low:.1%}, {high:.1%}]")
-        if result["smoke"]:
+        assert result.success_ci95 is not None
+        low, high = result.success_ci95
+        screen.say(f"{'all':24s} {result.success_mean:.1%}  [{low:.1%}, {high:.1%}]")
+        if result.smoke:
             screen.say("fewer than 100 episodes a task: a smoke test, not a measurement")
         return 0
 
@@ -171,16 +174,18 @@ class Eval(Simulation, Checkpoint, Common):
                 progress=bars,
                 evaluate=placement.evaluate,
             )
-        result = {**document["rows"][0], **artifact_labels(Path(self.policy))}
-        result |= {"benchmark": "libero", "protocol": self.protocol}
-        result["suites"] = per_suite(result["success"])
-        save(self.json, {"schema": 1, "row": result})
-        for suite, (solved, episodes) in result["suites"].items():
+        (measured,) = document.rows
+        suites = per_suite(measured.success)
+        labels = {"benchmark": "libero", "protocol": self.protocol, "suites": suites}
+        result = measured.model_copy(update=labels)
+        save(self.json, Evaluation(row=result).to_json())
+        for suite, (solved, episodes) in suites.items():
             low, high = wilson_interval(solved, episodes)
             rate = f"{solved / episodes:.1%}  [{low:.1%}, {high:.1%}]"
             screen.say(f"{suite:10s} {solved}/{episodes}  {rate}")
-        low, high = result["success_ci95"]
-        screen.say(f"{'all':10s} {result['success_mean']:.1%}  [{low:.1%}, {high:.1%}]")
+        assert result.success_ci95 is not None
+        low, high = result.success_ci95
+        screen.say(f"{'all':10s} {result.success_mean:.1%}  [{low:.1%}, {high:.1%}]")
         return 0
 
 
@@ -189,10 +194,3 @@ def identity_of(row: SweepRow) -> str:
     assert row.blueprint is not None
     arguments = row.blueprint.arguments
     return str(arguments.get("weights") or arguments.get("content_hash"))
-
-
-def artifact_labels(directory: Path) -> dict[str, Any]:
-    """What a row says of an artifact evaluated alone, with nothing to compare it to."""
-    if not (directory / "omega_config.json").exists():
-        return {}
-    return {"action_error": None, "smoothness": None}

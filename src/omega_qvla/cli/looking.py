@@ -31,7 +31,6 @@ from omega_qvla.errors import OutputError, SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.diagnostics import diagnose
 from omega_qvla.evaluation.simulators import METAWORLD
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.extras import require
@@ -39,6 +38,8 @@ from omega_qvla.policies.loading import load_policy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.document import write_report
 from omega_qvla.report.table import site_table
+from omega_qvla.results.diagnostics import Diagnostics
+from omega_qvla.results.writing import write_json
 
 FILM_SIZE = 112
 """Width and height in pixels of a film's pictures; the policy's own are smaller."""
@@ -83,8 +84,7 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
                 progress=lambda done, total, _: bars(f"quantizing with {recipe.name}", done, total),
                 allow_mismatch=self.allow_mismatch,
             )
-            document = {
-                "schema": 1,
+            content = {
                 "kind": "diagnostics",
                 "library": version("omega-qvla"),
                 "policy": self.policy,
@@ -104,9 +104,10 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
                 if not simulated
                 else self._rollouts(screen, {"fp32": full, recipe.name: quantized}, tasks, bars),
             }
-        write_json(document, self.out)
-        save(self.json, document)
-        screen.table(site_table(document))
+        found = Diagnostics.model_validate(content)
+        write_json(found.to_json(), self.out)
+        save(self.json, found.to_json())
+        screen.table(site_table(found))
         screen.say(f"\ndiagnostics {self.out}; make them visible: omega-qvla report {self.out}")
         return 0
 
@@ -150,8 +151,8 @@ class Report(Common):
         if self.json is not None and self.json.resolve() in [run.resolve() for run in self.runs]:
             raise OutputError(f"{self.json} would be overwritten by its own report's summary")
         summary = write_report(self.runs, self.out, overwrite=self.overwrite)
-        for note in summary["notes"]:
+        for note in summary.notes:
             screen.say(f"note: {note}")
-        save(self.json, summary)
-        screen.say(f"report {summary['report']} and {len(summary['figures'])} figures beside it")
+        save(self.json, summary.to_json())
+        screen.say(f"report {summary.report} and {len(summary.figures)} figures beside it")
         return 0

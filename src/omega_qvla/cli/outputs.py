@@ -21,8 +21,9 @@ from omega_qvla.artifact.checkpoint import read_description
 from omega_qvla.artifact.claims import Claim
 from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import OmegaError, OutputError
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.quantization.journal import discard_journal, finished_sites
+from omega_qvla.results.rows import MadeBy
+from omega_qvla.results.writing import write_json
 
 RESULTS, MADE_BY = "results.json", "made-by.json"
 
@@ -179,8 +180,8 @@ def _sentence(rows: Sequence[Cell]) -> str:
 def sign(out: Path, command: str) -> None:
     """Leave a note of what writes to a folder, before anything else is in it."""
     begun = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    note = {"schema": 1, "command": command, "begun": begun, "library": version("omega-qvla")}
-    write_json(note, out / MADE_BY)
+    note = MadeBy(command=command, begun=begun, library=version("omega-qvla"))
+    write_json(note.to_json(), out / MADE_BY)
 
 
 def _made_by(out: Path) -> str | None:

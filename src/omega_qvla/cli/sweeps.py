@@ -18,18 +18,21 @@ from omega_qvla.errors import (
     UsageError,
 )
 from omega_qvla.evaluation.benchmark import benchmark_tasks
-from omega_qvla.evaluation.comparison import FULL_PRECISION
+from omega_qvla.evaluation.blueprint import Footprint
+from omega_qvla.evaluation.comparison import REFERENCE
 from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
 from omega_qvla.evaluation.metaworld import TASKS
 from omega_qvla.evaluation.placing import place
+from omega_qvla.evaluation.plan import ClosedLoop, OpenLoop, SweepRow
 from omega_qvla.evaluation.prepare import artifact_blueprint, full_blueprint
 from omega_qvla.evaluation.simulators import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, Footprint, OpenLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.extras import require
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
+from omega_qvla.results.rows import Comparison
 from omega_qvla.runtime.loading import load
 
 TOGETHER = 8
@@ -46,7 +49,7 @@ def sweep(
     policy_bytes: int,
     bars: Callable[[str, int, int], None] | None = None,
     journals: Journals | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Run a sweep; without a simulator, say what to install and run the open-loop part."""
     episodes: int = options.episodes  # type: ignore[attr-defined]
     if bars is None:
@@ -169,7 +172,7 @@ def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, 
     size = checkpoint_bytes(source)
     row = SweepRow(
         source,
-        FULL_PRECISION,
+        REFERENCE,
         lambda: stress_twin(policy, stress),
         condition_name(stress),
         footprint=lambda built: full_footprint(built, size),

@@ -14,13 +14,13 @@ from omega_qvla.cli.options import PROCESSES, Common, Positional, names_of, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.unseen import Unseen as Definition
 from omega_qvla.evaluation.unseen import measure_unseen
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import unseen_table
+from omega_qvla.results.writing import write_json
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,12 @@ class Unseen(Common):
                 partial=self.out / f".{name}-partial.json",
                 resume=self.resume,
                 progress=bars,
+                machine=machine_name(),
+                command=f"omega-qvla unseen {self.policy} --recipes {self.recipes}",
             )
-        made = {
-            "machine": machine_name(),
-            "command": f"omega-qvla unseen {self.policy} --recipes {self.recipes}",
-        }
-        document["unseen"] |= made
         target = self.out / f"{name}-unseen.json"
-        write_json(document, target)
-        save(self.json, document)
-        screen.table(unseen_table(target))
+        write_json(document.to_json(), target)
+        save(self.json, document.to_json())
+        screen.table(unseen_table(document.rows))
         screen.say(f"\nresults {target}")
         return 0

@@ -17,8 +17,8 @@ from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
+from omega_qvla.evaluation.plan import Storage, SweepRow
 from omega_qvla.evaluation.prepare import full_blueprint, quantized_blueprint, save_and_load
-from omega_qvla.evaluation.sweep import SweepRow
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.native import NativePolicy
@@ -26,13 +26,13 @@ from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.runtime.memory import weight_storage
 
-FULL_PRECISION = "fp32"
+REFERENCE = "fp32"
 
 QuantizeProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Compared:
     """What to compare.
 
     Attributes:
@@ -67,7 +67,7 @@ class Comparison:
     resume: bool = False
 
 
-def comparison_rows(comparison: Comparison, progress: QuantizeProgress) -> list[SweepRow]:
+def comparison_rows(comparison: Compared, progress: QuantizeProgress) -> list[SweepRow]:
     """Full precision and every recipe, under every condition.
 
     Raises:
@@ -83,14 +83,14 @@ def comparison_rows(comparison: Comparison, progress: QuantizeProgress) -> list[
 
 
 def _condition_rows(
-    comparison: Comparison,
+    comparison: Compared,
     recipes: Iterable[Recipe],
     magnitude: float,
     progress: QuantizeProgress,
 ) -> list[SweepRow]:
     condition = condition_name(magnitude)
     probe = comparison.calibration[0]
-    extra = {"scope": comparison.scope}
+    scope = comparison.scope
 
     def full() -> NativePolicy:
         return stress_twin(comparison.policy, magnitude, seed=comparison.seed, probe=probe)
@@ -106,11 +106,11 @@ def _condition_rows(
     )
     reference = SweepRow(
         comparison.label,
-        FULL_PRECISION,
+        REFERENCE,
         full,
         condition,
         footprint=lambda built: full_footprint(built, comparison.checkpoint_bytes),
-        extra=extra,
+        scope=scope,
         blueprint=blueprint,
     )
     rows = [
@@ -120,7 +120,7 @@ def _condition_rows(
 
 
 def _recipe_row(
-    comparison: Comparison,
+    comparison: Compared,
     reference: SweepRow,
     recipe: Recipe,
     full: Callable[[], NativePolicy],
@@ -161,25 +161,21 @@ def _recipe_row(
         condition,
         realizable=recipe.realizable,
         footprint=lambda policy: artifact_footprint(cast(Any, policy), on_disk),
-        extra={**reference.extra, "recipe_hash": recipe.content_hash},
-        derived=_storage(comparison.policy, recipe),
+        scope=reference.scope,
+        recipe_hash=recipe.content_hash,
+        storage=_storage(comparison.policy, recipe),
         blueprint=quantized_blueprint(
             blueprint, recipe, comparison.calibration, folder, label, resume=comparison.resume
         ),
     )
 
 
-def discard_simulations(comparison: Comparison) -> None:
+def discard_simulations(comparison: Compared) -> None:
     """Remove what worker processes kept of simulations, which is of no use afterwards."""
     for journal in comparison.artifacts.glob(".*.journal"):
         discard_journal(journal)
 
 
-def _storage(policy: NativePolicy, recipe: Recipe) -> dict[str, Any]:
-    """What a row says of the bits a recipe stores and of what it leaves in 16."""
-    storage = weight_storage(policy, recipe)
-    return {
-        "bits_per_weight": storage.bits_per_weight,
-        "weights_16bit": storage.weights_16bit,
-        "left_in_16_bits": list(recipe.left_in_16_bits),
-    }
+def _storage(policy: NativePolicy, recipe: Recipe) -> Storage:
+    stored = weight_storage(policy, recipe)
+    return Storage(stored.bits_per_weight, stored.weights_16bit, recipe.left_in_16_bits)

@@ -24,19 +24,12 @@ from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.crew import Crew, Death, Reply
 from omega_qvla.evaluation.openloop import Measurement
+from omega_qvla.evaluation.plan import Evaluate, Outcome, Plan, Progress, SweepRow, journal_of
 from omega_qvla.evaluation.rollout import (
     MAX_DEATHS,
     EvaluationError,
     journal_settings,
     seed_groups,
-)
-from omega_qvla.evaluation.sweep import (
-    Evaluate,
-    Outcome,
-    Plan,
-    Progress,
-    SweepRow,
-    journal_of,
 )
 from omega_qvla.evaluation.work import (
     episodes_request,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from omega_qvla.errors import ResourceError
 from omega_qvla.evaluation.distributed import evaluate_with
 from omega_qvla.evaluation.local_crew import LocalCrew
+from omega_qvla.evaluation.plan import Evaluate
 from omega_qvla.evaluation.ray_crew import RayCrew
-from omega_qvla.evaluation.sweep import Evaluate, evaluate_here
+from omega_qvla.evaluation.sweep import evaluate_here
 from omega_qvla.policies.loading import available_memory
 from omega_qvla.threads import available_cores
 

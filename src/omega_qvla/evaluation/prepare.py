@@ -28,7 +28,6 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ArtifactError, OmegaError, PolicyError
 from omega_qvla.evaluation.blueprint import Blueprint, Built, Report
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.twin import stress_twin
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.checkpoints.choices import Choices
@@ -37,6 +36,7 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
+from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.loading import load
 

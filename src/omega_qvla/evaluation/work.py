@@ -34,9 +34,9 @@ from omega_qvla.errors import OmegaError, ResourceError
 from omega_qvla.evaluation.blueprint import Blueprint, Built, Footprint
 from omega_qvla.evaluation.channel import Channel, ChannelError
 from omega_qvla.evaluation.openloop import Measurement, measure_reference, measure_row
+from omega_qvla.evaluation.plan import OpenLoop
 from omega_qvla.evaluation.rollout import EvaluationError, rollout
 from omega_qvla.evaluation.simulators import SimulatorPool
-from omega_qvla.evaluation.sweep import OpenLoop
 
 Message = dict[str, Any]
 Emit = Callable[[Message], None]
