@@ -8,6 +8,8 @@ TRITON ?= triton==3.7.1
 OUT    ?= out
 # How many episodes per task and method `make demo` runs; empty is the command's own default.
 EPISODES ?=
+# More options of pytest, for `make test`.
+PYTEST ?=
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -20,7 +22,7 @@ export OMP_NUM_THREADS ?= 2
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup gpu demo test slow test-scale test-lerobot golden-lerobot lint format bench bench-gpu soak fuzz train clean
+.PHONY: setup gpu demo test check slow test-scale test-lerobot golden-lerobot lint format bench bench-gpu soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -62,13 +64,20 @@ demo: $(STAMP)
 	$(BIN)/omega-qvla demo --out $(OUT)/demo $(if $(EPISODES),--episodes $(EPISODES))
 
 # Two files at a time, one thread each; tests of threads ask for theirs by number.
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP) $(EMULATOR)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) $(PYTEST)
+
+# For a developer at work: what tells in a minute.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) \
+	  -m "not long and not slow and not scale and not lerobot"
 
 # Ray is 80 MB to fetch, 240 MB installed, and slow to start: its tests are not part of `make test`.
 test-scale: $(STAMP)
 	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[scale]"
-	$(BIN)/python -m pytest -q -m scale tests/evaluation/test_ray.py
+	$(BIN)/python -m pytest -q -m scale tests/evaluation/execution/test_ray.py
 
 # LeRobot itself beside ours on what it writes: 5 GB in an environment of its own, then a quarter
 # of an hour.  LEROBOT=DIR names an environment that is there already (docs/parity.md says with what).

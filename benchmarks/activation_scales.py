@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 
 from omega_qvla.artifact.packing import pack_int4
-from omega_qvla.evaluation.kernel_speed import machine_name
+from omega_qvla.evaluation.speed.kernel_speed import machine_name
 from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.kernels import cpu
 

@@ -49,7 +49,7 @@ import omega_qvla as oq
 from omega_qvla.errors import ServingError
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.rollout import rollout
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.serving.client import RemotePolicy
 from omega_qvla.serving.wire import decode_map, encode, gr00t_array

@@ -24,13 +24,15 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import gpu_checks
+import gpu_quantizing
+import gpu_speed
 import torch
 from random_artifact import random_artifact
 
 from omega_qvla.errors import OmegaError, ResourceError
-from omega_qvla.evaluation import gpu_checks, gpu_quantizing, gpu_speed
-from omega_qvla.evaluation.kernel_speed import SHAPES
-from omega_qvla.policies.loading import stream_policy
+from omega_qvla.evaluation.speed.kernel_speed import SHAPES
+from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.results.writing import write_json

@@ -31,7 +31,7 @@ from statistics import median
 import torch
 import tyro
 
-from omega_qvla.evaluation.kernel_speed import machine_name
+from omega_qvla.evaluation.speed.kernel_speed import machine_name
 from omega_qvla.openmp import THE_USERS
 from omega_qvla.results.writing import write_json
 from omega_qvla.threads import available_cores

@@ -20,7 +20,7 @@ import tyro
 
 import omega_qvla as oq
 from omega_qvla.evaluation.benchmark import benchmark_tasks
-from omega_qvla.evaluation.metaworld import MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
 
 
 @dataclass(frozen=True)

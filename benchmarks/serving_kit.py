@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import omega_qvla as oq
-from omega_qvla.evaluation.kernel_speed import machine_name
+from omega_qvla.evaluation.speed.kernel_speed import machine_name
 from omega_qvla.results.writing import write_json
 
 POLICY = "builtin:tiny-pi05"

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from omega_qvla.evaluation.metaworld import ACTION_DIM, MetaWorldEnv
-from omega_qvla.serving.action_queue import Blending
+from omega_qvla.evaluation.simulators.metaworld import ACTION_DIM, MetaWorldEnv
 from omega_qvla.serving.client import RemotePolicy, drive
+from omega_qvla.serving.client.action_queue import Blending
 
 GRIPPER = ACTION_DIM - 1
 """Opens or closes: a decision, not a quantity to average."""

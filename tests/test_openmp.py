@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from omega_qvla.evaluation.work import PROGRAM
+from omega_qvla.evaluation.execution.worker import PROGRAM
 from omega_qvla.openmp import THE_USERS
 
 ASLEEP, SPINNING = "0", "300000"

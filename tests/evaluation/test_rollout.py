@@ -26,7 +26,7 @@ from omega_qvla.evaluation.rollout import (
     rollout,
     shifted,
 )
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 
 TASKS = ["near", "far"]
 

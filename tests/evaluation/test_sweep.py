@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from omega_qvla.errors import RecipeError, ResourceError
-from omega_qvla.evaluation.blueprint import Footprint
+from omega_qvla.evaluation.execution.blueprint import Footprint
 from omega_qvla.evaluation.plan import ClosedLoop, OpenLoop, SweepRow
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.results.statistics import wilson_interval

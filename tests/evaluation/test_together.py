@@ -11,7 +11,7 @@ import pytest
 from omega_qvla.errors import ResourceError, ResumeError
 from omega_qvla.evaluation.drift import hand_drift
 from omega_qvla.evaluation.rollout import rollout, seed_groups
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.results.episodes import EpisodeJournal, EpisodeRecord
 
 TASKS = ["near", "far"]

@@ -9,7 +9,7 @@ import pytest
 
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
 from omega_qvla.evaluation.rollout import EvaluationError, rollout
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.trajectories import (
     FRAMES,
     compare_tracks,

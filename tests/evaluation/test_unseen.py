@@ -25,7 +25,7 @@ from omega_qvla.evaluation.unseen import (
     condition_shares,
     measure_unseen,
 )
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import unseen_table
 from omega_qvla.results.reading import load_comparison

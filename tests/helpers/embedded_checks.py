@@ -20,8 +20,8 @@ import pytest
 
 import omega_qvla as oq
 from omega_qvla.evaluation.openloop import NOISES, draw_noises, relative_error, sample_chunks
+from omega_qvla.evaluation.outlier_injection import outlier_injected
 from omega_qvla.evaluation.step_change import measure_step_change
-from omega_qvla.evaluation.twin import stress_twin
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 
@@ -34,8 +34,8 @@ def policy(name: str) -> NativePolicy:
 
 
 @cache
-def twin(name: str) -> NativePolicy:
-    return stress_twin(policy(name), MAGNITUDE, probe=held_out(name)[0])
+def with_outliers(name: str) -> NativePolicy:
+    return outlier_injected(policy(name), MAGNITUDE, probe=held_out(name)[0])
 
 
 @cache
@@ -57,7 +57,7 @@ def chunks_of_full_precision(name: str) -> np.ndarray:
 def error(name: str, recipe: str, scope: Scope, *, stress: bool, every: int = 1) -> float:
     """Relative error of the chunks of a recipe against full precision, on every so manieth
     observation: where a bar is orders of magnitude away, some of them tell."""
-    base = twin(name) if stress else policy(name)
+    base = with_outliers(name) if stress else policy(name)
     observations = oq.Observations.load(f"builtin:{name}")
     quantized = oq.quantize(base, observations, Recipe.load(recipe), scope=scope)
     kept = slice(None, None, every)
@@ -70,10 +70,13 @@ class EmbeddedPolicyChecks:
 
     name: str
 
-    def test_the_stress_twin_computes_the_same_function(self) -> None:
+    def test_injected_outliers_leave_the_function_as_it_is(self) -> None:
         kept = slice(None, None, 4)
         chunks = sample_chunks(
-            twin(self.name), held_out(self.name)[kept], noises(self.name)[kept], normalized=True
+            with_outliers(self.name),
+            held_out(self.name)[kept],
+            noises(self.name)[kept],
+            normalized=True,
         )
         assert relative_error(chunks, chunks_of_full_precision(self.name)[kept]) < 1e-9
 

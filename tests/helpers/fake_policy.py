@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.evaluation.blueprint import Blueprint, Built, Footprint
+from omega_qvla.evaluation.execution.blueprint import Blueprint, Built, Footprint
 
 
 class PointPolicy:

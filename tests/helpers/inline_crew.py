@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from omega_qvla.evaluation import work
-from omega_qvla.evaluation.channel import LENGTHS, decode, encode
-from omega_qvla.evaluation.crew import Death, Reply
+from omega_qvla.evaluation.execution import worker as work
+from omega_qvla.evaluation.execution.executor import Death, Reply
+from omega_qvla.evaluation.simulators.channel import LENGTHS, decode, encode
 
 
 class InlineCrew:

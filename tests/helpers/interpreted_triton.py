@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_checks
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from omega_qvla.evaluation import gpu_checks
-from omega_qvla.policies.elementwise import Gate, use_elementwise
+from omega_qvla.policies.layers.elementwise import Gate, use_elementwise
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels import triton_elementwise

@@ -14,11 +14,11 @@ import omega_qvla as oq
 from omega_qvla.artifact import read_artifact, write_artifact
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ArtifactError, PolicyError
-from omega_qvla.evaluation.twin import stress_twin
+from omega_qvla.evaluation.outlier_injection import outlier_injected
 from omega_qvla.policies.base import sites_of
-from omega_qvla.policies.gr00t_policy import Gr00tN15Policy, KeptRows
-from omega_qvla.policies.gr00t_stages import BLOCKS
-from omega_qvla.policies.loading import load_policy, policy_structure, stream_policy
+from omega_qvla.policies.full_precision import load_policy, policy_structure, stream_policy
+from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy, KeptRows
+from omega_qvla.policies.gr00t_n15.stages import BLOCKS
 from omega_qvla.quantization.pipeline import quantize_policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy
@@ -220,11 +220,11 @@ def test_full_size_reduction_counts_the_whole_checkpoint(
     assert report["paper_scope_reduction"] >= scope_least
 
 
-def test_the_stress_twin_is_the_same_function(
+def test_injected_outliers_leave_the_function_as_it_is(
     small_gr00t: Gr00tN15Policy, few: Observations
 ) -> None:
-    twin = stress_twin(small_gr00t, 30.0, probe=few[0])
-    before, after = (dict(p.module.named_parameters()) for p in (small_gr00t, twin))
+    injected = outlier_injected(small_gr00t, 30.0, probe=few[0])
+    before, after = (dict(p.module.named_parameters()) for p in (small_gr00t, injected))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(name.endswith("norm1.linear.weight") for name in changed)
     assert any(name.endswith("input_layernorm.weight") for name in changed)

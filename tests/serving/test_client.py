@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 import omega_qvla as oq
 from omega_qvla.errors import PolicyError, ServingError
-from omega_qvla.serving.action_queue import ActionQueue, Blending
+from omega_qvla.serving.client.action_queue import ActionQueue, Blending
 
 pytest.importorskip("websockets", reason="the extra serve is not installed")
 
 from omega_qvla.serving.client import Patience, RemotePolicy, drive
-from omega_qvla.serving.door import Listening
-from omega_qvla.serving.websocket import WebsocketFront
+from omega_qvla.serving.server.door import Listening
+from omega_qvla.serving.server.protocols.openpi import WebsocketFront
 
 
 def chunk(first: float, length: int = 6, width: int = 2) -> np.ndarray:
@@ -331,7 +331,7 @@ def test_closed_loop_success_through_the_socket_is_that_in_process(
     """Two episodes on the same seeds: every episode ends as it does without a socket."""
     from omega_qvla.errors import SimulatorUnavailable
     from omega_qvla.evaluation.rollout import rollout
-    from omega_qvla.evaluation.simulators import SimulatorPool
+    from omega_qvla.evaluation.simulators.pool import SimulatorPool
 
     server = serve_command(str(artifact), "--port", "0", "--limits", "none")
     port = server.wait_for("ready")["port"]

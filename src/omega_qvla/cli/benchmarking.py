@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from omega_qvla.artifact.claims import Claim
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.claims import Claim
 from omega_qvla.cli.comparing import Compare
 from omega_qvla.cli.options import Common, Execution, names_of, save
 from omega_qvla.cli.outputs import known_cells, require_free_file, require_kept
@@ -27,9 +27,9 @@ from omega_qvla.evaluation.benchmark import (
     benchmark_document,
 )
 from omega_qvla.evaluation.comparison import REFERENCE
-from omega_qvla.evaluation.kernel_speed import machine_name
-from omega_qvla.evaluation.twin import condition_name
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.evaluation.outlier_injection import condition_name
+from omega_qvla.evaluation.speed.kernel_speed import machine_name
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import benchmark_tables

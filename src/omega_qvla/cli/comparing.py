@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.cli.options import (
     COUNT,
     COUNT_OR_NONE,
@@ -47,10 +47,10 @@ from omega_qvla.evaluation.comparison import (
     discard_simulations,
 )
 from omega_qvla.evaluation.openloop import NOISES
+from omega_qvla.evaluation.outlier_injection import condition_name
 from omega_qvla.evaluation.plan import OpenLoop
-from omega_qvla.evaluation.twin import condition_name
 from omega_qvla.extras import require
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.figure import comparison_figure
@@ -87,7 +87,7 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
     noises: Annotated[int, tyro.conf.arg(help="of each held-out observation"), COUNT] = NOISES
     reference: Annotated[
         Literal["each", "once"],
-        tyro.conf.arg(help="full precision in each condition, or once: its twins compute the same"),
+        tyro.conf.arg(help="full precision in each condition, or once: outliers do not change it"),
     ] = "each"
     out: Annotated[Path, tyro.conf.arg(help="artifacts, picture and JSON go here")] = Path(
         "out/compare"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.cli.options import (
     COUNT,
     MAGNITUDE,
@@ -32,7 +32,9 @@ from omega_qvla.cli.sweeps import (
     sweep,
 )
 from omega_qvla.errors import OutputError, RecipeError
-from omega_qvla.evaluation.libero import (
+from omega_qvla.evaluation.execution.placing import place
+from omega_qvla.evaluation.plan import ClosedLoop, SweepRow
+from omega_qvla.evaluation.simulators.libero import (
     FACTORY,
     PROTOCOLS,
     convention_of,
@@ -40,10 +42,8 @@ from omega_qvla.evaluation.libero import (
     per_suite,
     suite_tasks,
 )
-from omega_qvla.evaluation.libero import chosen_tasks as libero_tasks
-from omega_qvla.evaluation.placing import place
-from omega_qvla.evaluation.plan import ClosedLoop, SweepRow
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.libero import chosen_tasks as libero_tasks
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.results.rows import Evaluation
 from omega_qvla.results.statistics import wilson_interval

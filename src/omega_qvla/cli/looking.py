@@ -30,11 +30,11 @@ from omega_qvla.cli.sweeps import chosen_tasks, closed_loop_possible
 from omega_qvla.errors import OutputError, SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.diagnostics import diagnose
-from omega_qvla.evaluation.simulators import METAWORLD
+from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
+from omega_qvla.evaluation.simulators.pool import METAWORLD
 from omega_qvla.evaluation.trajectories import compare_tracks
-from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.extras import require
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.document import write_report
 from omega_qvla.report.table import site_table
@@ -75,7 +75,7 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
         held_out = observations_of(source, policy, self, split="heldout")
         for observations in (calibration, held_out):
             admit(policy, observations, len(observations), self, screen)
-        full = stress_twin(policy, self.stress, probe=calibration[0])
+        full = outlier_injected(policy, self.stress, probe=calibration[0])
         with screen.bars() as bars:
             quantized = quantize(
                 full,

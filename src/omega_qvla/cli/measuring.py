@@ -13,8 +13,8 @@ import tyro
 from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, require_cpu, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import RecipeError
-from omega_qvla.evaluation.device_roofline import roofline
-from omega_qvla.evaluation.kernel_speed import (
+from omega_qvla.evaluation.speed.device_roofline import roofline
+from omega_qvla.evaluation.speed.kernel_speed import (
     SHAPES,
     machine_name,
     measure_bandwidth,
@@ -23,8 +23,8 @@ from omega_qvla.evaluation.kernel_speed import (
     measure_shape,
     summarise,
 )
-from omega_qvla.evaluation.llama_cpp import Ggml
-from omega_qvla.evaluation.policy_speed import Subject, measure_policies
+from omega_qvla.evaluation.speed.llama_cpp import Ggml
+from omega_qvla.evaluation.speed.policy_speed import Subject, measure_policies
 from omega_qvla.extras import require
 from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.report.table import bound_table, kernel_table, policy_table

@@ -9,10 +9,9 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from omega_qvla.checkpoints.options import Choices, WrittenBy
+from omega_qvla.checkpoints.tied import TiedHalf
 from omega_qvla.errors import ResourceError, UsageError
-from omega_qvla.policies.checkpoints.choices import Choices
-from omega_qvla.policies.checkpoints.lerobot_writer import WrittenBy
-from omega_qvla.policies.checkpoints.tied import TiedHalf
 from omega_qvla.results.writing import write_json
 
 EVALUATION_SEED = 0

@@ -2,7 +2,7 @@
 
 One rule for every command: an output that is there already is refused unless ``--overwrite`` was
 given; interrupted work is refused unless it is continued (``--resume``) or discarded by name
-(``--overwrite``).  While a command runs it has a claim on its outputs (``artifact/claims.py``), so
+(``--overwrite``).  While a command runs it has a claim on its outputs (``claims.py``), so
 a second one is refused at its start.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.artifact import preflight
-from omega_qvla.artifact.checkpoint import read_description
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.artifact.directory import read_description
+from omega_qvla.claims import Claim
 from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import OmegaError, OutputError
 from omega_qvla.quantization.journal import discard_journal, finished_sites

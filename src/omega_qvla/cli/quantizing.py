@@ -10,7 +10,7 @@ import tyro
 
 from omega_qvla.api import quantize
 from omega_qvla.artifact import preflight, verify_artifact
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.cli.options import (
     PROCESSES,
     STEPS,
@@ -26,7 +26,7 @@ from omega_qvla.cli.sources import admit, calibration_of, default_calibration
 from omega_qvla.devices import find_gpu
 from omega_qvla.errors import RecipeError
 from omega_qvla.evaluation.footprints import directory_bytes
-from omega_qvla.policies.loading import load_policy, policy_structure, stream_policy
+from omega_qvla.policies.full_precision import load_policy, policy_structure, stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal, finished_sites
 from omega_qvla.quantization.pipeline import planned_sites, work_shares

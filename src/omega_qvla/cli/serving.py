@@ -92,7 +92,7 @@ class Serve(Checkpoint, Common):
 
     def run(self, screen: Screen) -> int:
         require("serving", "serve", "zmq" if self.protocol == "gr00t" else "websockets")
-        from omega_qvla.serving.service import Service, Settings, run_until_signal
+        from omega_qvla.serving.server.service import Service, Settings, run_until_signal
 
         sys.setswitchinterval(_SWITCH_S)
         service = Service.build(

@@ -14,9 +14,9 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli.options import Calibrated, names_of
 from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.loading import builtin_directory
+from omega_qvla.policies.full_precision import builtin_directory
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.normalization import dimension_names
+from omega_qvla.policies.processing.normalization import dimension_names
 
 
 def calibration_of(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from omega_qvla.checkpoints.options import Choices
 from omega_qvla.cli.options import Execution, Simulation, names_of
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import checkpoint_bytes, resident_bytes
@@ -18,19 +19,18 @@ from omega_qvla.errors import (
     UsageError,
 )
 from omega_qvla.evaluation.benchmark import benchmark_tasks
-from omega_qvla.evaluation.blueprint import Footprint
 from omega_qvla.evaluation.comparison import REFERENCE
+from omega_qvla.evaluation.execution.blueprint import Footprint
+from omega_qvla.evaluation.execution.building import artifact_blueprint, full_blueprint
+from omega_qvla.evaluation.execution.placing import place
 from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
-from omega_qvla.evaluation.metaworld import TASKS
-from omega_qvla.evaluation.placing import place
+from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
 from omega_qvla.evaluation.plan import ClosedLoop, OpenLoop, SweepRow
-from omega_qvla.evaluation.prepare import artifact_blueprint, full_blueprint
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import run_sweep
-from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.extras import require
-from omega_qvla.policies.checkpoints.choices import Choices
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.results.rows import Comparison
 from omega_qvla.runtime.loading import load
@@ -154,7 +154,7 @@ def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, 
     if (directory / "omega_config.json").exists():
         if stress:
             raise PolicyError(
-                "the stress twin is made from a full-precision policy, before quantization; "
+                "outliers are injected into a full-precision policy, before quantization; "
                 f"{source} is an artifact"
             )
         artifact: Any = load(directory)
@@ -173,7 +173,7 @@ def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, 
     row = SweepRow(
         source,
         REFERENCE,
-        lambda: stress_twin(policy, stress),
+        lambda: outlier_injected(policy, stress),
         condition_name(stress),
         footprint=lambda built: full_footprint(built, size),
         blueprint=full_blueprint(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sweeps import require_simulator

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.evaluation.twin import condition_name
-from omega_qvla.policies.loading import builtin_directory
+from omega_qvla.evaluation.outlier_injection import condition_name
+from omega_qvla.policies.full_precision import builtin_directory
 from omega_qvla.recipe import DEFAULT_RECIPE, ablation_names
 from omega_qvla.results.rows import BenchmarkRun, Comparison, Row
 

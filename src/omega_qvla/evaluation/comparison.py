@@ -3,7 +3,8 @@
 Every realizable recipe takes the way a user's policy takes: it is quantized, saved as packed
 integers, and what is evaluated is what was loaded back from that directory alone.  Simulation-only
 recipes are evaluated as simulations and have no checkpoint size.  The stress condition applies all
-recipes to the same outlier twin, whose full-precision function is checked to be unchanged.
+recipes to the same policy with outliers injected, whose full-precision function is checked to be
+unchanged.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from typing import Any, Literal, cast
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.checkpoints.options import Choices
 from omega_qvla.evaluation.benchmark import expand_recipes
+from omega_qvla.evaluation.execution.building import (
+    full_blueprint,
+    quantized_blueprint,
+    save_and_load,
+)
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
+from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
 from omega_qvla.evaluation.plan import Storage, SweepRow
-from omega_qvla.evaluation.prepare import full_blueprint, quantized_blueprint, save_and_load
-from omega_qvla.evaluation.twin import condition_name, stress_twin
-from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.recipe import Recipe, Scope
@@ -46,9 +51,9 @@ class Compared:
         magnitudes: stress magnitudes; 0 is the policy as it is.
         scope: ``all`` is each recipe as written, ``paper`` backbone and action head only.
         artifacts: realizable recipes are saved here.
-        seed: draws the twin's channels and factors.
-        reference: full precision in ``each`` condition, or ``once``, as it is: its twins compute
-            the same function, which is checked when they are made.
+        seed: draws the outliers' channels and factors.
+        reference: full precision in ``each`` condition, or ``once``, as it is: with outliers
+            injected it computes the same function, which is checked when that is done.
         resume: take the artifacts that are there, if they were made from the same.
     """
 
@@ -93,7 +98,7 @@ def _condition_rows(
     scope = comparison.scope
 
     def full() -> NativePolicy:
-        return stress_twin(comparison.policy, magnitude, seed=comparison.seed, probe=probe)
+        return outlier_injected(comparison.policy, magnitude, seed=comparison.seed, probe=probe)
 
     blueprint = full_blueprint(
         comparison.label,

@@ -9,8 +9,8 @@ the policy sees, or it grows.  After k control steps the drift of an episode is
 p and q the hand's positions under the two policies: the first three numbers of the state, in every
 environment here.  Only episodes in which both are still running after k steps count, so the number
 of pairs shrinks with k.  Robots are chaotic where they touch things: full precision with rounding
-errors of another order drifts too, which is what a stress twin's full precision shows against the
-plain one.
+errors of another order drifts too, which is what the full precision of an outlier-injected policy
+shows against the plain one.
 """
 
 from __future__ import annotations

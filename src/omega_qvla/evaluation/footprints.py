@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.evaluation.blueprint import Footprint
+from omega_qvla.evaluation.execution.blueprint import Footprint
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.errors import RecipeError
-from omega_qvla.evaluation.blueprint import Blueprint, Footprint
+from omega_qvla.evaluation.execution.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.openloop import NOISES, Measurement, Sampler
 from omega_qvla.evaluation.rollout import Transform
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.results.episodes import EpisodeRecord
 from omega_qvla.results.rows import FULL_PRECISION
 

@@ -41,10 +41,10 @@ from omega_qvla.errors import (
     ResourceError,
     SimulatorUnavailable,
 )
-from omega_qvla.evaluation.channel import ChannelError
-from omega_qvla.evaluation.child import wait_for_replies
 from omega_qvla.evaluation.openloop import Sampler, sample_together, shape_of_noise
-from omega_qvla.evaluation.simulators import Simulator, SimulatorPool
+from omega_qvla.evaluation.simulators.channel import ChannelError
+from omega_qvla.evaluation.simulators.child import wait_for_replies
+from omega_qvla.evaluation.simulators.pool import Simulator, SimulatorPool
 from omega_qvla.results.episodes import EpisodeJournal, EpisodeRecord
 from omega_qvla.results.statistics import mean_squared_jerk
 

@@ -5,7 +5,7 @@ full-precision row only its chunks and outcomes are kept.
 
 A sweep has three parts: which row is compared with which (``plan.py``), where the rows are
 evaluated, and the document (``measured_rows.py``).  Only the second differs between one process
-(:func:`evaluate_here`), several processes and a cluster (``distributed.py``), so all of them give
+(:func:`evaluate_here`), several processes and a cluster (``execution/``), so all of them give
 the same document.
 
 Without a simulator the open-loop half still runs: pass ``closed_loop=None`` and the closed-loop
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.evaluation.blueprint import Footprint
+from omega_qvla.evaluation.execution.blueprint import Footprint
 from omega_qvla.evaluation.measured_rows import measured_row
 from omega_qvla.evaluation.openloop import Sampler, measure_reference, measure_row
 from omega_qvla.evaluation.plan import (

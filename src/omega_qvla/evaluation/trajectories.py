@@ -19,16 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
-from omega_qvla.evaluation.channel import ChannelError
 from omega_qvla.evaluation.openloop import Sampler
-from omega_qvla.evaluation.replay import REPLAY, SOLVED
 from omega_qvla.evaluation.rollout import (
     ACTION_LIMITS,
     MAX_DEATHS,
     EvaluationError,
     rollout,
 )
-from omega_qvla.evaluation.simulators import SimulatorPool
+from omega_qvla.evaluation.simulators.channel import ChannelError
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
+from omega_qvla.evaluation.simulators.replay import REPLAY, SOLVED
 from omega_qvla.results.episodes import EpisodeRecord
 
 FRAMES = 8

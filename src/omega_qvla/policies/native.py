@@ -22,13 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omega_qvla.checkpoints.weight_store import WeightStore, hold
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
-from omega_qvla.policies.outlier_paths import OutlierPath
-from omega_qvla.policies.processing import Encoded
-from omega_qvla.policies.step_table import StepTable
-from omega_qvla.policies.weight_store import WeightStore, hold
-from omega_qvla.recipe import Scope
+from omega_qvla.policies.layers.step_table import StepTable
+from omega_qvla.policies.processing.observations import Encoded
 from omega_qvla.threads import fitting_threads, torch_threads, widest_linear
 
 if TYPE_CHECKING:
@@ -206,10 +204,6 @@ class NativePolicy(ABC):
     def _chunks(self, inputs: Sequence[Tensor], noise: Tensor, steps: int | None) -> Tensor:
         run = self.compute if self._pass is None else self._pass
         return run(inputs, noise, self.steps if steps is None else steps)
-
-    @abstractmethod
-    def outlier_pairs(self, scope: Scope) -> Sequence[OutlierPath]:
-        """Where the outlier stress twin can plant outliers (``quantization/outliers.py``)."""
 
     @abstractmethod
     def reads_per_chunk(self, path: str) -> float:

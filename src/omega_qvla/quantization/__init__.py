@@ -5,7 +5,6 @@
 * ``weights``     – integer weights: scales, round to nearest, GPTQ;
 * ``low_rank``    – a 16-bit branch beside the integers;
 * ``activations`` – integer activations: per-token, per-step and per-channel scales;
-* ``outliers``    – the function-preserving outlier stress twin.
 
 Everything here is deterministic: the same inputs give the same bytes.
 """

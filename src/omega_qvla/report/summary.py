@@ -99,7 +99,7 @@ def _worst(row: Row, results: Sequence[Row]) -> float:
 
 
 def _reference(row: Row, results: Sequence[Row]) -> Row | None:
-    """Full precision in the same condition, or plain: its twins compute the same function."""
+    """Full precision in the same condition, or plain: injected outliers change no function."""
     same = (row.policy, row.scope or "all")
     found = {
         other.condition: other

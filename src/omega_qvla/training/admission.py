@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.evaluation.metaworld import TASKS, MetaWorldEnv
 from omega_qvla.evaluation.rollout import (
     Transform,
     blank_images,
@@ -33,8 +32,9 @@ from omega_qvla.evaluation.rollout import (
     rollout,
     shifted,
 )
-from omega_qvla.evaluation.simulators import SimulatorPool
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.evaluation.simulators.metaworld import TASKS, MetaWorldEnv
+from omega_qvla.evaluation.simulators.pool import SimulatorPool
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.results.statistics import wilson_interval
 

@@ -13,7 +13,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from omega_qvla.evaluation.metaworld import MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.training.demonstrations import (
     TRAINING_SEED,

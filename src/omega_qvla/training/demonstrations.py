@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.evaluation.metaworld import ACTION_DIM, MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld import ACTION_DIM, MetaWorldEnv
 
 Array = npt.NDArray[Any]
 Behaviour = Callable[[MetaWorldEnv, Array], Array]
