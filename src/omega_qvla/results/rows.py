@@ -92,7 +92,8 @@ class Row(Part):
         policy: what was loaded.
         recipe: recipe name; `fp32` and `bf16` are full precision.
         condition: `plain`, or `stress:30` for the [outlier-injected
-            policy](outlier-injection.md) of that magnitude; of `unseen` what the recipe was calibrated on.
+            policy](outlier-injection.md) of that magnitude; of `unseen` what the recipe was
+            calibrated on.
         realizable: false: a simulation, whose integers cannot be multiplied as stored.
         success: closed loop, per task successes and episodes; the same seeds in every row.
         success_mean: successes over episodes, all tasks together.
