@@ -33,6 +33,7 @@ from omega_qvla.cli.sweeps import (
 )
 from omega_qvla.errors import OutputError, RecipeError
 from omega_qvla.evaluation.execution.placing import place
+from omega_qvla.evaluation.execution.plan import ClosedLoop, SweepRow
 from omega_qvla.evaluation.simulators.libero import (
     FACTORY,
     PROTOCOLS,
@@ -43,7 +44,7 @@ from omega_qvla.evaluation.simulators.libero import (
 )
 from omega_qvla.evaluation.simulators.libero import chosen_tasks as libero_tasks
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.results.statistics import wilson_interval
 
 LIBERO_PATIENCE_S = 1800.0
@@ -126,7 +127,7 @@ class Eval(Simulation, Checkpoint, Common):
 
     def _libero_table(self, screen: Screen, tasks: Sequence[str]) -> int:
         row, resident = policy_row(self.policy, self.stress, self.choices)
-        policy: Any = row.build()
+        policy: Any = row.build(lambda _what, _done, _total: None).policy
         config = policy.config
         options = environment_options(
             policy.family, config.cameras, config.state_dim, config.robot_action_dim
@@ -145,7 +146,7 @@ class Eval(Simulation, Checkpoint, Common):
             journals = Journals(self.out / "journals", {"weights": identity_of(row)})
             if not self.resume:
                 journals.discard()
-        placement = place(
+        executor = place(
             ray=self.ray,
             processes=self.processes,
             threads=self.threads,
@@ -169,7 +170,7 @@ class Eval(Simulation, Checkpoint, Common):
                 closed_loop=closed,
                 open_loop=None,
                 progress=bars,
-                evaluate=placement.evaluate,
+                executor=executor,
             )
         result = {**document["rows"][0], **artifact_labels(Path(self.policy))}
         result |= {"benchmark": "libero", "protocol": self.protocol}
