@@ -43,9 +43,9 @@ comparison = Compared(
     scope="all",
     artifacts=Path(out),
 )
-rows = comparison_rows(comparison, lambda label, done, total: None)
+rows = comparison_rows(comparison)
 assert [row.recipe for row in rows] == ["fp32", *METHODS]
-made = rows[-1].build()
+made = rows[-1].build(lambda label, done, total: None).policy
 assert made.config["recipe"]["name"] == name and rows[-1].realizable
 assert (Path(out) / f"{name}-plain" / "manifest.json").exists()
 print(name, offers_normalized(made), oq.Recipe.load(name).content_hash)

@@ -46,9 +46,9 @@ from omega_qvla.evaluation.comparison import (
     comparison_rows,
     discard_simulations,
 )
+from omega_qvla.evaluation.execution.plan import OpenLoop
 from omega_qvla.evaluation.openloop import NOISES
 from omega_qvla.evaluation.outlier_injection import condition_name
-from omega_qvla.evaluation.plan import OpenLoop
 from omega_qvla.extras import require
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
@@ -178,7 +178,7 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
         if not self.resume:
             journals.discard()
         with screen.bars() as bars:
-            rows = comparison_rows(comparison, bars)
+            rows = comparison_rows(comparison)
             document = sweep(
                 screen,
                 rows,

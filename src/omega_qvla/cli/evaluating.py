@@ -33,7 +33,7 @@ from omega_qvla.cli.sweeps import (
 )
 from omega_qvla.errors import OutputError, RecipeError
 from omega_qvla.evaluation.execution.placing import place
-from omega_qvla.evaluation.plan import ClosedLoop, SweepRow
+from omega_qvla.evaluation.execution.plan import ClosedLoop, SweepRow
 from omega_qvla.evaluation.simulators.libero import (
     FACTORY,
     PROTOCOLS,
@@ -129,7 +129,7 @@ class Eval(Simulation, Checkpoint, Common):
 
     def _libero_table(self, screen: Screen, tasks: Sequence[str]) -> int:
         row, resident = policy_row(self.policy, self.stress, self.choices)
-        policy: Any = row.build()
+        policy: Any = row.build(lambda _what, _done, _total: None).policy
         config = policy.config
         options = environment_options(
             policy.family, config.cameras, config.state_dim, config.robot_action_dim
@@ -148,7 +148,7 @@ class Eval(Simulation, Checkpoint, Common):
             journals = Journals(self.out / "journals", {"weights": identity_of(row)})
             if not self.resume:
                 journals.discard()
-        placement = place(
+        executor = place(
             ray=self.ray,
             processes=self.processes,
             threads=self.threads,
@@ -172,7 +172,7 @@ class Eval(Simulation, Checkpoint, Common):
                 closed_loop=closed,
                 open_loop=None,
                 progress=bars,
-                evaluate=placement.evaluate,
+                executor=executor,
             )
         (measured,) = document.rows
         suites = per_suite(measured.success)

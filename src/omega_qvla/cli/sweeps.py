@@ -20,12 +20,12 @@ from omega_qvla.errors import (
 )
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.comparison import REFERENCE
-from omega_qvla.evaluation.execution.blueprint import Footprint
+from omega_qvla.evaluation.execution.blueprint import Built
 from omega_qvla.evaluation.execution.building import artifact_blueprint, full_blueprint
 from omega_qvla.evaluation.execution.placing import place
-from omega_qvla.evaluation.footprints import directory_bytes, full_footprint
+from omega_qvla.evaluation.execution.plan import ClosedLoop, OpenLoop, SweepRow
+from omega_qvla.evaluation.footprints import artifact_footprint
 from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
-from omega_qvla.evaluation.plan import ClosedLoop, OpenLoop, SweepRow
 from omega_qvla.evaluation.simulators.metaworld import TASKS
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import run_sweep
@@ -69,23 +69,23 @@ def sweep(
         policy_bytes=policy_bytes,
         simulators=together,
     )
-    placement = place_rows()
-    if placement.notice:
-        screen.say(placement.notice)
+    executor = place_rows()
+    if executor.description:
+        screen.say(executor.description)
     run = partial(run_sweep, rows, open_loop=open_loop, progress=bars)
     if episodes == 0:
-        return run(closed_loop=None, evaluate=placement.evaluate)
+        return run(closed_loop=None, executor=executor)
     try:
         with SimulatorPool(together) as pool:
             closed = ClosedLoop(pool, chosen, seeds, together=together)
             if journals is not None:
                 closed = replace(closed, journals=journals.folder, identity=journals.identity)
-            return run(closed_loop=closed, evaluate=placement.evaluate)
+            return run(closed_loop=closed, executor=executor)
     except SimulatorUnavailable as error:
         if open_loop is None:
             raise
         screen.say(f"no closed loop: {error}")
-        return run(closed_loop=None, evaluate=place_rows().evaluate)
+        return run(closed_loop=None, executor=place_rows())
 
 
 def chosen_tasks(text: str | None) -> list[str] | None:
@@ -159,31 +159,30 @@ def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, 
             )
         artifact: Any = load(directory)
         resident = artifact.resident_bytes()
+        built = Built(artifact, artifact_footprint(artifact, directory))
         row = SweepRow(
             source,
             artifact.config["recipe"]["name"],
-            lambda: artifact,
+            lambda _: built,
             alone=True,
-            footprint=lambda _: Footprint(directory_bytes(directory), resident),
             blueprint=artifact_blueprint(directory, artifact.content_hash),
         )
         return row, resident
     policy = load_policy(source, choices)
-    size = checkpoint_bytes(source)
+    blueprint = full_blueprint(
+        source,
+        choices,
+        weights_fingerprint(policy),
+        stress,
+        seed=0,
+        probe=None,
+        checkpoint_bytes=checkpoint_bytes(source),
+    )
     row = SweepRow(
         source,
         REFERENCE,
-        lambda: outlier_injected(policy, stress),
+        partial(blueprint.build, loaded=lambda: outlier_injected(policy, stress)),
         condition_name(stress),
-        footprint=lambda built: full_footprint(built, size),
-        blueprint=full_blueprint(
-            source,
-            choices,
-            weights_fingerprint(policy),
-            stress,
-            seed=0,
-            probe=None,
-            checkpoint_bytes=size,
-        ),
+        blueprint=blueprint,
     )
     return row, resident_bytes(policy)

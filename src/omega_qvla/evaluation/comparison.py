@@ -9,31 +9,29 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
-from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.checkpoints.options import Choices
 from omega_qvla.evaluation.benchmark import expand_recipes
+from omega_qvla.evaluation.execution.blueprint import Blueprint
 from omega_qvla.evaluation.execution.building import (
+    Load,
     full_blueprint,
     quantized_blueprint,
-    save_and_load,
 )
-from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
+from omega_qvla.evaluation.execution.plan import Storage, SweepRow
 from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
-from omega_qvla.evaluation.plan import Storage, SweepRow
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.recipe import Recipe, Scope
 from omega_qvla.runtime.memory import weight_storage
 
 REFERENCE = "fp32"
-
-QuantizeProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Compared:
     resume: bool = False
 
 
-def comparison_rows(comparison: Compared, progress: QuantizeProgress) -> list[SweepRow]:
+def comparison_rows(comparison: Compared) -> list[SweepRow]:
     """Full precision and every recipe, under every condition.
 
     Raises:
@@ -83,19 +81,15 @@ def comparison_rows(comparison: Compared, progress: QuantizeProgress) -> list[Sw
     return [
         row
         for magnitude in comparison.magnitudes
-        for row in _condition_rows(comparison, recipes, magnitude, progress)
+        for row in _condition_rows(comparison, recipes, magnitude)
     ]
 
 
 def _condition_rows(
-    comparison: Compared,
-    recipes: Iterable[Recipe],
-    magnitude: float,
-    progress: QuantizeProgress,
+    comparison: Compared, recipes: Iterable[Recipe], magnitude: float
 ) -> list[SweepRow]:
     condition = condition_name(magnitude)
     probe = comparison.calibration[0]
-    scope = comparison.scope
 
     def full() -> NativePolicy:
         return outlier_injected(comparison.policy, magnitude, seed=comparison.seed, probe=probe)
@@ -112,66 +106,38 @@ def _condition_rows(
     reference = SweepRow(
         comparison.label,
         REFERENCE,
-        full,
+        partial(blueprint.build, loaded=full),
         condition,
-        footprint=lambda built: full_footprint(built, comparison.checkpoint_bytes),
-        scope=scope,
+        scope=comparison.scope,
         blueprint=blueprint,
     )
-    rows = [
-        _recipe_row(comparison, reference, recipe, full, condition, progress) for recipe in recipes
-    ]
+    rows = [_recipe_row(comparison, reference, blueprint, recipe, full) for recipe in recipes]
     return rows if comparison.reference == "once" and magnitude else [reference, *rows]
 
 
 def _recipe_row(
     comparison: Compared,
     reference: SweepRow,
+    full: Blueprint,
     recipe: Recipe,
-    full: Callable[[], NativePolicy],
-    condition: str,
-    progress: QuantizeProgress,
+    loaded: Load,
 ) -> SweepRow:
+    condition = reference.condition
     label = f"quantizing {recipe.name}, {condition}"
-    blueprint = reference.blueprint
-    assert blueprint is not None
     folder = comparison.artifacts / f"{recipe.name}-{condition}".replace(":", "-")
-
-    def save() -> Any:
-        return save_and_load(
-            full,
-            comparison.calibration,
-            recipe,
-            folder,
-            label,
-            progress,
-            full=blueprint.arguments,
-            resume=comparison.resume,
-        )
-
-    def simulate() -> Any:
-        return quantize(
-            full(),
-            comparison.calibration,
-            recipe,
-            progress=lambda done, total, _site: progress(label, done, total),
-            allow_mismatch=True,  # whoever compares has seen what was found
-        )
-
-    on_disk = folder if recipe.realizable else None
+    blueprint = quantized_blueprint(
+        full, recipe, comparison.calibration, folder, label, resume=comparison.resume
+    )
     return SweepRow(
         comparison.label,
         recipe.name,
-        save if recipe.realizable else simulate,
+        partial(blueprint.build, loaded=loaded),
         condition,
         realizable=recipe.realizable,
-        footprint=lambda policy: artifact_footprint(cast(Any, policy), on_disk),
-        scope=reference.scope,
+        scope=comparison.scope,
         recipe_hash=recipe.content_hash,
         storage=_storage(comparison.policy, recipe),
-        blueprint=quantized_blueprint(
-            blueprint, recipe, comparison.calibration, folder, label, resume=comparison.resume
-        ),
+        blueprint=blueprint,
     )
 
 

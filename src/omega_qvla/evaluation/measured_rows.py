@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from omega_qvla.evaluation.drift import hand_drift
+from omega_qvla.evaluation.execution.plan import ClosedLoop, Outcome, Plan, SweepRow
 from omega_qvla.evaluation.openloop import Array, error_shares
-from omega_qvla.evaluation.plan import ClosedLoop, Outcome, Plan, SweepRow
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.results.document import Interval
 from omega_qvla.results.episodes import EpisodeRecord, per_task

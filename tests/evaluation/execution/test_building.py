@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inline_crew import InlineCrew
+from wired_executor import WiredExecutor
 
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.checkpoints.options import Choices
 from omega_qvla.errors import ArtifactError, PolicyError
 from omega_qvla.evaluation.comparison import Compared, comparison_rows, discard_simulations
 from omega_qvla.evaluation.execution.building import artifact_blueprint, origin_of, saved
-from omega_qvla.evaluation.execution.evaluate import evaluate_with
-from omega_qvla.evaluation.plan import OpenLoop
+from omega_qvla.evaluation.execution.plan import OpenLoop
 from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
@@ -61,18 +60,18 @@ def open_loop() -> OpenLoop:
     return OpenLoop(Observations.load(SOURCE, split="heldout")[:1])
 
 
-def test_integers_simulations_and_twins_are_the_same_elsewhere(
+def test_integers_simulations_and_injected_outliers_are_the_same_elsewhere(
     comparison: Compared, open_loop: OpenLoop, tmp_path: Path
 ) -> None:
-    here = run_sweep(comparison_rows(comparison, silent), closed_loop=None, open_loop=open_loop)
+    here = run_sweep(comparison_rows(comparison), closed_loop=None, open_loop=open_loop)
     away = replace(comparison, artifacts=tmp_path / "elsewhere")
     labels: list[str] = []
     there = run_sweep(
-        comparison_rows(away, silent),
+        comparison_rows(away),
         closed_loop=None,
         open_loop=open_loop,
         progress=lambda label, done, total: labels.append(label),
-        evaluate=evaluate_with(InlineCrew()),
+        executor=WiredExecutor(),
     )
     assert here == there
     assert {"quantizing rtn, stress:30", "quantizing omega-paper, stress:30"} <= set(labels)
@@ -86,7 +85,7 @@ def test_integers_simulations_and_twins_are_the_same_elsewhere(
 def test_a_simulation_is_put_together_again_without_quantizing(
     comparison: Compared, open_loop: OpenLoop
 ) -> None:
-    rows = comparison_rows(replace(comparison, magnitudes=[0.0]), silent)
+    rows = comparison_rows(replace(comparison, magnitudes=[0.0]))
     (simulation,) = (row for row in rows if row.recipe == "omega-paper")
     assert simulation.blueprint is not None
     reports: list[tuple[str, int, int]] = []
@@ -103,7 +102,7 @@ def test_a_simulation_is_put_together_again_without_quantizing(
 
 
 def test_other_weights_under_the_same_name_are_refused(comparison: Compared) -> None:
-    rows = comparison_rows(replace(comparison, weights="0" * 64), silent)
+    rows = comparison_rows(replace(comparison, weights="0" * 64))
     assert rows[0].blueprint is not None
     with pytest.raises(PolicyError, match="other weights"):
         rows[0].blueprint.build(silent)
@@ -112,10 +111,10 @@ def test_other_weights_under_the_same_name_are_refused(comparison: Compared) -> 
 def test_an_artifact_that_somebody_else_wrote_is_refused(
     comparison: Compared, tmp_path: Path
 ) -> None:
-    rows = comparison_rows(replace(comparison, magnitudes=[0.0], recipes=["rtn"]), silent)
-    built = rows[1].build()
+    rows = comparison_rows(replace(comparison, magnitudes=[0.0], recipes=["rtn"]))
+    built: Any = rows[1].build(silent).policy
     directory = comparison.artifacts / "rtn-plain"
-    blueprint = artifact_blueprint(directory, built.content_hash)  # type: ignore[attr-defined]
+    blueprint = artifact_blueprint(directory, built.content_hash)
     assert blueprint.build(silent).again == blueprint
     with pytest.raises(ArtifactError, match="file system that all machines share"):
         saved(silent, directory=str(directory), content_hash="0" * 64)
@@ -129,9 +128,9 @@ def test_a_resumed_comparison_takes_whole_artifacts_of_the_same_origin(
     def quantizes(given: Compared) -> bool:
         """Whether a row is quantized when it is built here; elsewhere it must come out the same."""
         reports: list[str] = []
-        rows = comparison_rows(given, lambda label, *_: reports.append(label))
+        rows = comparison_rows(given)
         row = next(row for row in rows if row.recipe == "rtn")
-        here: Any = row.build()
+        here: Any = row.build(lambda label, *_: reports.append(label)).policy
         assert row.blueprint is not None
         there: Any = row.blueprint.build(silent).policy
         assert here.content_hash == there.content_hash
