@@ -45,7 +45,7 @@ def rows(point_policy):
             "halved",
             lambda _: Built(point_policy(gain=0.1), Footprint(100, 100)),
             realizable=False,
-            extra={"scope": "paper"},
+            scope="paper",
         ),
         SweepRow("point", "fp32", built(point_policy)),
         SweepRow("point", "halved", built(point_policy, gain=0.2), condition="stress:30"),

@@ -19,21 +19,19 @@ from omega_qvla.cli.options import (
     Common,
     Positional,
     Simulation,
+    chosen_tasks,
     names_of,
     save,
 )
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sweeps import (
-    Journals,
-    chosen_tasks,
-    policy_row,
-    require_cluster,
-    require_simulator,
-    sweep,
-)
 from omega_qvla.errors import OutputError, RecipeError
-from omega_qvla.evaluation.execution.placing import place
-from omega_qvla.evaluation.execution.plan import ClosedLoop, SweepRow
+from omega_qvla.evaluation.closed_loop import (
+    Episodes,
+    Journals,
+    require_simulator,
+    sweep_in_metaworld,
+)
+from omega_qvla.evaluation.execution.plan import ClosedLoop
 from omega_qvla.evaluation.simulators.libero import (
     FACTORY,
     PROTOCOLS,
@@ -44,6 +42,7 @@ from omega_qvla.evaluation.simulators.libero import (
 )
 from omega_qvla.evaluation.simulators.libero import chosen_tasks as libero_tasks
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
+from omega_qvla.evaluation.subjects import identity_of, policy_row
 from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.results.rows import Evaluation
 from omega_qvla.results.statistics import wilson_interval
@@ -86,15 +85,25 @@ class Eval(Simulation, Checkpoint, Common):
         return f"finished episodes are kept in {self.out}" if self.out is not None else None
 
     def run(self, screen: Screen) -> int:
-        require_cluster(self)
+        self.resources.require()
         torch.set_num_threads(self.threads)
         if self.env == "libero":
             return self._libero(screen)
         tasks = chosen_tasks(self.tasks)
         require_simulator()
         row, resident = policy_row(self.policy, self.stress, self.choices)
-        options = replace(self, episodes=20 if self.episodes is None else self.episodes)
-        document = sweep(screen, [row], options, None, tasks, self.policy, resident)
+        episodes = Episodes(20 if self.episodes is None else self.episodes, tasks, self.seed)
+        with screen.bars() as bars:
+            document = sweep_in_metaworld(
+                [row],
+                self.policy,
+                episodes,
+                None,
+                self.resources,
+                policy_bytes=resident,
+                say=screen.say,
+                progress=bars,
+            )
         (result,) = document.rows
         save(self.json, Evaluation(row=result).to_json())
         for task, (solved, episodes) in result.success.items():
@@ -148,13 +157,7 @@ class Eval(Simulation, Checkpoint, Common):
             journals = Journals(self.out / "journals", {"weights": identity_of(row)})
             if not self.resume:
                 journals.discard()
-        executor = place(
-            ray=self.ray,
-            processes=self.processes,
-            threads=self.threads,
-            episodes=len(tasks) * len(trials),
-            policy_bytes=resident,
-        )
+        executor = self.resources.executor(len(tasks) * len(trials), resident)
         screen.say(
             f"LIBERO, {self.protocol} protocol: {len(trials)} recorded initial states of each of "
             f"{len(tasks)} tasks, {convention.execute} action(s) of each chunk"
@@ -187,10 +190,3 @@ class Eval(Simulation, Checkpoint, Common):
         low, high = result.success_ci95
         screen.say(f"{'all':10s} {result.success_mean:.1%}  [{low:.1%}, {high:.1%}]")
         return 0
-
-
-def identity_of(row: SweepRow) -> str:
-    """What fixes the weights of a row of ``eval``: their fingerprint, or the artifact's hash."""
-    assert row.blueprint is not None
-    arguments = row.blueprint.arguments
-    return str(arguments.get("weights") or arguments.get("content_hash"))

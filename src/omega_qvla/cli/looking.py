@@ -22,16 +22,18 @@ from omega_qvla.cli.options import (
     Common,
     Positional,
     Simulation,
+    chosen_tasks,
     save,
 )
 from omega_qvla.cli.screen import Bars, Screen
-from omega_qvla.cli.sources import admit, default_calibration, observations_of
-from omega_qvla.cli.sweeps import chosen_tasks, closed_loop_possible
+from omega_qvla.cli.sources import observations_of
 from omega_qvla.errors import OutputError, SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
+from omega_qvla.evaluation.closed_loop import simulated
 from omega_qvla.evaluation.diagnostics import diagnose
 from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
 from omega_qvla.evaluation.simulators.pool import METAWORLD
+from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.extras import require
 from omega_qvla.policies.full_precision import load_policy
@@ -66,7 +68,7 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
 
     def run(self, screen: Screen) -> int:
         tasks = chosen_tasks(self.tasks)
-        simulated = closed_loop_possible(screen, self.episodes)
+        episodes = simulated(self.episodes, screen.say)
         torch.set_num_threads(self.threads)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         policy = load_policy(self.policy, self.choices)
@@ -74,7 +76,13 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
         calibration = observations_of(source, policy, self)
         held_out = observations_of(source, policy, self, split="heldout")
         for observations in (calibration, held_out):
-            admit(policy, observations, len(observations), self, screen)
+            admit(
+                policy,
+                observations,
+                len(observations),
+                allow=self.allow_mismatch,
+                say=screen.say,
+            )
         full = outlier_injected(policy, self.stress, probe=calibration[0])
         with screen.bars() as bars:
             quantized = quantize(
@@ -101,7 +109,7 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
                 ),
                 "memory": quantized.memory_report() if recipe.realizable else None,
                 "rollouts": None
-                if not simulated
+                if not episodes
                 else self._rollouts(screen, {"fp32": full, recipe.name: quantized}, tasks, bars),
             }
         found = Diagnostics.model_validate(content)

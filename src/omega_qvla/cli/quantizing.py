@@ -22,10 +22,11 @@ from omega_qvla.cli.options import (
 )
 from omega_qvla.cli.outputs import prepare_journal, require_free_artifact
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sources import admit, calibration_of, default_calibration
+from omega_qvla.cli.sources import calibration_of
 from omega_qvla.devices import find_gpu
 from omega_qvla.errors import RecipeError
 from omega_qvla.evaluation.footprints import directory_bytes
+from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.policies.full_precision import load_policy, policy_structure, stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal, finished_sites
@@ -112,7 +113,13 @@ class Quantize(Calibrated, Checkpoint, Common):
         source = self.calibration or default_calibration(self.policy)
         observations = calibration_of(source, policy, self, recipe.observations)
         screen.report(observations)
-        admit(policy, observations, recipe.observations, self, screen)
+        admit(
+            policy,
+            observations,
+            recipe.observations,
+            allow=self.allow_mismatch,
+            say=screen.say,
+        )
         threads = fitting_threads(widest_linear(policy.module), self.threads)
         screen.say(f"computing with {threads} thread(s)")
         preflight(self.out, predict_directory(policy, recipe)["total_bytes"])

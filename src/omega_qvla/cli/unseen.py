@@ -12,9 +12,9 @@ import tyro
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, names_of, save
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sources import default_calibration
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.speed.kernel_speed import machine_name
+from omega_qvla.evaluation.subjects import default_calibration
 from omega_qvla.evaluation.unseen import Unseen as Definition
 from omega_qvla.evaluation.unseen import measure_unseen
 from omega_qvla.policies.full_precision import load_policy

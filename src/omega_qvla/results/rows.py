@@ -129,6 +129,8 @@ class Row(Part):
             are the numbers of the recorded initial states.
         protocol: of `eval --env libero`: `paper` or `full`.
         suites: of `eval --env libero`: per suite successes and episodes.
+        environment: of `eval --env MODULE:CALLABLE`: that environment.
+        execute: of `eval --env MODULE:CALLABLE`: actions carried out of each chunk.
         source: the file it was read from; not written.
         unfinished: it is summed up from a journal; not written.
     """
@@ -164,6 +166,8 @@ class Row(Part):
     benchmark: str | None = None
     protocol: str | None = None
     suites: dict[str, Successes] | None = None
+    environment: str | None = None
+    execute: Count | None = None
     source: str = Field(default="", exclude=True)
     unfinished: bool = Field(default=False, exclude=True)
 
