@@ -121,6 +121,7 @@ lint: $(STAMP)
 	$(BIN)/python tools/forbidden_calls.py src
 	$(BIN)/python tools/results_table.py --check
 	$(BIN)/python tools/speed_table.py --check
+	$(BIN)/python tools/json_page.py --check
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 	$(BIN)/pyright -p pyright-strict.json

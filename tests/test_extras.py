@@ -103,7 +103,7 @@ except errors.MissingPackageError as error:
         (
             "ray",
             "scale",
-            "import omega_qvla.evaluation.execution.ray_cluster as r; r.RayCrew('auto', cpus=1)",
+            "import omega_qvla.evaluation.execution.ray_cluster as r; r.RayExecutor('auto')",
         ),
         ("triton", "gpu", "from omega_qvla.runtime.kernels.triton_gpu import programs as p; p()"),
     ],

@@ -22,6 +22,9 @@ from omega_qvla.api import quantize
 from omega_qvla.calibration.mismatch import CalibrationWarning
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError
+from omega_qvla.evaluation.benchmark_run import benchmark
+from omega_qvla.evaluation.closed_loop import Episodes, Resources
+from omega_qvla.evaluation.comparison import compare
 from omega_qvla.policies.base import FlowClock
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.torch_module import TorchPolicy
@@ -31,13 +34,17 @@ from omega_qvla.runtime.loading import load
 
 __all__ = [
     "CalibrationWarning",
+    "Episodes",
     "FlowClock",
     "Observations",
     "OmegaError",
     "QuantizedPolicy",
     "Recipe",
+    "Resources",
     "SimulatedPolicy",
     "TorchPolicy",
+    "benchmark",
+    "compare",
     "load",
     "load_policy",
     "quantize",

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from omega_qvla.errors import RecipeError, ResourceError
-from omega_qvla.evaluation.execution.blueprint import Footprint
+from omega_qvla.evaluation.execution.blueprint import Built, Footprint
+from omega_qvla.evaluation.execution.plan import ClosedLoop, OpenLoop, SweepRow
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, OpenLoop, SweepRow, run_sweep, write_json
+from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.results.statistics import wilson_interval
+from omega_qvla.results.writing import write_json
 
 CONTRACT = {
     "policy",
@@ -30,20 +32,24 @@ CONTRACT = {
 }
 
 
+def built(make, *given, **named):
+    """How a row comes by a policy that only this process has."""
+    return lambda _report: Built(make(*given, **named), Footprint())
+
+
 @pytest.fixture
 def rows(point_policy):
     return [
         SweepRow(
             "point",
             "halved",
-            lambda: point_policy(gain=0.1),
+            lambda _: Built(point_policy(gain=0.1), Footprint(100, 100)),
             realizable=False,
-            footprint=lambda policy: Footprint(100, int(1000 * policy.gain)),
-            extra={"scope": "paper"},
+            scope="paper",
         ),
-        SweepRow("point", "fp32", point_policy),
-        SweepRow("point", "halved", lambda: point_policy(gain=0.2), condition="stress:30"),
-        SweepRow("point", "twin", point_policy, condition="stress:30"),
+        SweepRow("point", "fp32", built(point_policy)),
+        SweepRow("point", "halved", built(point_policy, gain=0.2), condition="stress:30"),
+        SweepRow("point", "twin", built(point_policy), condition="stress:30"),
     ]
 
 
@@ -62,7 +68,7 @@ def test_rows_follow_the_contract_and_are_paired_with_full_precision(rows, envir
             closed_loop=closed_loop,
             open_loop=open_loop,
             progress=lambda label, done, total: lines.append((label, done, total)),
-        )
+        ).to_json()
     json.dumps(document, allow_nan=False)
     assert (document["schema"], document["policy"]) == (1, "point")
     halved, reference, _, twin = document["rows"]
@@ -97,7 +103,7 @@ def test_rows_follow_the_contract_and_are_paired_with_full_precision(rows, envir
 
 
 def test_without_a_simulator_the_open_loop_half_still_runs(rows, open_loop):
-    document = run_sweep(rows, closed_loop=None, open_loop=open_loop)
+    document = run_sweep(rows, closed_loop=None, open_loop=open_loop).to_json()
     row = document["rows"][0]
     assert row["action_error"] > 0.1
     assert (row["success"], row["success_mean"], row["success_ci95"]) == ({}, None, None)
@@ -107,14 +113,14 @@ def test_without_a_simulator_the_open_loop_half_still_runs(rows, open_loop):
 
 
 def test_rows_build_one_policy_each_and_full_precision_first(point_policy, open_loop):
-    built = []
+    order = []
 
     def build(name):
-        return lambda: built.append(name) or point_policy()
+        return built(lambda: order.append(name) or point_policy())
 
     rows = [SweepRow("p", "a", build("a")), SweepRow("p", "bf16", build("bf16"))]
     run_sweep(rows, closed_loop=None, open_loop=open_loop)
-    assert built == ["bf16", "a"]
+    assert order == ["bf16", "a"]
 
 
 def test_an_interrupted_sweep_continues(rows, environment, open_loop, tmp_path):
@@ -138,20 +144,21 @@ def test_an_interrupted_sweep_continues(rows, environment, open_loop, tmp_path):
         )
     assert ("point, fp32, plain", 0) not in episodes
     assert ("point, twin, stress:30", 3) in episodes
-    for ours, theirs in zip(resumed["rows"], fresh["rows"], strict=True):
-        assert {**ours, "ms_per_chunk": 0} == {**theirs, "ms_per_chunk": 0}
+    untimed = {"ms_per_chunk": 0}
+    for ours, theirs in zip(resumed.rows, fresh.rows, strict=True):
+        assert ours.model_copy(update=untimed) == theirs.model_copy(update=untimed)
 
 
 def test_a_comparison_that_cannot_be_made_is_refused(point_policy, open_loop):
-    lone = SweepRow("point", "rtn", point_policy)
+    lone = SweepRow("point", "rtn", built(point_policy))
     with pytest.raises(RecipeError, match="full-precision row"):
         run_sweep([lone], closed_loop=None, open_loop=open_loop)
     with pytest.raises(RecipeError, match="at least one"):
         run_sweep([], closed_loop=None, open_loop=open_loop)
-    reference = SweepRow("point", "fp32", point_policy)
+    reference = SweepRow("point", "fp32", built(point_policy))
     with pytest.raises(RecipeError, match="given twice: point, rtn, plain"):
         run_sweep([reference, lone, lone], closed_loop=None, open_loop=open_loop)
-    other = SweepRow("line", "rtn", point_policy)
+    other = SweepRow("line", "rtn", built(point_policy))
     with pytest.raises(RecipeError, match="line, rtn, plain"):
         run_sweep([reference, other], closed_loop=None, open_loop=open_loop)
 
@@ -173,13 +180,14 @@ def test_errors_have_an_interval_and_are_paired_with_the_omega_recipe(
     """A row twice as wrong as the default is, observation by observation, four times its error."""
     plain = point_policy(gain=1.0)
     double = [
-        SweepRow("point", "fp32", lambda: plain),
-        SweepRow("point", DEFAULT_RECIPE, lambda: _Shifted(plain, 0.1)),
-        SweepRow("point", "other", lambda: _Shifted(plain, 0.2)),
+        SweepRow("point", "fp32", built(lambda: plain)),
+        SweepRow("point", DEFAULT_RECIPE, built(_Shifted, plain, 0.1)),
+        SweepRow("point", "other", built(_Shifted, plain, 0.2)),
     ]
     with SimulatorPool(1, environment) as pool:
         closed = ClosedLoop(pool, ["near"], range(2))
-        full, ours, other = run_sweep(double, closed_loop=closed, open_loop=open_loop)["rows"]
+        document = run_sweep(double, closed_loop=closed, open_loop=open_loop).to_json()
+        full, ours, other = document["rows"]
     assert sum(ours["action_errors"]) == pytest.approx(ours["action_error"], rel=1e-3)
     low, high = ours["action_error_ci95"]
     assert low <= ours["action_error"] <= high

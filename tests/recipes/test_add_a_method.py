@@ -25,13 +25,13 @@ spec = importlib.util.spec_from_file_location("conftest", kit)
 kit = importlib.util.module_from_spec(spec); spec.loader.exec_module(kit)
 from pathlib import Path
 from omega_qvla.evaluation.benchmark import METHODS
-from omega_qvla.evaluation.comparison import Comparison, comparison_rows
+from omega_qvla.evaluation.comparison import Compared, comparison_rows
 from omega_qvla.evaluation.openloop import offers_normalized
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.quantization.pipeline import weights_fingerprint
 name = METHODS[-1]
 policy, observations = kit.build_policy(), kit.build_observations()
-comparison = Comparison(
+comparison = Compared(
     label="small",
     policy=policy,
     choices=CheckpointOptions(),
@@ -43,9 +43,9 @@ comparison = Comparison(
     scope="all",
     artifacts=Path(out),
 )
-rows = comparison_rows(comparison, lambda label, done, total: None)
+rows = comparison_rows(comparison)
 assert [row.recipe for row in rows] == ["fp32", *METHODS]
-made = rows[-1].build()
+made = rows[-1].build(lambda label, done, total: None).policy
 assert made.config["recipe"]["name"] == name and rows[-1].realizable
 assert (Path(out) / f"{name}-plain" / "manifest.json").exists()
 print(name, offers_normalized(made), oq.Recipe.load(name).content_hash)

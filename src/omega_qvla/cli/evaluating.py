@@ -19,20 +19,19 @@ from omega_qvla.cli.options import (
     Common,
     Positional,
     Simulation,
+    chosen_tasks,
     names_of,
     save,
 )
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sweeps import (
-    Journals,
-    chosen_tasks,
-    policy_row,
-    require_cluster,
-    require_simulator,
-    sweep,
-)
 from omega_qvla.errors import OutputError, RecipeError
-from omega_qvla.evaluation.execution.placing import place
+from omega_qvla.evaluation.closed_loop import (
+    Episodes,
+    Journals,
+    require_simulator,
+    sweep_in_metaworld,
+)
+from omega_qvla.evaluation.execution.plan import ClosedLoop
 from omega_qvla.evaluation.simulators.libero import (
     FACTORY,
     PROTOCOLS,
@@ -43,7 +42,9 @@ from omega_qvla.evaluation.simulators.libero import (
 )
 from omega_qvla.evaluation.simulators.libero import chosen_tasks as libero_tasks
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.subjects import identity_of, policy_row
+from omega_qvla.evaluation.sweep import run_sweep
+from omega_qvla.results.rows import Evaluation
 from omega_qvla.results.statistics import wilson_interval
 
 LIBERO_PATIENCE_S = 1800.0
@@ -84,22 +85,33 @@ class Eval(Simulation, Checkpoint, Common):
         return f"finished episodes are kept in {self.out}" if self.out is not None else None
 
     def run(self, screen: Screen) -> int:
-        require_cluster(self)
+        self.resources.require()
         torch.set_num_threads(self.threads)
         if self.env == "libero":
             return self._libero(screen)
         tasks = chosen_tasks(self.tasks)
         require_simulator()
         row, resident = policy_row(self.policy, self.stress, self.choices)
-        options = replace(self, episodes=20 if self.episodes is None else self.episodes)
-        document = sweep(screen, [row], options, None, tasks, self.policy, resident)
-        result = {**document["rows"][0], **artifact_labels(Path(self.policy))}
-        save(self.json, {"schema": 1, "row": result})
-        for task, (solved, episodes) in result["success"].items():
+        episodes = Episodes(20 if self.episodes is None else self.episodes, tasks, self.seed)
+        with screen.bars() as bars:
+            document = sweep_in_metaworld(
+                [row],
+                self.policy,
+                episodes,
+                None,
+                self.resources,
+                policy_bytes=resident,
+                say=screen.say,
+                progress=bars,
+            )
+        (result,) = document.rows
+        save(self.json, Evaluation(row=result).to_json())
+        for task, (solved, episodes) in result.success.items():
             screen.say(f"{task:24s} {solved}/{episodes}")
-        low, high = result["success_ci95"]
-        screen.say(f"{'all':24s} {result['success_mean']:.1%}  [{low:.1%}, {high:.1%}]")
-        if result["smoke"]:
+        assert result.success_ci95 is not None
+        low, high = result.success_ci95
+        screen.say(f"{'all':24s} {result.success_mean:.1%}  [{low:.1%}, {high:.1%}]")
+        if result.smoke:
             screen.say("fewer than 100 episodes a task: a smoke test, not a measurement")
         return 0
 
@@ -126,7 +138,7 @@ class Eval(Simulation, Checkpoint, Common):
 
     def _libero_table(self, screen: Screen, tasks: Sequence[str]) -> int:
         row, resident = policy_row(self.policy, self.stress, self.choices)
-        policy: Any = row.build()
+        policy: Any = row.build(lambda _what, _done, _total: None).policy
         config = policy.config
         options = environment_options(
             policy.family, config.cameras, config.state_dim, config.robot_action_dim
@@ -145,13 +157,7 @@ class Eval(Simulation, Checkpoint, Common):
             journals = Journals(self.out / "journals", {"weights": identity_of(row)})
             if not self.resume:
                 journals.discard()
-        placement = place(
-            ray=self.ray,
-            processes=self.processes,
-            threads=self.threads,
-            episodes=len(tasks) * len(trials),
-            policy_bytes=resident,
-        )
+        executor = self.resources.executor(len(tasks) * len(trials), resident)
         screen.say(
             f"LIBERO, {self.protocol} protocol: {len(trials)} recorded initial states of each of "
             f"{len(tasks)} tasks, {convention.execute} action(s) of each chunk"
@@ -169,30 +175,18 @@ class Eval(Simulation, Checkpoint, Common):
                 closed_loop=closed,
                 open_loop=None,
                 progress=bars,
-                evaluate=placement.evaluate,
+                executor=executor,
             )
-        result = {**document["rows"][0], **artifact_labels(Path(self.policy))}
-        result |= {"benchmark": "libero", "protocol": self.protocol}
-        result["suites"] = per_suite(result["success"])
-        save(self.json, {"schema": 1, "row": result})
-        for suite, (solved, episodes) in result["suites"].items():
+        (measured,) = document.rows
+        suites = per_suite(measured.success)
+        labels = {"benchmark": "libero", "protocol": self.protocol, "suites": suites}
+        result = measured.model_copy(update=labels)
+        save(self.json, Evaluation(row=result).to_json())
+        for suite, (solved, episodes) in suites.items():
             low, high = wilson_interval(solved, episodes)
             rate = f"{solved / episodes:.1%}  [{low:.1%}, {high:.1%}]"
             screen.say(f"{suite:10s} {solved}/{episodes}  {rate}")
-        low, high = result["success_ci95"]
-        screen.say(f"{'all':10s} {result['success_mean']:.1%}  [{low:.1%}, {high:.1%}]")
+        assert result.success_ci95 is not None
+        low, high = result.success_ci95
+        screen.say(f"{'all':10s} {result.success_mean:.1%}  [{low:.1%}, {high:.1%}]")
         return 0
-
-
-def identity_of(row: SweepRow) -> str:
-    """What fixes the weights of a row of ``eval``: their fingerprint, or the artifact's hash."""
-    assert row.blueprint is not None
-    arguments = row.blueprint.arguments
-    return str(arguments.get("weights") or arguments.get("content_hash"))
-
-
-def artifact_labels(directory: Path) -> dict[str, Any]:
-    """What a row says of an artifact evaluated alone, with nothing to compare it to."""
-    if not (directory / "omega_config.json").exists():
-        return {}
-    return {"action_error": None, "smoothness": None}

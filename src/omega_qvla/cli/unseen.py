@@ -12,16 +12,16 @@ import tyro
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, names_of, save
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sources import default_calibration
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.speed.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.evaluation.subjects import default_calibration
 from omega_qvla.evaluation.unseen import Unseen as Definition
 from omega_qvla.evaluation.unseen import measure_unseen
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import unseen_table
+from omega_qvla.results.writing import write_json
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Unseen(Common):
         policy = load_policy(self.policy)
         source = self.calibration or default_calibration(self.policy)
         name = self.policy.rpartition(":")[2].rpartition("/")[2]
+        command = f"omega-qvla unseen {self.policy} --recipes {self.recipes}"
+        if self.calibration is not None:
+            command += f" --calibration {self.calibration}"
+        if self.held_out != Definition.heldout:
+            command += f" --held-out {self.held_out}"
         with screen.bars() as bars:
             document = measure_unseen(
                 policy,
@@ -65,17 +70,12 @@ class Unseen(Common):
                 partial=self.out / f".{name}-partial.json",
                 resume=self.resume,
                 progress=bars,
+                machine=machine_name(),
+                command=command,
             )
-        command = f"omega-qvla unseen {self.policy} --recipes {self.recipes}"
-        if self.calibration is not None:
-            command += f" --calibration {self.calibration}"
-        if self.held_out != Definition.heldout:
-            command += f" --held-out {self.held_out}"
-        made = {"machine": machine_name(), "command": command}
-        document["unseen"] |= made
         target = self.out / f"{name}-unseen.json"
-        write_json(document, target)
-        save(self.json, document)
-        screen.table(unseen_table(target))
+        write_json(document.to_json(), target)
+        save(self.json, document.to_json())
+        screen.table(unseen_table(document.rows))
         screen.say(f"\nresults {target}")
         return 0

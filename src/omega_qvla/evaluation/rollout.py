@@ -27,6 +27,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ from omega_qvla.results.episodes import EpisodeJournal, EpisodeRecord
 from omega_qvla.results.statistics import mean_squared_jerk
 
 Actions = npt.NDArray[np.float32]
+Group = tuple[str, tuple[int, ...]]
+"""A task and the seeds of its episodes that advance together."""
 Observation = dict[str, Any]
 Transform = Callable[[Observation], Observation]
 Progress = Callable[[int, int], None]
@@ -111,7 +114,6 @@ def rollout(
     journal: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-    keep: Callable[[EpisodeRecord], None] | None = None,
 ) -> list[EpisodeRecord]:
     """Run every task with every seed.
 
@@ -129,7 +131,6 @@ def rollout(
         identity: JSON values describing policy and transform, kept in the journal; resuming with
             others is refused.
         progress: called with (finished, total), first with what the journal held.
-        keep: called with each record as its episode ends, where something else keeps the journal.
 
     Returns:
         One record per episode, ordered by task, then seed, as given.
@@ -143,17 +144,64 @@ def rollout(
         ResumeError: the journal belongs to another evaluation.
     """
     distinct = list(dict.fromkeys(seeds))
-    groups = [
+    groups: list[Group] = [
         (task, group) for task in dict.fromkeys(tasks) for group in seed_groups(distinct, together)
     ]
-    run = _Run(policy, pool, execute, together, transform)
-    settings = journal_settings(pool, execute, together, identity)
-    if journal is None:
-        finished = run.finish(groups, {}, keep or (lambda record: None), progress)
-    else:
-        with EpisodeJournal(journal, settings) as book:
-            finished = run.finish(groups, dict(book.records), book.append, progress)
-    return [finished[task, seed] for task, group in groups for seed in group]
+    episodes = [(task, seed) for task, group in groups for seed in group]
+    finished: dict[tuple[str, int], EpisodeRecord] = {}
+    with ExitStack() as stack:
+        book = None
+        if journal is not None:
+            settings = journal_settings(pool, execute, together, identity)
+            book = stack.enter_context(EpisodeJournal(journal, settings))
+            finished.update(book.records)
+
+        def report() -> None:
+            if progress is not None:
+                progress(sum(episode in finished for episode in episodes), len(episodes))
+
+        def keep(record: EpisodeRecord) -> None:
+            if record.key not in finished:
+                if book is not None:
+                    book.append(record)
+                finished[record.key] = record
+                report()
+
+        report()
+        left = [
+            (task, group) for task, group in groups if any((task, s) not in finished for s in group)
+        ]
+        run_groups(
+            policy,
+            left,
+            pool=pool,
+            execute=execute,
+            together=together,
+            transform=transform,
+            keep=keep,
+        )
+    return [finished[episode] for episode in episodes]
+
+
+def run_groups(
+    policy: Sampler,
+    groups: Sequence[Group],
+    *,
+    pool: SimulatorPool,
+    execute: int,
+    together: int,
+    keep: Callable[[EpisodeRecord], None],
+    transform: Transform | None = None,
+) -> None:
+    """Run episodes in groups that advance together.
+
+    Args:
+        keep: called with each record as its episode ends; the rest is as in :func:`rollout`.
+
+    Raises:
+        As :func:`rollout`, but for ResumeError.
+    """
+    _Run(policy, pool, execute, together, transform).run(groups, keep)
 
 
 def _chunk_noise(seed: int, number: int, shape: tuple[int, int]) -> Actions:
@@ -216,33 +264,17 @@ class _Run:
         self._active: dict[Simulator, _Group] = {}
         self._deaths: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
-    def finish(
-        self,
-        groups: Sequence[tuple[str, tuple[int, ...]]],
-        finished: dict[tuple[str, int], EpisodeRecord],
-        keep: Callable[[EpisodeRecord], None],
-        progress: Progress | None,
-    ) -> dict[tuple[str, int], EpisodeRecord]:
-        """Run what is not finished yet; any error, Ctrl-C included, stops the simulators."""
-        episodes = [(task, seed) for task, group in groups for seed in group]
+    def run(self, groups: Sequence[Group], keep: Callable[[EpisodeRecord], None]) -> None:
+        """Run them all; any error, Ctrl-C included, stops the simulators."""
         for task, group in groups:
-            if any((task, seed) not in finished for seed in group):
-                self._pending.setdefault(task, deque()).append(group)
-        report = progress or _silent
-        done = sum(episode in finished for episode in episodes)
-        report(done, len(episodes))
+            self._pending.setdefault(task, deque()).append(group)
         try:
             while self._active or any(self._pending.values()):
                 for record in self._advance():
-                    if record.key not in finished:
-                        keep(record)
-                        finished[record.key] = record
-                        done += 1
-                        report(done, len(episodes))
+                    keep(record)
         except BaseException:
             self._pool.kill()
             raise
-        return finished
 
     def _advance(self) -> list[EpisodeRecord]:
         """Start what can be started, then handle the replies that have arrived."""
@@ -406,10 +438,6 @@ def _simulator_error(attempt: _Attempt, error: Mapping[str, str]) -> OmegaError:
 
 def _unchanged(observation: Observation) -> Observation:
     return observation
-
-
-def _silent(done: int, total: int) -> None:
-    del done, total
 
 
 def blank_images(observation: Observation) -> Observation:

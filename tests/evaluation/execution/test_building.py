@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inline_crew import InlineCrew
+from wired_executor import WiredExecutor
 
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import ArtifactError, PolicyError
-from omega_qvla.evaluation.comparison import Comparison, comparison_rows, discard_simulations
+from omega_qvla.evaluation.comparison import Compared, comparison_rows, discard_simulations
 from omega_qvla.evaluation.execution.building import artifact_blueprint, origin_of, saved
-from omega_qvla.evaluation.execution.evaluate import evaluate_with
-from omega_qvla.evaluation.sweep import OpenLoop, run_sweep
+from omega_qvla.evaluation.execution.plan import OpenLoop
+from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 
@@ -40,9 +39,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def comparison(tmp_path: Path) -> Comparison:
+def comparison(tmp_path: Path) -> Compared:
     policy = load_policy(SOURCE)
-    return Comparison(
+    return Compared(
         label=SOURCE,
         policy=policy,
         choices=CheckpointOptions(),
@@ -61,20 +60,20 @@ def open_loop() -> OpenLoop:
     return OpenLoop(Observations.load(SOURCE, split="heldout")[:1])
 
 
-def test_integers_simulations_and_twins_are_the_same_elsewhere(
-    comparison: Comparison, open_loop: OpenLoop, tmp_path: Path
+def test_integers_simulations_and_injected_outliers_are_the_same_elsewhere(
+    comparison: Compared, open_loop: OpenLoop, tmp_path: Path
 ) -> None:
-    here = run_sweep(comparison_rows(comparison, silent), closed_loop=None, open_loop=open_loop)
+    here = run_sweep(comparison_rows(comparison), closed_loop=None, open_loop=open_loop)
     away = replace(comparison, artifacts=tmp_path / "elsewhere")
     labels: list[str] = []
     there = run_sweep(
-        comparison_rows(away, silent),
+        comparison_rows(away),
         closed_loop=None,
         open_loop=open_loop,
         progress=lambda label, done, total: labels.append(label),
-        evaluate=evaluate_with(InlineCrew()),
+        executor=WiredExecutor(),
     )
-    assert json.dumps(here) == json.dumps(there)
+    assert here == there
     assert {"quantizing rtn, stress:30", "quantizing omega-paper, stress:30"} <= set(labels)
     saved_as = [path.name for path in away.artifacts.iterdir() if not path.name.startswith(".")]
     assert saved_as == ["rtn-stress-30"]
@@ -84,9 +83,9 @@ def test_integers_simulations_and_twins_are_the_same_elsewhere(
 
 
 def test_a_simulation_is_put_together_again_without_quantizing(
-    comparison: Comparison, open_loop: OpenLoop
+    comparison: Compared, open_loop: OpenLoop
 ) -> None:
-    rows = comparison_rows(replace(comparison, magnitudes=[0.0]), silent)
+    rows = comparison_rows(replace(comparison, magnitudes=[0.0]))
     (simulation,) = (row for row in rows if row.recipe == "omega-paper")
     assert simulation.blueprint is not None
     reports: list[tuple[str, int, int]] = []
@@ -102,20 +101,20 @@ def test_a_simulation_is_put_together_again_without_quantizing(
     assert np.array_equal(*chunks)
 
 
-def test_other_weights_under_the_same_name_are_refused(comparison: Comparison) -> None:
-    rows = comparison_rows(replace(comparison, weights="0" * 64), silent)
+def test_other_weights_under_the_same_name_are_refused(comparison: Compared) -> None:
+    rows = comparison_rows(replace(comparison, weights="0" * 64))
     assert rows[0].blueprint is not None
     with pytest.raises(PolicyError, match="other weights"):
         rows[0].blueprint.build(silent)
 
 
 def test_an_artifact_that_somebody_else_wrote_is_refused(
-    comparison: Comparison, tmp_path: Path
+    comparison: Compared, tmp_path: Path
 ) -> None:
-    rows = comparison_rows(replace(comparison, magnitudes=[0.0], recipes=["rtn"]), silent)
-    built = rows[1].build()
+    rows = comparison_rows(replace(comparison, magnitudes=[0.0], recipes=["rtn"]))
+    built: Any = rows[1].build(silent).policy
     directory = comparison.artifacts / "rtn-plain"
-    blueprint = artifact_blueprint(directory, built.content_hash)  # type: ignore[attr-defined]
+    blueprint = artifact_blueprint(directory, built.content_hash)
     assert blueprint.build(silent).again == blueprint
     with pytest.raises(ArtifactError, match="file system that all machines share"):
         saved(silent, directory=str(directory), content_hash="0" * 64)
@@ -124,14 +123,14 @@ def test_an_artifact_that_somebody_else_wrote_is_refused(
 
 
 def test_a_resumed_comparison_takes_whole_artifacts_of_the_same_origin(
-    comparison: Comparison,
+    comparison: Compared,
 ) -> None:
-    def quantizes(given: Comparison) -> bool:
+    def quantizes(given: Compared) -> bool:
         """Whether a row is quantized when it is built here; elsewhere it must come out the same."""
         reports: list[str] = []
-        rows = comparison_rows(given, lambda label, *_: reports.append(label))
+        rows = comparison_rows(given)
         row = next(row for row in rows if row.recipe == "rtn")
-        here: Any = row.build()
+        here: Any = row.build(lambda label, *_: reports.append(label)).policy
         assert row.blueprint is not None
         there: Any = row.blueprint.build(silent).policy
         assert here.content_hash == there.content_hash

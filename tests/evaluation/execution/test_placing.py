@@ -6,8 +6,8 @@ import pytest
 
 from omega_qvla.errors import ResourceError
 from omega_qvla.evaluation.execution import placing
+from omega_qvla.evaluation.execution.inline import InlineExecutor
 from omega_qvla.evaluation.execution.placing import WORTH_PROCESSES, place
-from omega_qvla.evaluation.sweep import evaluate_here
 
 GIGABYTE = 1 << 30
 
@@ -23,10 +23,10 @@ def processes(**changes: object) -> int:
     """How many worker processes are chosen."""
     settings = {"ray": None, "processes": None, "threads": 1, "policy_bytes": 0}
     settings |= {"episodes": WORTH_PROCESSES} | changes
-    placement = place(**settings)  # type: ignore[arg-type]
-    if placement.evaluate is evaluate_here:
+    executor = place(**settings)  # type: ignore[arg-type]
+    if isinstance(executor, InlineExecutor):
         return 1
-    return int(placement.notice.split()[0])
+    return int(executor.description.split()[0])
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 from fake_policy import PointPolicy
 
 from omega_qvla.errors import PolicyError, ResourceError
-from omega_qvla.evaluation.execution import ray_cluster as ray_crew
-from omega_qvla.evaluation.execution.blueprint import Blueprint, Footprint
-from omega_qvla.evaluation.execution.evaluate import evaluate_with
-from omega_qvla.evaluation.execution.ray_cluster import RayCrew
+from omega_qvla.evaluation.execution import ray_cluster
+from omega_qvla.evaluation.execution.blueprint import Blueprint, Built, Footprint
+from omega_qvla.evaluation.execution.plan import ClosedLoop, OpenLoop, SweepRow
+from omega_qvla.evaluation.execution.ray_cluster import RayExecutor
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, OpenLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.sweep import run_sweep
 
 TASKS = ["near", "far"]
 
@@ -26,15 +26,14 @@ def point_row(recipe, gain=1.0, **arguments):
     return SweepRow(
         "point",
         recipe,
-        lambda: PointPolicy(gain),
-        footprint=lambda policy: Footprint(7, int(100 * policy.gain)),
+        lambda _: Built(PointPolicy(gain), Footprint(7, int(100 * gain))),
         blueprint=Blueprint("fake_policy:build", {"gain": gain, **arguments}),
     )
 
 
 def deterministic(document):
-    rows = [{**row, "ms_per_chunk": None} for row in document["rows"]]
-    return json.dumps({**document, "rows": rows})
+    rows = [row.model_copy(update={"ms_per_chunk": None}) for row in document.rows]
+    return document.model_copy(update={"rows": rows})
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_a_worker_killed_on_ray_loses_nothing_and_counts_nothing_twice(ray, envi
             closed_loop=ClosedLoop(pool, TASKS, range(4), journals=tmp_path / "journals"),
             open_loop=open_loop,
             progress=lambda *report: seen.append(report),
-            evaluate=evaluate_with(RayCrew("local", cores=2), seeds_per_job=4),
+            executor=RayExecutor("local", cores=2, seeds_per_job=4),
         )
     assert deterministic(survived) == deterministic(alone)
     assert not building.exists() and not driving.exists()
@@ -91,14 +90,14 @@ def test_an_error_on_ray_arrives_with_its_kind(ray):
             [row],
             closed_loop=None,
             open_loop=OpenLoop([{"state": np.ones(3)}]),
-            evaluate=evaluate_with(RayCrew("local", cores=1)),
+            executor=RayExecutor("local", cores=1),
         )
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ResourceError, match=r"pip install 'ray>="):
-        RayCrew("local")
+        RayExecutor("local")
 
 
 class _Ray:
@@ -126,16 +125,16 @@ class _Ray:
     ],
 )
 def test_a_cluster_that_cannot_be_used_is_one_clear_message(address, error, told, monkeypatch):
-    monkeypatch.setattr(ray_crew, "_import_ray", lambda: _Ray(error))
+    monkeypatch.setattr(ray_cluster, "_import_ray", lambda: _Ray(error))
     with pytest.raises(ResourceError, match=told) as caught:
-        RayCrew(address)
+        RayExecutor(address)
     assert "\n" not in str(caught.value)
 
 
 def test_an_address_where_nothing_listens_is_found_out_at_once(monkeypatch):
-    monkeypatch.setattr(ray_crew, "_import_ray", lambda: _Ray(AssertionError("asked Ray first")))
+    monkeypatch.setattr(ray_cluster, "_import_ray", lambda: _Ray(AssertionError("asked Ray first")))
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
         with pytest.raises(ResourceError, match=rf"no Ray cluster answers at 127\.0\.0\.1:{port}"):
-            RayCrew(f"127.0.0.1:{port}")
+            RayExecutor(f"127.0.0.1:{port}")

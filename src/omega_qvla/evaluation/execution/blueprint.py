@@ -40,8 +40,11 @@ class Blueprint:
     factory: str
     arguments: Mapping[str, Any]
 
-    def build(self, report: Report) -> Built:
+    def build(self, report: Report, **here: Any) -> Built:
         """Import the factory and call it.
+
+        Args:
+            here: further arguments that only this process has, such as what is loaded already.
 
         Raises:
             PolicyError: there is no such function.
@@ -50,7 +53,7 @@ class Blueprint:
             factory = import_callable(self.factory)
         except ImportError as error:
             raise PolicyError(f"cannot build a policy with {self.factory!r}: {error}") from error
-        return factory(report, **self.arguments)
+        return factory(report, **self.arguments, **here)
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ class Built:
     Attributes:
         policy: ready to run.
         footprint: its bytes.
-        again: builds the same policy in another process, without doing the long work twice.
+        again: builds the same policy in another process, without doing the long work twice; None:
+            only this process can.
     """
 
     policy: Sampler
     footprint: Footprint
-    again: Blueprint
+    again: Blueprint | None = None

@@ -30,15 +30,16 @@ from omega_qvla.errors import ArtifactError, OmegaError, PolicyError
 from omega_qvla.evaluation.execution.blueprint import Blueprint, Built, Report
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
 from omega_qvla.evaluation.outlier_injection import outlier_injected
-from omega_qvla.evaluation.sweep import write_json
-from omega_qvla.policies.base import Policy
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
+from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.loading import load
+
+Load = Callable[[], NativePolicy]
 
 _HERE = "omega_qvla.evaluation.execution.building"
 
@@ -117,14 +118,17 @@ def journal_of_simulation(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.journal")
 
 
-def full_precision(report: Report, **arguments: Any) -> Built:
+def full_precision(report: Report, *, loaded: Load | None = None, **arguments: Any) -> Built:
     """Factory of :func:`full_blueprint`.
+
+    Args:
+        loaded: gives the policy, where this process has it already; as in all factories here.
 
     Raises:
         PolicyError: the policy is not here, or has other weights.
     """
     del report
-    policy = _load_full(**arguments)
+    policy = _load_full(**arguments) if loaded is None else loaded()
     footprint = full_footprint(policy, arguments["checkpoint_bytes"])
     return Built(policy, footprint, Blueprint(f"{_HERE}:full_precision", arguments))
 
@@ -132,6 +136,7 @@ def full_precision(report: Report, **arguments: Any) -> Built:
 def quantized(
     report: Report,
     *,
+    loaded: Load | None = None,
     full: Mapping[str, Any],
     recipe: Mapping[str, Any],
     calibration: Sequence[Any],
@@ -139,19 +144,37 @@ def quantized(
     artifact: str,
     resume: bool,
 ) -> Built:
-    """Factory of :func:`quantized_blueprint` for a recipe with integers."""
-    made: Any = save_and_load(
-        lambda: _load_full(**full),
-        Observations(calibration),
-        Recipe.model_validate(recipe),
-        Path(artifact),
-        label,
-        report,
-        full=full,
-        resume=resume,
-    )
-    again = artifact_blueprint(Path(artifact), made.content_hash)
-    return Built(made, artifact_footprint(made, Path(artifact)), again)
+    """Factory of :func:`quantized_blueprint` for a recipe with integers.
+
+    The policy is quantized and saved, and what is given is what was loaded from the artifact alone.
+    """
+    chosen, observations = Recipe.model_validate(recipe), Observations(calibration)
+    origin = {
+        "weights": full["weights"],
+        "magnitude": full["magnitude"],
+        "seed": full["seed"],
+        "recipe_hash": chosen.content_hash,
+        "calibration": observations.fingerprint,
+        "library": version("omega-qvla"),
+    }
+    directory = Path(artifact)
+    beside = origin_of(directory)
+    found: Any = _made_before(directory, beside, origin) if resume else None
+    if found is None:
+        beside.unlink(missing_ok=True)
+        made = quantize(
+            _load_full(**full) if loaded is None else loaded(),
+            observations,
+            chosen,
+            progress=lambda done, total, _site: report(label, done, total),
+            allow_mismatch=True,  # whoever compares has seen what was found
+        )
+        assert not isinstance(made, SimulatedPolicy)
+        found = load(made.save_pretrained(directory))
+        del made
+        write_json({**origin, "content_hash": found.content_hash}, beside)
+    again = artifact_blueprint(directory, found.content_hash)
+    return Built(found, artifact_footprint(found, directory), again)
 
 
 def saved(report: Report, *, directory: str, content_hash: str | None) -> Built:
@@ -178,6 +201,7 @@ def saved(report: Report, *, directory: str, content_hash: str | None) -> Built:
 def simulated(
     report: Report,
     *,
+    loaded: Load | None = None,
     full: Mapping[str, Any],
     recipe: Mapping[str, Any],
     calibration: Sequence[Any],
@@ -189,14 +213,17 @@ def simulated(
     if not resume:
         discard_journal(Path(journal))  # what a killed comparison left
     policy: Any = quantize(
-        _load_full(**full),
+        _load_full(**full) if loaded is None else loaded(),
         Observations(calibration),
         Recipe.model_validate(recipe),
-        work_directory=journal,
+        work_directory=journal if loaded is None else None,
         resume=resume,
         progress=lambda done, total, _site: None if resume else report(label, done, total),
         allow_mismatch=True,  # whoever compares has seen what was found
     )
+    footprint = artifact_footprint(policy, None)
+    if loaded is not None:
+        return Built(policy, footprint)
     arguments = {
         "full": full,
         "recipe": recipe,
@@ -205,51 +232,7 @@ def simulated(
         "journal": journal,
         "resume": True,
     }
-    again = Blueprint(f"{_HERE}:simulated", arguments)
-    return Built(policy, artifact_footprint(policy, None), again)
-
-
-def save_and_load(
-    build: Callable[[], Policy],
-    calibration: Observations,
-    recipe: Recipe,
-    artifact: Path,
-    label: str,
-    report: Report,
-    *,
-    full: Mapping[str, Any],
-    resume: bool,
-) -> QuantizedPolicy:
-    """Quantize, save, and give back what was loaded from the artifact alone.
-
-    Args:
-        build: the policy in full precision; not called for an artifact taken again.
-        full: arguments of its blueprint.
-        resume: take an artifact that is there already, if it was made from the same.
-    """
-    origin = {
-        "weights": full["weights"],
-        "magnitude": full["magnitude"],
-        "seed": full["seed"],
-        "recipe_hash": recipe.content_hash,
-        "calibration": calibration.fingerprint,
-        "library": version("omega-qvla"),
-    }
-    beside = origin_of(artifact)
-    if resume and (found := _made_before(artifact, beside, origin)) is not None:
-        return found
-    beside.unlink(missing_ok=True)
-    made = quantize(
-        build(),
-        calibration,
-        recipe,
-        progress=lambda done, total, _site: report(label, done, total),
-        allow_mismatch=True,  # whoever compares has seen what was found
-    )
-    assert not isinstance(made, SimulatedPolicy)
-    loaded = load(made.save_pretrained(artifact))
-    write_json({**origin, "content_hash": loaded.content_hash}, beside)
-    return loaded
+    return Built(policy, footprint, Blueprint(f"{_HERE}:simulated", arguments))
 
 
 def origin_of(artifact: Path) -> Path:

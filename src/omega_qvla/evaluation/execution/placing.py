@@ -1,34 +1,20 @@
-"""Where a sweep runs: in this process, in several of this machine, or on a Ray cluster."""
+"""Where rows are evaluated: in this process, in several of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from omega_qvla.errors import ResourceError
-from omega_qvla.evaluation.execution.evaluate import evaluate_with
-from omega_qvla.evaluation.execution.processes import LocalCrew
-from omega_qvla.evaluation.execution.ray_cluster import RayCrew
-from omega_qvla.evaluation.sweep import Evaluate, evaluate_here
+from omega_qvla.evaluation.execution.executor import Executor
+from omega_qvla.evaluation.execution.inline import InlineExecutor
+from omega_qvla.evaluation.execution.processes import ProcessExecutor
+from omega_qvla.evaluation.execution.ray_cluster import RayExecutor
 from omega_qvla.policies.full_precision import available_memory
 from omega_qvla.threads import available_cores
 
 WORTH_PROCESSES = 200
 """Below so many episodes in all, starting worker processes costs more than it brings."""
 _COPIES, _PROCESS_BYTES, _SIMULATOR_BYTES = 3, 1 << 30, 1 << 28
-"""A process needs the policy, a copy with outliers, what quantizing makes, libraries."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where to run.
-
-    Attributes:
-        evaluate: for :func:`sweep.run_sweep`.
-        notice: a line for the user, or empty.
-    """
-
-    evaluate: Evaluate
-    notice: str = ""
+"""A process needs the policy, a copy with outliers, what quantizing makes; libraries; simulators.
+"""
 
 
 def place(
@@ -39,11 +25,11 @@ def place(
     episodes: int,
     policy_bytes: int,
     simulators: int = 1,
-) -> Placement:
-    """Choose where a sweep runs.
+) -> Executor:
+    """Choose who evaluates the rows.
 
     Args:
-        ray: address of a cluster, see :class:`RayCrew`; None: this machine, without Ray.
+        ray: address of a cluster, see :class:`RayExecutor`; None: this machine, without Ray.
         processes: worker processes of this machine, each with a policy and simulators; 1 is this
             process with its shared simulators; None: as many as cores and memory allow, if there
             are enough ``episodes`` (of all rows) to make it worth while.
@@ -57,15 +43,11 @@ def place(
     if ray is not None:
         if processes is not None:
             raise ResourceError("--ray places the work itself; leave --processes out")
-        crew = RayCrew(ray, cpus=threads)
-        return Placement(evaluate_with(crew, threads=threads), crew.description)
+        return RayExecutor(ray, threads=threads)
     if processes is None:
         each = _COPIES * policy_bytes + _PROCESS_BYTES + simulators * _SIMULATOR_BYTES
         affordable = available_memory() // each
         processes = min(available_cores() // threads, affordable)
         if episodes < WORTH_PROCESSES:
             processes = 1
-    if processes <= 1:
-        return Placement(evaluate_here)
-    notice = f"{processes} processes, each with the policy and its simulators"
-    return Placement(evaluate_with(LocalCrew(processes), threads=threads), notice)
+    return InlineExecutor() if processes <= 1 else ProcessExecutor(processes, threads=threads)

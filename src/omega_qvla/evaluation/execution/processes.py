@@ -9,32 +9,37 @@ row's tasks the one its simulators stand at.
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
-from omega_qvla.evaluation.execution.executor import Death, Reply
-from omega_qvla.evaluation.execution.worker import PROGRAM
+from omega_qvla.evaluation.execution.executor import Death, Job, JobQueue, Reply
+from omega_qvla.evaluation.execution.worker import PROGRAM, request_of
 from omega_qvla.evaluation.simulators.channel import ChannelError
 from omega_qvla.evaluation.simulators.child import Child, wait_for_replies
 
+SEEDS_PER_JOB = 50
 _SILENCE_S = 7 * 86400.0
 """Quantizing a large policy may be silent for hours; a dead worker shows at once all the same."""
 _DEATH_S = 0.3
 
 
-class LocalCrew:
+class ProcessExecutor:
     """``workers`` processes, started when there is work for them.
 
     Args:
         workers: number of processes, at least one.
+        threads: of each worker's policy; the same number as in one process gives the same bits.
+        seeds_per_job: episodes of one task that a worker is given at once.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(
+        self, workers: int, *, threads: int = 1, seeds_per_job: int = SEEDS_PER_JOB
+    ) -> None:
         if workers < 1:
             raise ValueError(f"a comparison needs at least one worker, got {workers}")
-        self._limit = workers
-        self._queue: deque[tuple[int, Mapping[str, Any]]] = deque()
+        self.description = f"{workers} processes, each with the policy and its simulators"
+        self.seeds_per_job: int | None = seeds_per_job
+        self._limit, self._threads = workers, threads
+        self._queue = JobQueue()
         self._idle: list[_Worker] = []
         self._busy: dict[_Worker, int] = {}
 
@@ -43,24 +48,24 @@ class LocalCrew:
         """Process ids of the running workers."""
         return [worker.pid for worker in [*self._idle, *self._busy] if worker.alive]
 
-    def start(self, job: int, request: Mapping[str, Any]) -> None:
-        """See :class:`crew.Crew`."""
-        self._queue.append((job, request))
+    def start(self, number: int, job: Job) -> None:
+        """See :class:`~omega_qvla.evaluation.execution.executor.Executor`."""
+        self._queue.append(number, job)
 
-    def wait(self) -> Reply | Death:
-        """See :class:`crew.Crew`."""
-        while True:
-            lost = self._assign()
-            if lost is not None:
-                return lost
-            ready, late = wait_for_replies(self._busy)
-            for worker in late:
-                return self._bury(worker)
-            for worker in ready:
-                return self._hear(worker)
+    def wait(self, hear: Callable[[Reply | Death], None]) -> None:
+        """See :class:`~omega_qvla.evaluation.execution.executor.Executor`."""
+        lost = self._assign()
+        if lost is not None:
+            hear(lost)
+            return
+        ready, late = wait_for_replies(self._busy)
+        for worker in late:
+            hear(self._bury(worker))
+        for worker in ready:
+            hear(self._receive(worker))
 
     def close(self) -> None:
-        """See :class:`crew.Crew`."""
+        """See :class:`~omega_qvla.evaluation.execution.executor.Executor`."""
         self._queue.clear()
         for worker in [*self._idle, *self._busy]:
             worker.kill()
@@ -71,27 +76,16 @@ class LocalCrew:
         """Give every free worker something to do."""
         while self._queue and len(self._busy) < self._limit:
             worker = self._idle.pop() if self._idle else _Worker()
-            job, request = self._choose(worker)
-            self._busy[worker] = job
-            worker.label, worker.task = request["label"], request.get("task", worker.task)
+            number, job = self._queue.take(worker.label, worker.task)
+            self._busy[worker] = number
+            worker.label, worker.task = job.row.label, job.task or worker.task
             try:
-                worker.request(request)
+                worker.request(request_of(job, self._threads))
             except ChannelError:
                 return self._bury(worker)
         return None
 
-    def _choose(self, worker: _Worker) -> tuple[int, Mapping[str, Any]]:
-        """The first job in the queue of those that cost this worker the least to begin."""
-        labels = [request["label"] for _, request in self._queue]
-        label = worker.label if worker.label in labels else labels[0]
-        places = [place for place, one in enumerate(labels) if one == label]
-        tasks = [self._queue[place][1].get("task") for place in places]
-        chosen = places[tasks.index(worker.task) if worker.task in tasks else 0]
-        found = self._queue[chosen]
-        del self._queue[chosen]
-        return found
-
-    def _hear(self, worker: _Worker) -> Reply | Death:
+    def _receive(self, worker: _Worker) -> Reply | Death:
         try:
             reply = Reply(self._busy[worker], worker.channel.receive())
         except ChannelError:

@@ -1,8 +1,8 @@
 """Workers on a Ray cluster: one Ray task per job.
 
 Ray (Moritz et al., OSDI 2018) places the tasks, moves their bytes and notices dead processes and
-machines.  Its own retries are off: after a death only ``distributed.py`` knows which episodes have
-arrived already.  What crosses the network are the messages of ``work.py`` as bytes; the function
+machines.  Its own retries are off: after a death only ``evaluate.py`` knows which episodes have
+arrived already.  What crosses the network are the messages of ``worker.py`` as bytes; the function
 that answers them is imported on the worker, so the workers need the same installation.
 
 A policy named by a path is read by the workers from that path, and the artifacts that they write
@@ -19,11 +19,13 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from omega_qvla.errors import ResourceError
-from omega_qvla.evaluation.execution.executor import Death, Reply
+from omega_qvla.evaluation.execution.executor import Death, Job, Reply
+from omega_qvla.evaluation.execution.processes import SEEDS_PER_JOB
+from omega_qvla.evaluation.execution.worker import Worker, request_of
 from omega_qvla.evaluation.simulators.channel import LENGTHS, decode, encode
 from omega_qvla.extras import needing
 
@@ -31,39 +33,56 @@ LOCAL, AUTO = "local", "auto"
 _CONNECT_S = 5.0
 
 
-class RayCrew:
+class RayExecutor:
     """Jobs as Ray tasks.
 
     Args:
         address: ``local`` starts Ray on this machine, for this run; ``auto`` joins the cluster that
             runs on it; ``HOST:PORT`` the cluster with that head node.
-        cpus: cores that Ray sets aside for each task.
+        threads: of each worker's policy, and the cores that Ray sets aside for it.
         cores: of a ``local`` Ray; None: all of this machine's.
+        seeds_per_job: episodes of one task that a worker is given at once.
 
     Raises:
         ResourceError: Ray is not installed, the cluster cannot be reached, or it runs another
             version of Ray or Python.
     """
 
-    def __init__(self, address: str, *, cpus: int = 1, cores: int | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        threads: int = 1,
+        cores: int | None = None,
+        seeds_per_job: int = SEEDS_PER_JOB,
+    ) -> None:
         self._ray = _import_ray()
         self._join(address, cores)
-        task = self._ray.remote(num_returns="streaming", max_retries=0, num_cpus=cpus)
+        task = self._ray.remote(num_returns="streaming", max_retries=0, num_cpus=threads)
         self._answer = task(answer)
+        self._threads = threads
+        self.seeds_per_job: int | None = seeds_per_job
         self._running: dict[Any, int] = {}
+        all_cores = int(self._ray.cluster_resources().get("CPU", 0))
+        machines = len(self._ray.nodes())
+        self.description = f"Ray {self._ray.__version__}: {machines} machine(s), {all_cores} cores"
 
-    @property
-    def description(self) -> str:
-        """Size of the cluster, for the user."""
-        cores = int(self._ray.cluster_resources().get("CPU", 0))
-        return f"Ray {self._ray.__version__}: {len(self._ray.nodes())} machine(s), {cores} cores"
+    def start(self, number: int, job: Job) -> None:
+        """See :class:`~omega_qvla.evaluation.execution.executor.Executor`."""
+        self._running[self._answer.remote(encode(request_of(job, self._threads)))] = number
 
-    def start(self, job: int, request: Mapping[str, Any]) -> None:
-        """See :class:`crew.Crew`."""
-        self._running[self._answer.remote(encode(request))] = job
+    def wait(self, hear: Callable[[Reply | Death], None]) -> None:
+        """See :class:`~omega_qvla.evaluation.execution.executor.Executor`."""
+        hear(self._next())
 
-    def wait(self) -> Reply | Death:
-        """See :class:`crew.Crew`."""
+    def close(self) -> None:
+        """See :class:`~omega_qvla.evaluation.execution.executor.Executor`."""
+        for task in self._running:
+            self._ray.cancel(task, force=True)
+        self._running.clear()
+        self._ray.shutdown()
+
+    def _next(self) -> Reply | Death:
         ready, _ = self._ray.wait(list(self._running), num_returns=1, fetch_local=False)
         (task,) = ready
         job = self._running[task]
@@ -84,13 +103,6 @@ class RayCrew:
             del self._running[task]
         return reply
 
-    def close(self) -> None:
-        """See :class:`crew.Crew`."""
-        for task in self._running:
-            self._ray.cancel(task, force=True)
-        self._running.clear()
-        self._ray.shutdown()
-
     def _join(self, address: str, cores: int | None) -> None:
         _require_reachable(address)
         started = {"num_cpus": cores, "include_dashboard": False} if address == LOCAL else {}
@@ -103,13 +115,11 @@ class RayCrew:
 
 
 def answer(request: bytes) -> Iterator[bytes]:
-    """The Ray task: carry out one request of ``work.py``, one message of it at a time.
+    """The Ray task: carry out one request of ``worker.py``, one message of it at a time.
 
     The work happens in a thread of its own, because it reports through a callback and Ray takes
     answers from a generator.
     """
-    from omega_qvla.evaluation.execution.worker import Worker
-
     worker, answers = Worker(), queue.SimpleQueue[bytes | None]()
 
     def work() -> None:

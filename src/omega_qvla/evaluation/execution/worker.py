@@ -1,27 +1,18 @@
-"""What a worker process does for a comparison: prepare a row, or run a part of its episodes.
+"""What a worker process does: build the policy of a row, or run a part of its episodes.
 
-Workers are processes beside this one (``local_crew.py``) or on a cluster (``ray_crew.py``).  What
-they are asked and what they answer are messages of JSON values and arrays (``channel.py``):
-
-* ``{"kind": "prepare", "blueprint", "open_loop"}`` → ``{"prepared": ...}``: build the policy, which
-  may quantize it, measure its bytes and its open-loop chunks, and say how to build it again;
-* ``{"kind": "episodes", "blueprint", "simulators", "task", "seeds", "execute", "together"}`` →
-  ``{"record": ...}`` per episode as it ends, then ``{"done": true}``;
-* on the way ``{"progress": [label, done, total]}``;
-* anything that raises → ``{"error": {"kind", "message"}}``, and that was the last answer.
-
-Every request says which versions asked and how many threads compute.  The same versions, threads
-and processor type give the same bits, which is why others are refused: results of two releases
-would be mixed in one table.
+Workers are processes beside this one (``processes.py``) or on a cluster (``ray_cluster.py``).  What
+they are asked and what they answer are messages of JSON values and arrays (``channel.py``); the
+answers are described in ``executor.py``.  Every request says which versions asked and how many
+threads compute.  The same versions, threads and processor type give the same bits, which is why
+others are refused: results of two releases would be mixed in one table.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -30,13 +21,14 @@ import numpy as np
 import torch
 
 from omega_qvla import errors
-from omega_qvla.errors import OmegaError, ResourceError
+from omega_qvla.errors import OmegaError, PolicyError, ResourceError
 from omega_qvla.evaluation.execution.blueprint import Blueprint, Built, Footprint
+from omega_qvla.evaluation.execution.executor import Job
+from omega_qvla.evaluation.execution.plan import OpenLoop
 from omega_qvla.evaluation.openloop import Measurement, measure_reference, measure_row
-from omega_qvla.evaluation.rollout import EvaluationError, rollout
+from omega_qvla.evaluation.rollout import EvaluationError, run_groups
 from omega_qvla.evaluation.simulators.channel import Channel, ChannelError
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.sweep import OpenLoop
 
 Message = dict[str, Any]
 Emit = Callable[[Message], None]
@@ -62,77 +54,81 @@ def versions() -> dict[str, str]:
     }
 
 
-def prepare_request(
-    label: str,
-    blueprint: Blueprint,
-    open_loop: OpenLoop | None,
-    *,
-    threads: int,
-    normalized: bool | None,
-) -> Message:
-    """Ask for a row's policy.
+def request_of(job: Job, threads: int) -> Message:
+    """What a worker in another process is asked.
 
     Args:
-        normalized: units of the reference's chunks; None: this is a reference and chooses.
+        threads: of its policy.
+
+    Raises:
+        PolicyError: only this process can build the row.
     """
-    measured = None
-    if open_loop is not None:
-        measured = {
-            "observations": list(open_loop.observations),
-            "seed": open_loop.seed,
-            "noises": open_loop.noises,
-            "normalized": normalized,
-        }
-    return {**_request("prepare", label, blueprint, threads), "open_loop": measured}
-
-
-def episodes_request(
-    label: str,
-    blueprint: Blueprint,
-    pool: SimulatorPool,
-    task: str,
-    seeds: Sequence[int],
-    *,
-    threads: int,
-    execute: int,
-    together: int,
-) -> Message:
-    """Ask for the episodes of one task."""
+    if job.blueprint is None:
+        raise PolicyError(
+            f"{job.row.label}: other processes do not know how to build it; give the row a "
+            "blueprint, or evaluate it in this process"
+        )
+    loop, measured = job.plan.closed_loop, job.plan.open_loop
+    request: Message = {
+        "label": job.row.label,
+        "threads": threads,
+        "versions": versions(),
+        "blueprint": asdict(job.blueprint),
+    }
+    if not job.groups:
+        asked = None
+        if measured is not None:
+            asked = {
+                "observations": list(measured.observations),
+                "seed": measured.seed,
+                "noises": measured.noises,
+            }
+        return {**request, "open_loop": asked, "normalized": job.normalized}
+    assert loop is not None
     simulators = {
-        "environment": pool.environment,
-        "options": pool.options,
-        "timeout_s": pool.timeout_s,
-        "python": pool.python,
+        "environment": loop.pool.environment,
+        "options": loop.pool.options,
+        "timeout_s": loop.pool.timeout_s,
+        "python": loop.pool.python,
     }
     return {
-        **_request("episodes", label, blueprint, threads),
-        "task": task,
-        "seeds": list(seeds),
-        "execute": execute,
-        "together": together,
+        **request,
+        "groups": [[task, list(seeds)] for task, seeds in job.groups],
+        "execute": loop.execute,
+        "together": loop.together,
         "simulators": simulators,
     }
 
 
-def _request(kind: str, label: str, blueprint: Blueprint, threads: int) -> Message:
+def prepared(built: Built, open_loop: OpenLoop | None, normalized: bool | None) -> Message:
+    """What is answered of a policy that was built: bytes, chunks, and how to build it again.
+
+    Args:
+        normalized: units of the reference's chunks; None: this is a reference and chooses.
+    """
+    measurement = None
+    if open_loop is not None:
+        given = built.policy, open_loop.observations, open_loop.seed, open_loop.noises
+        if normalized is None:
+            measurement = measure_reference(*given)
+        else:
+            measurement = measure_row(*given, normalized=normalized)
     return {
-        "kind": kind,
-        "label": label,
-        "threads": threads,
-        "versions": versions(),
-        "blueprint": asdict(blueprint),
+        "footprint": asdict(built.footprint),
+        "measurement": None if measurement is None else asdict(measurement),
+        "again": None if built.again is None else asdict(built.again),
     }
 
 
 def parse_prepared(
-    prepared: Mapping[str, Any],
-) -> tuple[Footprint, Measurement | None, Blueprint]:
-    """What a worker answered to :func:`prepare_request`."""
-    measured = prepared["measurement"]
+    answer: Mapping[str, Any],
+) -> tuple[Footprint, Measurement | None, Blueprint | None]:
+    """The answer of :func:`prepared`."""
+    measured, again = answer["measurement"], answer["again"]
     return (
-        Footprint(**prepared["footprint"]),
+        Footprint(**answer["footprint"]),
         None if measured is None else Measurement(**measured),
-        Blueprint(**prepared["again"]),
+        None if again is None else Blueprint(**again),
     )
 
 
@@ -146,10 +142,10 @@ def error_from(label: str, error: Mapping[str, str]) -> OmegaError:
 
 
 class Worker:
-    """Answers requests; keeps the last policy and its simulator for the next one."""
+    """Answers the requests of one evaluation; keeps the last policy and its simulators."""
 
     def __init__(self) -> None:
-        self._built: tuple[str, Built] | None = None
+        self._loaded: tuple[str | None, Built | None] = (None, None)
         self._pool: SimulatorPool | None = None
 
     def perform(self, request: Mapping[str, Any], emit: Emit) -> None:
@@ -161,10 +157,10 @@ class Worker:
         try:
             _require_same_versions(request["versions"])
             torch.set_num_threads(request["threads"])
-            if request["kind"] == "prepare":
-                self._prepare(request, emit)
-            else:
+            if "groups" in request:
                 self._run(request, emit)
+            else:
+                self._prepare(request, emit)
         except ChannelError:
             raise
         except OmegaError as error:
@@ -180,59 +176,33 @@ class Worker:
             self._pool = None
 
     def _prepare(self, request: Mapping[str, Any], emit: Emit) -> None:
-        self._built = None
-        built = Blueprint(**request["blueprint"]).build(_reporter(emit))
-        measured = request["open_loop"]
-        measurement = None if measured is None else _measure(built, **measured)
-        self._built = (_identity(built.again), built)
-        prepared = {
-            "footprint": asdict(built.footprint),
-            "measurement": None if measurement is None else asdict(measurement),
-            "again": asdict(built.again),
-        }
-        emit({"prepared": prepared})
+        asked = request["open_loop"]
+        open_loop = None if asked is None else OpenLoop(**asked)
+        built = self._built(request, emit)
+        emit({"prepared": prepared(built, open_loop, request["normalized"])})
 
     def _run(self, request: Mapping[str, Any], emit: Emit) -> None:
-        blueprint = Blueprint(**request["blueprint"])
-        identity = _identity(blueprint)
-        if self._built is None or self._built[0] != identity:
-            self._built = None  # two policies at once may not fit
-            self._built = (identity, blueprint.build(_reporter(emit)))
-        rollout(
-            self._built[1].policy,
-            [request["task"]],
-            request["seeds"],
-            pool=self._simulators(request["together"], **request["simulators"]),
+        if self._pool is None:
+            self._pool = SimulatorPool(request["together"], **request["simulators"])
+        run_groups(
+            self._built(request, emit).policy,
+            [(task, tuple(seeds)) for task, seeds in request["groups"]],
+            pool=self._pool,
             execute=request["execute"],
             together=request["together"],
             keep=lambda record: emit({"record": asdict(record)}),
         )
         emit({"done": True})
 
-    def _simulators(
-        self,
-        count: int,
-        environment: str,
-        options: dict[str, Any],
-        timeout_s: float,
-        python: str | None,
-    ) -> SimulatorPool:
-        """As many as episodes advance together: they work while the policy waits, or it while
-        they do.
-        """
-        pool = self._pool
-        wanted = (count, environment, options, timeout_s, python)
-        if pool is None or wanted != (
-            pool.workers,
-            pool.environment,
-            pool.options,
-            pool.timeout_s,
-            pool.python,
-        ):
-            self.close()
-            pool = SimulatorPool(count, environment, options, timeout_s=timeout_s, python=python)
-            self._pool = pool
-        return pool
+    def _built(self, request: Mapping[str, Any], emit: Emit) -> Built:
+        label, built = self._loaded
+        if built is None or label != request["label"]:
+            self._loaded = (None, built := None)  # two policies at once may not fit
+            built = Blueprint(**request["blueprint"]).build(
+                lambda what, done, total: emit({"progress": [what, done, total]})
+            )
+            self._loaded = (request["label"], built)
+        return built
 
 
 def serve(descriptor: int) -> None:
@@ -246,29 +216,6 @@ def serve(descriptor: int) -> None:
         pass
     finally:
         worker.close()
-
-
-def _measure(
-    built: Built, observations: Sequence[Any], seed: int, noises: int, normalized: bool | None
-) -> Measurement:
-    if normalized is None:
-        return measure_reference(built.policy, observations, seed, noises)
-    return measure_row(built.policy, observations, seed, noises, normalized=normalized)
-
-
-def _reporter(emit: Emit) -> Callable[[str, int, int], None]:
-    return lambda label, done, total: emit({"progress": [label, done, total]})
-
-
-def _identity(blueprint: Blueprint) -> str:
-    """What tells two blueprints apart; arrays count by their bytes."""
-    return json.dumps(asdict(blueprint), sort_keys=True, default=_bytes_of)
-
-
-def _bytes_of(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [str(value.dtype), value.shape, value.tobytes().hex()]
-    return str(value)
 
 
 def _require_same_versions(asked: Mapping[str, str]) -> None:

@@ -11,15 +11,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from fake_policy import PointPolicy
-from inline_crew import InlineCrew
+from wired_executor import WiredExecutor
 
 from omega_qvla.errors import PolicyError, ResourceError, ResumeError
-from omega_qvla.evaluation.execution.blueprint import Blueprint, Footprint
-from omega_qvla.evaluation.execution.evaluate import evaluate_with
-from omega_qvla.evaluation.execution.processes import LocalCrew
-from omega_qvla.evaluation.rollout import EvaluationError, blank_images
+from omega_qvla.evaluation.execution.blueprint import Blueprint, Built, Footprint
+from omega_qvla.evaluation.execution.plan import ClosedLoop, OpenLoop, SweepRow
+from omega_qvla.evaluation.execution.processes import ProcessExecutor
+from omega_qvla.evaluation.rollout import EvaluationError
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.sweep import ClosedLoop, OpenLoop, SweepRow, run_sweep
+from omega_qvla.evaluation.sweep import run_sweep
 
 TASKS = ["near", "far"]
 
@@ -28,9 +28,8 @@ def point_row(recipe, gain=1.0, condition="plain", **arguments):
     return SweepRow(
         "point",
         recipe,
-        lambda: PointPolicy(gain),
+        lambda _: Built(PointPolicy(gain), Footprint(7, int(100 * gain))),
         condition,
-        footprint=lambda policy: Footprint(7, int(100 * policy.gain)),
         blueprint=Blueprint("fake_policy:build", {"gain": gain, **arguments}),
     )
 
@@ -54,23 +53,23 @@ def closed_loop(environment):
 
 def deterministic(document):
     """Everything but the clock."""
-    rows = [{**row, "ms_per_chunk": None} for row in document["rows"]]
-    return json.dumps({**document, "rows": rows})
+    rows = [row.model_copy(update={"ms_per_chunk": None}) for row in document.rows]
+    return document.model_copy(update={"rows": rows})
 
 
 def test_several_processes_give_the_document_of_one(rows, closed_loop, open_loop):
     alone = run_sweep(rows, closed_loop=closed_loop, open_loop=open_loop)
     seen = []
-    crew = LocalCrew(2)
+    executor = ProcessExecutor(2, seeds_per_job=2)
     together = run_sweep(
         rows,
         closed_loop=closed_loop,
         open_loop=open_loop,
         progress=lambda label, done, total: seen.append((label, done, total)),
-        evaluate=evaluate_with(crew, seeds_per_job=2),
+        executor=executor,
     )
     assert deterministic(together) == deterministic(alone)
-    assert crew.pids == []
+    assert executor.pids == []
     assert ("building", 1, 1) in seen
     for row in rows:
         counts = [done for label, done, _ in seen if label == row.label]
@@ -90,11 +89,11 @@ def test_killed_workers_lose_nothing_and_count_nothing_twice(
         point_row("fp32", dies_at=str(driving)),
         rows[2],
     ]
-    crew, killed = LocalCrew(2), []
+    executor, killed = ProcessExecutor(2, seeds_per_job=3), []
 
     def kill_one(label, done, total):
         if "twin" in label and done == 4 and not killed:
-            killed.extend(crew.pids)
+            killed.extend(executor.pids)
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
@@ -105,7 +104,7 @@ def test_killed_workers_lose_nothing_and_count_nothing_twice(
             closed_loop=watched,
             open_loop=open_loop,
             progress=kill_one,
-            evaluate=evaluate_with(crew, seeds_per_job=3),
+            executor=executor,
         )
     assert deterministic(survived) == deterministic(alone)
     assert killed and not building.exists() and not driving.exists()
@@ -127,7 +126,7 @@ def test_an_interrupted_sweep_continues_on_either_side(
 
     sides = {
         "alone": lambda: None,
-        "together": lambda: evaluate_with(InlineCrew(), seeds_per_job=4),
+        "together": lambda: WiredExecutor(seeds_per_job=4),
     }
     second = "together" if first == "alone" else "alone"
     starts = tmp_path / "starts"
@@ -135,10 +134,10 @@ def test_an_interrupted_sweep_continues_on_either_side(
         kept = ClosedLoop(pool, TASKS, range(6), journals=tmp_path / "journals")
         with pytest.raises(KeyboardInterrupt):
             run_sweep(
-                rows, closed_loop=kept, open_loop=open_loop, progress=stop, evaluate=sides[first]()
+                rows, closed_loop=kept, open_loop=open_loop, progress=stop, executor=sides[first]()
             )
         starts.unlink()
-        resumed = run_sweep(rows, closed_loop=kept, open_loop=open_loop, evaluate=sides[second]())
+        resumed = run_sweep(rows, closed_loop=kept, open_loop=open_loop, executor=sides[second]())
     alone = run_sweep(rows, closed_loop=closed_loop, open_loop=open_loop)
     assert deterministic(resumed) == deterministic(alone)
     assert len(starts.read_text().splitlines()) <= 36 - 5
@@ -146,16 +145,15 @@ def test_an_interrupted_sweep_continues_on_either_side(
 
 def test_a_journal_of_another_comparison_is_refused(rows, closed_loop, tmp_path):
     kept = replace(closed_loop, journals=tmp_path, identity={"weights": "a"}, seeds=range(1))
-    run_sweep(rows, closed_loop=kept, open_loop=None, evaluate=evaluate_with(InlineCrew()))
+    run_sweep(rows, closed_loop=kept, open_loop=None, executor=WiredExecutor())
     other = replace(kept, identity={"weights": "b"})
     with pytest.raises(ResumeError, match="weights"):
-        run_sweep(rows, closed_loop=other, open_loop=None, evaluate=evaluate_with(InlineCrew()))
+        run_sweep(rows, closed_loop=other, open_loop=None, executor=WiredExecutor())
 
 
 def test_without_a_simulator_the_open_loop_half_runs(rows, open_loop):
     alone = run_sweep(rows, closed_loop=None, open_loop=open_loop)
-    crew = evaluate_with(InlineCrew())
-    together = run_sweep(rows, closed_loop=None, open_loop=open_loop, evaluate=crew)
+    together = run_sweep(rows, closed_loop=None, open_loop=open_loop, executor=WiredExecutor())
     assert deterministic(together) == deterministic(alone)
 
 
@@ -166,7 +164,7 @@ def test_a_policy_is_built_once_per_worker_and_row(closed_loop, tmp_path):
         rows,
         closed_loop=closed_loop,
         open_loop=None,
-        evaluate=evaluate_with(LocalCrew(1), seeds_per_job=1),
+        executor=ProcessExecutor(1, seeds_per_job=1),
     )
     assert len(log.read_text().splitlines()) <= 3  # fp32, half, and fp32 again if it had to wait
 
@@ -180,7 +178,7 @@ def test_a_row_begins_with_the_task_its_workers_simulators_stand_at(environment,
             rows,
             closed_loop=ClosedLoop(pool, TASKS, range(4)),
             open_loop=None,
-            evaluate=evaluate_with(LocalCrew(1), seeds_per_job=2),
+            executor=ProcessExecutor(1, seeds_per_job=2),
         )
     tasks = [line.split()[0] for line in starts.read_text().splitlines()]
     assert len(tasks) == 3 * 2 * 4
@@ -191,16 +189,13 @@ def test_a_row_begins_with_the_task_its_workers_simulators_stand_at(environment,
 def test_an_error_in_a_worker_arrives_with_its_kind_and_the_row(rows, open_loop):
     broken = [*rows, point_row("broken", fail=True)]
     with pytest.raises(PolicyError, match=r"point, broken, plain: no such policy"):
-        run_sweep(
-            broken, closed_loop=None, open_loop=open_loop, evaluate=evaluate_with(InlineCrew())
-        )
+        run_sweep(broken, closed_loop=None, open_loop=open_loop, executor=WiredExecutor())
 
 
 def test_a_job_that_kills_every_worker_is_named(rows, closed_loop):
-    crew = InlineCrew(deadly=lambda message: message.get("record", {}).get("seed") == 4)
-    evaluate = evaluate_with(crew)
+    executor = WiredExecutor(deadly=lambda message: message.get("record", {}).get("seed") == 4)
     with pytest.raises(EvaluationError, match=r"fp32, plain, near, .* 5: 3 workers died.*signal 9"):
-        run_sweep(rows[1:2], closed_loop=closed_loop, open_loop=None, evaluate=evaluate)
+        run_sweep(rows[1:2], closed_loop=closed_loop, open_loop=None, executor=executor)
 
 
 def test_a_worker_that_dies_after_its_last_episode_is_not_asked_again(rows, closed_loop):
@@ -214,34 +209,32 @@ def test_a_worker_that_dies_after_its_last_episode_is_not_asked_again(rows, clos
         rows[1:2],
         closed_loop=closed_loop,
         open_loop=None,
-        evaluate=evaluate_with(InlineCrew(deadly)),
+        executor=WiredExecutor(deadly),
     )
     assert sent.count("record") == 12
 
 
 def test_workers_of_another_version_are_refused(rows, open_loop):
-    class Outdated(InlineCrew):
-        def start(self, job, request):
-            super().start(job, {**request, "versions": {**request["versions"], "torch": "0.4"}})
+    class Outdated(WiredExecutor):
+        def request(self, job):
+            request = super().request(job)
+            return {**request, "versions": {**request["versions"], "torch": "0.4"}}
 
-    evaluate = evaluate_with(Outdated())
+    executor = Outdated()
     with pytest.raises(ResourceError, match=r"torch .* here, 0\.4 there.*same versions"):
-        run_sweep(rows, closed_loop=None, open_loop=open_loop, evaluate=evaluate)
+        run_sweep(rows, closed_loop=None, open_loop=open_loop, executor=executor)
 
 
 def test_rows_that_cannot_be_built_elsewhere_are_refused(rows, closed_loop, open_loop):
-    crew = InlineCrew()
+    executor = WiredExecutor()
     lone = replace(rows[1], blueprint=None)
     with pytest.raises(PolicyError, match="blueprint"):
-        run_sweep([lone], closed_loop=None, open_loop=open_loop, evaluate=evaluate_with(crew))
-    blank = replace(closed_loop, transform=blank_images)
-    with pytest.raises(PolicyError, match="one process"):
-        run_sweep(rows, closed_loop=blank, open_loop=None, evaluate=evaluate_with(crew))
+        run_sweep([lone], closed_loop=None, open_loop=open_loop, executor=executor)
     unknown = replace(rows[1], blueprint=Blueprint("nowhere:build", {}))
     with pytest.raises(PolicyError, match="nowhere:build"):
-        run_sweep([unknown], closed_loop=None, open_loop=open_loop, evaluate=evaluate_with(crew))
+        run_sweep([unknown], closed_loop=None, open_loop=open_loop, executor=executor)
 
 
-def test_a_crew_needs_a_worker():
+def test_an_executor_needs_a_worker():
     with pytest.raises(ValueError, match="at least one"):
-        LocalCrew(0)
+        ProcessExecutor(0)
