@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.gr00t_outliers import gr00t_outlier_pairs
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.outlier_paths import OutlierPath
+from omega_qvla.policies.pi05_outliers import pi05_outlier_pairs
 from omega_qvla.quantization.outliers import inject_outliers
 
 STRESS_FRACTION = 0.03
@@ -17,6 +21,11 @@ TWIN_TOLERANCE = 1e-5
 """Largest relative difference of a float32 action chunk between a policy and its twin."""
 
 PLAIN = "plain"
+
+_PAIRS: Mapping[str, Callable[..., Sequence[OutlierPath]]] = {
+    "pi05": pi05_outlier_pairs,
+    "gr00t_n15": gr00t_outlier_pairs,
+}
 
 
 def stress_twin(
@@ -40,7 +49,7 @@ def stress_twin(
     )
     twin.module.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    pairs = policy.outlier_pairs("all")
+    pairs = _PAIRS[policy.family](policy.config, "all")
     inject_outliers(twin.module, pairs, magnitude, STRESS_FRACTION, generator)
     if probe is not None:
         noise = torch.randn(policy.noise_shape, generator=generator)
