@@ -19,6 +19,12 @@ from omega_qvla.policies.denoising_calls import RecordingClock, step_of, steps_b
 from omega_qvla.policies.linear_matching import match_sites
 from omega_qvla.policies.slots import forget_shared
 
+AS_MODULE = (
+    "quantize it where it runs, as a module of your own: load it there and wrap it in "
+    "omega_qvla.TorchPolicy (README)"
+)
+"""What to do with a policy that this version does not build; ends an error's sentence."""
+
 Sampler = Callable[[nn.Module, Any, Any, FlowClock], Any]
 """(module, observation, noise, clock) → actions."""
 

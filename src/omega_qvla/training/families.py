@@ -39,8 +39,8 @@ STATE_FLOOR, ACTION_FLOOR = 0.05, 0.5
 
 
 @dataclass(frozen=True)
-class Family:
-    """One kind of policy, as training sees it.
+class TrainedFamily:
+    """What training has to know of one family of policies.
 
     Attributes:
         processor: demonstrations → statistics and vocabulary fitted on them, and the network's
@@ -128,15 +128,15 @@ def _gr00t_text(instruction: str, state: np.ndarray) -> str:
     return instruction
 
 
-FAMILIES: Mapping[str, Family] = {
-    Pi05Policy.family: Family(
+FAMILIES: Mapping[str, TrainedFamily] = {
+    Pi05Policy.family: TrainedFamily(
         processor=pi05_processor,
         text=_pi05_text,
         learner=_pi05_learner,
         policy=lambda processor: Pi05Policy(Pi05Module(processor.config), processor),
         write=write_openpi,
     ),
-    Gr00tN15Policy.family: Family(
+    Gr00tN15Policy.family: TrainedFamily(
         processor=gr00t_processor,
         text=_gr00t_text,
         learner=_gr00t_learner,

@@ -35,7 +35,7 @@ class Pi05Learner(Learner):
     def embed_text(self, tokens: Tensor) -> Tensor:
         return self.policy.embed_text(tokens)
 
-    def read(self, prompt: Tensor, seen: Tensor, batch: Batch) -> tuple[Tensor, Prefix]:
+    def prefill(self, prompt: Tensor, seen: Tensor, batch: Batch) -> tuple[Tensor, Prefix]:
         positions = seen.long().cumsum(1) - 1
         cache, residual = self.policy.prefill(prompt, positions, seen[:, None, None, :])
         return residual, Prefix(cache, seen)

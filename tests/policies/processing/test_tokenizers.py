@@ -19,7 +19,7 @@ from omega_qvla.policies.processing.tokenizers import load_tokenizer
 
 pytest.importorskip("tokenizers", reason="the extra hub is not installed")
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "qwen_tokenizer"
+REAL = Path(__file__).parents[4] / "shared" / "data" / "qwen_tokenizer"
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +47,8 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
+from omega_qvla.policies.families import families
+from omega_qvla.policies.family import LiberoConvention
 
 FACTORY = "omega_qvla.evaluation.simulators.libero:LiberoEnv"
 SUITES = {
@@ -78,44 +79,19 @@ Array = npt.NDArray[Any]
 Gripper = Literal["signed", "opening"]
 
 
-@dataclass(frozen=True)
-class Convention:
-    """How the policies of one family are evaluated.
-
-    Attributes:
-        execute: actions carried out of each chunk.
-        max_steps: by suite, settling not included.
-        gripper: ``signed`` is LIBERO's own action, ``opening`` 1 for open and 0 for closed.
-        seed: of the simulator.
-    """
-
-    execute: int
-    max_steps: Mapping[str, int]
-    gripper: Gripper
-    seed: int
-
-
-CONVENTIONS = {
-    "pi05": Convention(5, {"spatial": 220, "object": 280, "goal": 300, "long": 520}, "signed", 7),
-    "gr00t_n15": Convention(
-        1, {"spatial": 220, "object": 280, "goal": 600, "long": 1000}, "opening", 0
-    ),
-}
-"""By policy family."""
-
-
-def convention_of(family: str) -> Convention:
-    """The convention of a policy family.
+def convention_of(family: str) -> LiberoConvention:
+    """How the authors of a policy family evaluate it.
 
     Raises:
-        PolicyError: none is published.
+        PolicyError: nothing is published.
     """
-    if family not in CONVENTIONS:
+    known = {name: found.libero for name, found in families().items() if found.libero}
+    if family not in known:
         raise PolicyError(
             f"no LIBERO convention is known for policies of family {family!r}; known: "
-            f"{', '.join(CONVENTIONS)}"
+            f"{', '.join(known)}"
         )
-    return CONVENTIONS[family]
+    return known[family]
 
 
 def suite_tasks(suites: str) -> list[str]:
@@ -221,7 +197,7 @@ class LiberoEnv:
 
     Args:
         task: ``suite:number``, see :func:`suite_tasks`; numbers are LIBERO's own order.
-        family: whose convention is followed, see :data:`CONVENTIONS`.
+        family: whose convention is followed, see :func:`convention_of`.
         cameras: names of the two views in the observation.
 
     Raises:

@@ -189,6 +189,11 @@ class EmbodimentLinear(nn.Module):
 
     any_precision = True
 
+    @property
+    def read_share(self) -> float:
+        """Which share of the stack one call reads."""
+        return 1.0 / self.W.shape[0]
+
     def __init__(self, embodiments: int, inputs: int, outputs: int) -> None:
         super().__init__()
         weight = torch.empty((embodiments, inputs, outputs))

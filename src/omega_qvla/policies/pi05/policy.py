@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from omega_qvla.errors import PolicyError
+from omega_qvla.policies.adaptive_norms import AdaptiveNorms
 from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
 from omega_qvla.policies.layers.attention import KeyValue
-from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import Pi05Module, remove_modulation, sample_chunk
 from omega_qvla.policies.pi05.processing import Pi05Processor
@@ -23,17 +19,17 @@ from omega_qvla.policies.pi05.stages import (
     component_of,
     pi05_stages,
 )
-from omega_qvla.policies.processing.normalization import NormalizationStatistics
-from omega_qvla.policies.processing.tokenizers import load_tokenizer
 
 
-class Pi05Policy(NativePolicy):
+class Pi05Policy(AdaptiveNorms):
     """A pi0.5 policy, full precision or with quantized modules in place of its linears."""
 
     family = "pi05"
     module: Pi05Module
     processor: Pi05Processor
     config: Pi05Config
+    config_type, module_type, processor_type = Pi05Config, Pi05Module, Pi05Processor
+    statistics_file = "norm_stats.json"
     embedding_path = "paligemma_with_expert.paligemma.model.language_model.embed_tokens"
 
     @property
@@ -48,26 +44,6 @@ class Pi05Policy(NativePolicy):
     def remove_modulation(self) -> None:
         remove_modulation(self.module)
 
-    def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        files = {
-            "norm_stats.json": self.processor.statistics.dump().encode(),
-            "tokenizer.json": json.dumps(self.processor.tokenizer.dump()).encode(),
-            **self.processor.tokenizer.files(),
-        }
-        return self.config.model_dump(mode="json"), files
-
-    @classmethod
-    def skeleton(cls, config: Mapping[str, Any], files: Mapping[str, bytes]) -> Pi05Policy:
-        try:
-            parsed = Pi05Config.model_validate(config)
-            statistics = NormalizationStatistics.parse(files["norm_stats.json"], "norm_stats.json")
-            tokenizer = load_tokenizer(json.loads(files["tokenizer.json"]), "tokenizer.json", files)
-        except (ValidationError, KeyError, ValueError) as error:
-            raise PolicyError(f"the artifact's pi0.5 description is invalid: {error}") from error
-        with torch.device("meta"):
-            module = Pi05Module(parsed)
-        return cls(module, Pi05Processor(parsed, statistics, tokenizer))
-
     def component_of(self, parameter: str) -> str:
         return component_of(parameter)
 
@@ -79,14 +55,14 @@ class Pi05Policy(NativePolicy):
         noise = torch.randn((1, *self.noise_shape), generator=generator)
         return {"pixels": pixels, "token_ids": token_ids, "noise": noise}
 
-    def embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def encode_images(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Pixels and token ids → (image tokens [B, V·patches, D], token ids [B, T])."""
         pixels, token_ids = (part.to(self.device) for part in inputs)
         return self.module.embed_images(pixels), token_ids
 
-    def read(self, seen: tuple[Tensor, Tensor]) -> tuple[list[KeyValue], int]:
+    def prefill(self, encoded: tuple[Tensor, Tensor]) -> tuple[list[KeyValue], int]:
         """Keys and values of the prefix per layer, and its length."""
-        images, token_ids = seen
+        images, token_ids = encoded
         prefix = torch.cat((images, self.module.embed_text(token_ids)), dim=1)
         positions = torch.arange(prefix.shape[1], device=prefix.device).unsqueeze(0)
         return self.module.prefill(prefix, positions)[0], prefix.shape[1]
@@ -102,12 +78,3 @@ class Pi05Policy(NativePolicy):
             AttentionLayer(p, f"{p}.q_proj", f"{p}.o_proj", expert.heads, expert.head_dim)
             for p in paths
         ]
-
-    def reads_per_chunk(self, path: str) -> float:
-        if path == self.embedding_path:
-            return 0.0
-        return self.steps if "gemma_expert" in path or path.startswith("action_") else 1.0
-
-    def prompt_tokens(self, observation: Observation) -> int:
-        pixels, token_ids = self.processor.encode(observation)
-        return pixels.shape[1] * self.config.tokens_per_image + token_ids.shape[1]

@@ -29,12 +29,14 @@ from omega_qvla.policies.gr00t_n15.checkpoints.metadata import (
     read_metadata,
     require_cameras,
 )
-from omega_qvla.policies.gr00t_n15.checkpoints.sizes import Sizes, infer_sizes, official_names
+from omega_qvla.policies.gr00t_n15.checkpoints.releases import refuse_others
+from omega_qvla.policies.gr00t_n15.checkpoints.sizes import TIE, TOWER, Sizes, infer_sizes
 from omega_qvla.policies.gr00t_n15.checkpoints.tokenizer import IMAGE_TOKEN, qwen_tokenizer
 from omega_qvla.policies.gr00t_n15.config import CHAT_PROMPT, Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module, dropped_shapes
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor
+from omega_qvla.policies.layers.siglip_checkpoints import official_names
 
 CONFIG = "config.json"
 PROMPT_LENGTH = 512
@@ -90,12 +92,14 @@ def stream_gr00t(directory: Path, options: CheckpointOptions) -> Gr00tN15Policy:
         ResourceError: a library for the tokenizer is missing.
     """
     where = directory / CONFIG
-    settings = _settings(read_json(directory, CONFIG), where)
+    content = read_json(directory, CONFIG)
+    refuse_others(content, where)
+    settings = _settings(content, where)
     tag, metadata = read_metadata(directory, options.embodiment)
     data = data_config(options.data_config, directory)
     require_cameras(metadata, data, directory / METADATA)
     statistics = part_statistics(metadata, data, directory / METADATA)
-    stored = official_names(find_tensors(directory), options.tied)
+    stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
     head = settings.action_head_cfg
     heads = head.vl_self_attention_cfg, head.diffusion_model_cfg
     sizes = infer_sizes(stored, (heads[0].num_attention_heads, heads[1].num_attention_heads))

@@ -41,11 +41,13 @@ from omega_qvla.policies.gr00t_n15.checkpoints.isaac import (
     make_config,
 )
 from omega_qvla.policies.gr00t_n15.checkpoints.metadata import embodiment_id
-from omega_qvla.policies.gr00t_n15.checkpoints.sizes import infer_sizes, official_names
+from omega_qvla.policies.gr00t_n15.checkpoints.releases import refuse_lerobot_n1_7
+from omega_qvla.policies.gr00t_n15.checkpoints.sizes import TIE, TOWER, infer_sizes
 from omega_qvla.policies.gr00t_n15.checkpoints.tokenizer import ASSETS, IMAGE_TOKEN, qwen_tokenizer
 from omega_qvla.policies.gr00t_n15.config import CHAT_PROMPT
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor
+from omega_qvla.policies.layers.siglip_checkpoints import official_names
 from omega_qvla.policies.processing.normalization import (
     Normalization,
     NormalizationStatistics,
@@ -146,6 +148,7 @@ def stream_lerobot_groot(directory: Path, options: CheckpointOptions) -> Gr00tN1
         ResourceError: a library for the tokenizer is missing.
     """
     content, where = read_json(directory, CONFIG), directory / CONFIG
+    refuse_lerobot_n1_7(content, where)
     known = BOOKKEEPING | TRAINING | frozenset(LerobotGroot.model_fields)
     require_known_settings(content, known, options.ignore_settings, str(where))
     settings: LerobotGroot = parse_config(content, LerobotGroot, str(where))
@@ -165,7 +168,11 @@ def stream_lerobot_groot(directory: Path, options: CheckpointOptions) -> Gr00tN1
         state=_min_max(packing, STATE, state_dim), actions=_min_max(unpacking, ACTION, action_dim)
     )
     stored = lerobot_tensors(
-        directory, content, PREFIX, options, partial(official_names, told=options.tied)
+        directory,
+        content,
+        PREFIX,
+        options,
+        partial(official_names, tower=TOWER, tie=TIE, told=options.tied),
     )
     sizes = infer_sizes(stored)
     for key, given, found in (

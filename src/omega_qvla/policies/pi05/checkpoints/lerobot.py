@@ -38,13 +38,14 @@ from omega_qvla.checkpoints.lerobot_weights import lerobot_tensors
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.layers.siglip_checkpoints import official_names
 from omega_qvla.policies.pi05.checkpoints.lerobot_releases import Writer, writer_of
 from omega_qvla.policies.pi05.checkpoints.sizes import (
     GEMMA_VARIANTS,
     TIE,
+    TOWER,
     Sizes,
     infer_sizes,
-    official_names,
 )
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import (
@@ -147,7 +148,9 @@ def stream_lerobot_pi05(directory: Path, options: CheckpointOptions) -> Pi05Poli
     require_known_settings(content, known, options.ignore_settings, where)
     settings: LerobotPi05 = parse_config(content, LerobotPi05, where)
     writer = writer_of(content, options.written_by, where)
-    official = partial(official_names, told=options.tied, tie=TIE._replace(apart=_APART))
+    official = partial(
+        official_names, tower=TOWER, tie=TIE._replace(apart=_APART), told=options.tied
+    )
     stored = lerobot_tensors(directory, content, PREFIX, options, official)
     sizes = infer_sizes(stored)
     _require_agreement(settings, sizes, where)

@@ -12,6 +12,7 @@ openpi keeps most of a policy in its training code.  Two forms are read:
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import StoredTensors, find_tensors, write_weights
 from omega_qvla.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.layers.siglip_checkpoints import official_names
 from omega_qvla.policies.pi05.checkpoints.openpi_training import training_config
-from omega_qvla.policies.pi05.checkpoints.sizes import infer_sizes, official_names
+from omega_qvla.policies.pi05.checkpoints.sizes import TIE, TOWER, infer_sizes
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import Pi05Module, dropped_shapes
 from omega_qvla.policies.pi05.policy import Pi05Policy
@@ -34,6 +36,15 @@ from omega_qvla.policies.processing.published_tokenizers import paligemma_tokeni
 from omega_qvla.policies.processing.tokenizers import load_tokenizer
 
 CONFIG, TOKENIZER, STATISTICS = "config.json", "tokenizer.json", "norm_stats.json"
+
+
+def is_openpi(directory: Path, content: Mapping[str, Any] | None) -> bool:
+    """Whether a directory is openpi's, or self-contained in its layout."""
+    if content is None:
+        return True
+    if content.get("family", Pi05Policy.family) != Pi05Policy.family:
+        return False
+    return "paligemma_variant" in content or (directory / "assets").exists()
 
 
 def stream_openpi(directory: Path, options: CheckpointOptions) -> Pi05Policy:
@@ -59,9 +70,9 @@ def _read_structure(
     content = read_json(directory, CONFIG) if (directory / CONFIG).exists() else {}
     if "vision" in content or content.get("family") == Pi05Policy.family:
         processor, decisions = _self_contained(directory), {}
-        stored = official_names(find_tensors(directory), options.tied)
+        stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
     else:
-        stored = official_names(find_tensors(directory), options.tied)
+        stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
         processor = _as_published(directory, options, stored, content)
         decisions = _decisions(processor.config, options)
     with torch.device("meta"):
