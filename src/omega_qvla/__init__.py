@@ -22,12 +22,12 @@ from omega_qvla.api import quantize
 from omega_qvla.calibration.mismatch import CalibrationWarning
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 
 __all__ = [
     "CalibrationWarning",

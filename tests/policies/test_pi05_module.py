@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.policies.base import FlowClock, euler_times, shared_input
+from omega_qvla.flow_time import FlowClock, euler_times
+from omega_qvla.policies.base import shared_input
 from omega_qvla.policies.elementwise import TORCH
 from omega_qvla.policies.layers import KeyValue, Roomy, adaptive_rms_norm, attend, split_heads
 from omega_qvla.policies.pi05 import (

@@ -30,7 +30,8 @@ from omega_qvla import api, devices
 from omega_qvla.calibration import capture
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.devices import CPU, Gpu, full_float32
-from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage
+from omega_qvla.flow_time import FlowClock
+from omega_qvla.policies.base import QuantizationSite, Stage
 from omega_qvla.policies.loading import stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.pi05 import GemmaConfig

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.gr00t_layers import adaptive_layer_norm
 from omega_qvla.policies.gr00t_n15 import Gr00tN15Config
 from omega_qvla.policies.gr00t_outliers import gr00t_outlier_pairs

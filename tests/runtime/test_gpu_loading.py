@@ -20,7 +20,7 @@ import omega_qvla as oq
 from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError, ResourceError
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.elementwise import ElementwiseModule
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import loading

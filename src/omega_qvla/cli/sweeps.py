@@ -30,7 +30,7 @@ from omega_qvla.extras import require
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 
 TOGETHER = 8
 """Episodes of Meta-World that advance together."""

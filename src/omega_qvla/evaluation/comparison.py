@@ -24,7 +24,7 @@ from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.recipe import Recipe, Scope
-from omega_qvla.runtime.memory import weight_storage
+from omega_qvla.runtime.prediction import weight_storage
 
 FULL_PRECISION = "fp32"
 

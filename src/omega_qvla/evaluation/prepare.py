@@ -38,7 +38,7 @@ from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 
 _HERE = "omega_qvla.evaluation.prepare"
 

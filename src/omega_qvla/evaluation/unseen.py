@@ -42,7 +42,7 @@ from omega_qvla.policies.base import Observation
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.site import needs_statistics
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
-from omega_qvla.runtime.memory import weight_storage
+from omega_qvla.runtime.prediction import weight_storage
 
 SEEN, UNSEEN = "seen tasks", "unseen tasks"
 ONE, BLACK = "one observation", "one black image"

@@ -39,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.elementwise import ElementwiseModule
 from omega_qvla.policies.gr00t_layers import (
     ActionEncoder,

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
+from omega_qvla.flow_time import FlowClock, euler_times
+from omega_qvla.policies.base import Observation, Stage, State
 from omega_qvla.policies.outlier_paths import OutlierPath
 from omega_qvla.policies.processing import Encoded
 from omega_qvla.policies.step_table import StepTable

@@ -30,10 +30,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.base import (
-    FlowClock,
-    euler_times,
-)
+from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.elementwise import ElementwiseModule, RotaryTable
 from omega_qvla.policies.images import ImageFit
 from omega_qvla.policies.layers import (

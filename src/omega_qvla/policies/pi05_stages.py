@@ -11,13 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
+from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.base import (
     Component,
-    FlowClock,
     QuantizationSite,
     Stage,
     State,
-    euler_times,
 )
 from omega_qvla.policies.pi05 import Pi05Module
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from omega_qvla.errors import ObservationError, PolicyError
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.base import (
-    FlowClock,
     Observation,
     QuantizationSite,
     Stage,

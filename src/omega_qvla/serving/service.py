@@ -16,7 +16,7 @@ from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 from omega_qvla.serving.access import read_token, require_token, tls_context
 from omega_qvla.serving.core import MOST_WAITING, Core, Log, Rules
 from omega_qvla.serving.engine import PolicyEngine
