@@ -122,6 +122,7 @@ lint: $(STAMP)
 	$(BIN)/python tools/results_table.py --check
 	$(BIN)/python tools/speed_table.py --check
 	$(BIN)/python tools/json_page.py --check
+	$(BIN)/python tools/artifact_table.py --check
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 	$(BIN)/pyright -p pyright-strict.json

@@ -38,7 +38,7 @@ from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.bfloat16 import bfloat16_pass, in_bfloat16
 from omega_qvla.runtime.kernels import triton_gpu as gpu
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda"

@@ -29,7 +29,7 @@ from omega_qvla.runtime.graph import Capturing, use_graphs
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_layout import BLOCK
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 
 BF16 = "cuBLAS bf16"
 _L2_TIMES = 4

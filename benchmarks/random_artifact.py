@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from omega_qvla.checkpoints.weight_store import weights_on
-from omega_qvla.policies.base import QuantizationSite, euler_times, linears_of, sites_of
+from omega_qvla.flow_time import euler_times
+from omega_qvla.policies.base import QuantizationSite, linears_of, sites_of
 from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.embedding import quantize_rows

@@ -25,12 +25,12 @@ from omega_qvla.errors import OmegaError
 from omega_qvla.evaluation.benchmark_run import benchmark
 from omega_qvla.evaluation.closed_loop import Episodes, Resources
 from omega_qvla.evaluation.comparison import compare
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 
 __all__ = [
     "CalibrationWarning",

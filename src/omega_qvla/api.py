@@ -83,7 +83,7 @@ def quantize(
 
         def journal(header: dict[str, str]) -> Journal:
             assert work_directory is not None
-            opened = Journal(Path(work_directory), header, resume=resume)
+            opened = Journal(Path(work_directory), header, chosen, resume=resume)
             return until_built.enter_context(opened)
 
         keeping = None if work_directory is None else journal

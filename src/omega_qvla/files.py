@@ -1,4 +1,4 @@
-"""Reading inside one directory only, and replacing a directory in one step.
+"""Reading inside one directory only; writing what is there whole or not at all.
 
 **Reading.** ``ContainedDirectory`` holds a descriptor of the directory and opens entries relative
 to it, by plain names, without following links.  What is opened is first looked at: only regular
@@ -6,35 +6,26 @@ files are, so that a FIFO cannot block the reader and a device never notices it.
 the descriptor is compared with what was looked at.  Everything later (hashing, parsing, mapping)
 uses that descriptor; no path is resolved twice.
 
-**Writing.** ``replace_directory`` gives the caller a new directory beside the target.  When the
-caller is done, every file and directory is on disk (fsync), and one ``renameat2(RENAME_EXCHANGE)``
-(``renamex_np(RENAME_SWAP)`` on macOS) swaps it with the previous output, which is then deleted.  A
-reader sees the old output or the new one, at every instant and after a crash.  File systems without
-an exchanging rename get two renames; a crash exactly between them leaves the previous output
-under ``.NAME.previous``, and the next save puts it back first.
-
-A crashed writer leaves its unfinished directory behind; it held a lock on it, which died with it.
-The next save to the same target removes unfinished directories that nobody locks.
+**Writing.** A file is written beside its place, flushed to the disk and renamed (``new_file``).  A
+directory is built beside its place, flushed, and takes the place of an earlier one by two renames
+(``replace_directory``).  Whoever is killed between the two leaves the earlier one under
+``.NAME.previous``; ``place_of`` finds it there, and the next writer puts it back first.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
+import json
 import os
-import secrets
 import shutil
 import stat
-import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omega_qvla.errors import ArtifactError, NotAnArtifactError, ResourceError
+from omega_qvla.errors import ArtifactError, ResourceError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,12 +35,11 @@ MAX_ENTRIES = 100_000
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing wrong with an artifact: which file, which tensor if any, and what."""
+    """One thing wrong with a directory: which file, which tensor if any, and what."""
 
     file: str
     tensor: str | None
@@ -68,11 +58,19 @@ class DamageError(ArtifactError):
         super().__init__(str(self.failure))
 
 
+# --- reading ---------------------------------------------------------------------------------
+
+
 class OpenFile:
-    """A regular file of an artifact, open for reading; ``size`` is its size when opened."""
+    """A regular file, open for reading; ``size`` is its size when opened."""
 
     def __init__(self, name: str, descriptor: int, size: int) -> None:
         self.name, self.descriptor, self.size = name, descriptor, size
+
+    @property
+    def path(self) -> str:
+        """A path of the very file that is open, for libraries that take nothing else."""
+        return f"/dev/fd/{self.descriptor}"
 
     def chunks(self, begin: int, end: int) -> Iterator[memoryview]:
         """Bytes [begin, end) in pieces of one reused buffer; a piece lives until the next one.
@@ -107,40 +105,28 @@ class OpenFile:
 
 
 class ContainedDirectory:
-    """A directory whose entries can be listed and opened, and nothing outside it.
+    """A directory whose entries can be listed and opened, and nothing outside it; a context.
 
     Names are relative, with at most one ``/``; validating them further is the caller's business,
     but no name can leave the directory.
+
+    Args:
+        path: of the directory; may itself be a link.
+
+    Raises:
+        OSError, ValueError: it is no directory that can be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open ``path``, which may itself be a link.
-
-        Raises:
-            NotAnArtifactError: not a directory that can be opened.
-        """
         self.path = os.fspath(path)
         self._stack = ExitStack()
-        try:
-            descriptor = os.open(path, _READ_DIRECTORY)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise NotAnArtifactError(
-                f"{self.path!r} is not an artifact: {reason}; give the directory that "
-                "'quantize --out' wrote"
-            ) from error
-        self._stack.callback(os.close, descriptor)
-        self._folders: dict[str, int] = {"": descriptor}
+        self._folders = {"": os.open(path, _READ_DIRECTORY)}
+        self._stack.callback(os.close, self._folders[""])
 
-    def __enter__(self) -> ContainedDirectory:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def kinds(self, folder: str = "") -> dict[str, int]:
@@ -175,7 +161,7 @@ class ContainedDirectory:
             self._stack.callback(os.close, descriptor)
             found = os.fstat(descriptor)
         except (OSError, ValueError) as error:
-            raise DamageError(name, f"cannot be opened: {_reason(error)}") from error
+            raise DamageError(name, f"cannot be opened: {reason_of(error)}") from error
         if (found.st_dev, found.st_ino) != (seen.st_dev, seen.st_ino):
             raise DamageError(name, "was replaced while it was being opened")
         return OpenFile(name, descriptor, found.st_size)
@@ -204,39 +190,57 @@ def describe(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "something else")
 
 
-def _reason(error: OSError | ValueError) -> str:
+def reason_of(error: OSError | ValueError) -> str:
+    """What went wrong, without the path."""
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 # --- writing ---------------------------------------------------------------------------------
 
 
-class NewFile:
-    """A file being written, as a context; leaving it returns after its bytes are on the disk."""
+@contextmanager
+def new_file(path: Path) -> Generator[Path, None, None]:
+    """A name beside ``path`` to write a file to; it becomes ``path`` when the block ends well.
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, _CREATE, 0o666)
+    On an exception what was written is removed and ``path`` is as it was.  Folders above it are
+    made.  The name is always the same, so that what a kill leaves is replaced by the next writer.
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append all of ``data``."""
-        view = memoryview(data)
-        while len(view):
-            view = view[os.write(self._descriptor, view[:CHUNK_BYTES]) :]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    Raises:
+        ResourceError: the disk is full or refuses to be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if kind is None:
-                os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
+            yield partial
+            os.chmod(partial, 0o644)
+            _sync(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error}") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file: it is either the old one or the complete new one.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    with new_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(document: Mapping[str, Any], path: str | Path) -> None:
+    """Write JSON: the file is either the old one or the complete new one.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    write_file(Path(path), text.encode())
 
 
 def preflight_disk(directory: str | os.PathLike[str], needed: int) -> None:
@@ -256,129 +260,85 @@ def preflight_disk(directory: str | os.PathLike[str], needed: int) -> None:
         )
 
 
+def place_of(directory: str | os.PathLike[str]) -> Path:
+    """Where a directory is: at its name, or where a writer that was killed had just put it."""
+    target = Path(os.path.realpath(directory))
+    return (
+        target if os.path.lexists(target) or not _previous(target).is_dir() else _previous(target)
+    )
+
+
+def put_back(directory: str | os.PathLike[str]) -> None:
+    """Undo what a killed ``replace_directory`` left; the caller has the claim on the directory."""
+    target = Path(os.path.realpath(directory))
+    previous = _previous(target)
+    if previous.is_dir() and not previous.is_symlink() and not os.path.lexists(target):
+        os.rename(previous, target)
+    for left in (previous, _unfinished(target)):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
 def replace_directory(target: Path) -> Generator[Path, None, None]:
     """A new empty directory that takes the place of ``target`` when the block ends well.
 
-    On an exception the new directory is removed and ``target`` is as it was.
+    The caller has the claim on ``target`` (``claims.py``).  On an exception the new directory is
+    removed and ``target`` is as it was.
 
     Raises:
         ResourceError: the disk is full or refuses to be written.
     """
+    work = _unfinished(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(target)
-        with _new_directory(target) as work:
+        put_back(target)
+        os.mkdir(work)
+        try:
             yield work
-            _sync_tree(work)
+            for folder, _, names in os.walk(work, topdown=False):
+                for name in [*names, "."]:
+                    _sync(Path(folder) / name)
             _put_in_place(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else _reason(error)
         raise ResourceError(
-            f"cannot write {target}: {reason}; what was there before is untouched; "
+            f"cannot write {target}: {'the disk is full' if full else reason_of(error)}; what was "
+            "there before is untouched; "
             + ("free some space and save again" if full else "check the path and its permissions")
         ) from error
 
 
-@contextmanager
-def _new_directory(target: Path) -> Generator[Path, None, None]:
-    """A locked sibling of ``target``; whatever lies at its path is removed in the end."""
-    path = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}")
-    os.mkdir(path)
-    descriptor = -1
-    try:
-        descriptor = os.open(path, _READ_DIRECTORY | os.O_NOFOLLOW)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.saving-"
+def _unfinished(target: Path) -> Path:
+    return target.with_name(f".{target.name}.saving")
 
 
 def _previous(target: Path) -> Path:
     return target.with_name(f".{target.name}.previous")
 
 
-def _tidy(target: Path) -> None:
-    """Undo what a killed writer left: restore a previous output, remove unfinished directories."""
+def _put_in_place(work: Path, target: Path) -> None:
+    """Two renames, both undone if they cannot be made durable."""
     previous = _previous(target)
-    if previous.is_dir() and not previous.is_symlink():
-        if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-        else:
-            os.rename(previous, target)
-    for entry in os.scandir(target.parent):
-        if entry.name.startswith(_prefix(target)) and entry.is_dir(follow_symlinks=False):
-            _remove_unlocked(entry.path)
-
-
-def _remove_unlocked(path: str) -> None:
+    done: list[tuple[Path, Path]] = []
     try:
-        descriptor = os.open(path, _READ_DIRECTORY | os.O_NOFOLLOW)
+        for source, destination in ((target, previous), (work, target)):
+            if source.exists():
+                os.rename(source, destination)
+                done.append((source, destination))
+        _sync(target.parent)
     except OSError:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
-    except OSError:
-        return  # its writer is alive
-    finally:
-        os.close(descriptor)
+        for source, destination in reversed(done):
+            os.rename(destination, source)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
 
 
-def _sync_tree(root: Path) -> None:
-    for folder, _, _ in os.walk(root, topdown=False):
-        _sync_directory(Path(folder))
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, _READ_DIRECTORY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    """Swap, and swap back if the swap itself cannot be made durable."""
-    if not target.exists():
-        os.rename(work, target)
-        undo = os.rename
-    elif _exchange(work, target):
-        undo = _exchange
-    else:
-        os.rename(target, _previous(target))
-        os.rename(work, target)
-        shutil.rmtree(_previous(target), ignore_errors=True)
-        return
-    try:
-        _sync_directory(target.parent)
-    except OSError:
-        undo(target, work)
-        raise
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one step; False where the system or file system cannot."""
-    library = ctypes.CDLL(None, use_errno=True)
-    paths = os.fsencode(first), os.fsencode(second)
-    try:
-        if sys.platform == "darwin":
-            result = library.renamex_np(*paths, ctypes.c_uint(2))
-        else:
-            here = ctypes.c_int(-100)  # AT_FDCWD
-            result = library.renameat2(here, paths[0], here, paths[1], ctypes.c_uint(2))
-    except AttributeError:  # a C library without the call
-        return False
-    if result == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(second))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omega_qvla.artifact import pack_int4, packed_width, unpack_int4
+from omega_qvla.artifact.packing import pack_int4, packed_width, unpack_int4
 from omega_qvla.errors import ArtifactError
 
 

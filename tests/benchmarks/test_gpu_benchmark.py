@@ -30,8 +30,8 @@ from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.bfloat16 import bfloat16_pass, in_bfloat16
 from omega_qvla.runtime.graph import GraphWarning
 from omega_qvla.runtime.kernels import triton_gpu as gpu
-from omega_qvla.runtime.loading import load
-from omega_qvla.runtime.memory import predict
+from omega_qvla.runtime.load import load
+from omega_qvla.runtime.prediction import predict
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

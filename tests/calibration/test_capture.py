@@ -10,7 +10,8 @@ from torch import nn
 
 from omega_qvla.calibration.capture import SAMPLE_ROWS, RowSample, SiteStatistics, capture
 from omega_qvla.errors import NonFiniteError, PolicyError
-from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage
+from omega_qvla.flow_time import FlowClock
+from omega_qvla.policies.base import QuantizationSite, Stage
 
 ONCE = QuantizationSite("once", ("once",), "backbone")
 STEPPED = QuantizationSite("stepped", ("stepped",), "action_head", per_step=True)

@@ -18,8 +18,7 @@ from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy
-from omega_qvla.runtime.memory import narrowed
-from omega_qvla.runtime.prediction import predict_directory
+from omega_qvla.runtime.prediction import narrowed, predict_directory
 
 VISION = "paligemma_with_expert.paligemma.model.vision_tower.vision_model.encoder.layers.0"
 

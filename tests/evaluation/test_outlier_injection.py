@@ -16,7 +16,7 @@ from omega_qvla.evaluation.outlier_injection import (
     inject_outliers,
 )
 from omega_qvla.evaluation.outlier_paths import OutlierPath, gr00t_paths, outlier_paths, pi05_paths
-from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.layers import adaptive_layer_norm
 from omega_qvla.policies.layers.norms import AdaptiveRMSNorm, RMSNorm, adaptive_rms_norm

@@ -27,7 +27,7 @@ from omega_qvla.runtime.kernels import triton_elementwise
 from omega_qvla.runtime.kernels.triton_layout import spread_offset
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 from omega_qvla.runtime.linear import QuantizedLinear
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 from omega_qvla.runtime.schedule import Schedule
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import omega_qvla as oq
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.flow_time import FlowClock
 
 VOCABULARY = 512
 SIDE = 64

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import omega_qvla as oq
 from omega_qvla.cli import main
 from omega_qvla.errors import ArtifactError, ObservationError, PolicyError
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.slots import PATH_IN_SLOT
 from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.linear import QuantizedLinear

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import omega_qvla as oq
 from omega_qvla.errors import OmegaError, PolicyError
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.slots import AbsentWeight, LinearSlot, SlotSite
 from omega_qvla.recipe import Recipe
 

@@ -11,7 +11,6 @@ from omega_qvla.errors import NonFiniteError
 from omega_qvla.quantization.activations import (
     channel_quantile_scale,
     dequantize_activation,
-    interpolate_scales,
     per_token_scale,
     quantize_activation,
     round_activations,
@@ -119,45 +118,3 @@ def test_channel_scale_of_silent_channels() -> None:
     x[3, 0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"\[3, 0\]"):
         channel_quantile_scale(x, 0.5, 4)
-
-
-TIMES = [1.0, 0.75, 0.5, 0.25]
-SCALES = [4.0, 1.0, 2.0, 8.0]
-
-
-def test_interpolation_is_exact_at_knots_linear_between_flat_beyond() -> None:
-    for t, scale in zip(TIMES, SCALES, strict=True):
-        assert float(interpolate_scales(TIMES, SCALES, t)) == scale
-    assert float(interpolate_scales(TIMES, SCALES, 0.875)) == 2.5
-    assert float(interpolate_scales(TIMES, SCALES, 0.3125)) == 6.5
-    assert float(interpolate_scales(TIMES, SCALES, 1.5)) == 4.0
-    assert float(interpolate_scales(TIMES, SCALES, 0.0)) == 8.0
-
-
-def test_times_stored_in_float32_are_still_knots() -> None:
-    times = torch.tensor([1.0 - i / 10 for i in range(10)], dtype=torch.float32)
-    scales = torch.rand(10, 3, generator=gen(3))
-    for i in range(10):
-        assert torch.equal(interpolate_scales(times, scales, 1.0 - i / 10), scales[i])
-
-
-@settings(max_examples=40, deadline=None)
-@given(t=st.floats(-1.0, 2.0))
-def test_interpolated_scales_stay_in_range(t: float) -> None:
-    scale = float(interpolate_scales(TIMES, SCALES, t))
-    assert min(SCALES) <= scale <= max(SCALES)
-
-
-def test_single_step_needs_no_time() -> None:
-    assert float(interpolate_scales([1.0], [3.0], None)) == 3.0
-    with pytest.raises(ValueError, match="clock"):
-        interpolate_scales(TIMES, SCALES, None)
-
-
-def test_bad_step_tables_are_refused() -> None:
-    with pytest.raises(ValueError, match="step times"):
-        interpolate_scales([1.0], SCALES, 0.5)
-    with pytest.raises(ValueError, match="descending"):
-        interpolate_scales([0.5, 1.0], [1.0, 2.0], 0.5)
-    with pytest.raises(ValueError, match="not a number"):
-        interpolate_scales(TIMES, SCALES, float("nan"))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import omega_qvla as oq
 from omega_qvla.calibration.capture import SiteStatistics
-from omega_qvla.policies.base import FlowClock, QuantizationSite
+from omega_qvla.flow_time import FlowClock
+from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.quantization.simulation import SimulatedLinear
 from omega_qvla.quantization.site import needs_statistics, quantize_site

@@ -31,7 +31,8 @@ from omega_qvla.calibration import capture
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.checkpoints.weight_store import weights_on
 from omega_qvla.devices import CPU, Gpu, full_float32
-from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage
+from omega_qvla.flow_time import FlowClock
+from omega_qvla.policies.base import QuantizationSite, Stage
 from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.policies.layers.gemma import GemmaConfig
 from omega_qvla.policies.native import NativePolicy

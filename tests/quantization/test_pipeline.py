@@ -325,7 +325,7 @@ def test_a_stored_sequence_ends_at_its_length_and_not_before(
 ) -> None:
     streamed = streamed_policy(policy, tmp_path / "checkpoint")
     recipe = Recipe.load("rtn")
-    with Journal(tmp_path / "journal", {}, resume=False) as journal:
+    with Journal(tmp_path / "journal", {}, recipe, resume=False) as journal:
         sites = quantize_policy(streamed, observations, recipe, journal=lambda _: journal).sites
         names = [site.site.name for site in sites]
         assert len(names) == SITES and sites[-1].site.name == names[-1]
@@ -403,7 +403,7 @@ def test_a_directory_with_other_things_in_it_is_neither_used_nor_emptied(
 
 
 def test_a_discarded_journal_leaves_nothing(tmp_path: Path) -> None:
-    with Journal(tmp_path / "work", {"recipe": "x"}, resume=False):
+    with Journal(tmp_path / "work", {"recipe": "x"}, Recipe.load("rtn"), resume=False):
         pass
     discard_journal(tmp_path / "work")
     assert list(tmp_path.iterdir()) == []

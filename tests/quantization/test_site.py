@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from omega_qvla.calibration.capture import SiteStatistics
 from omega_qvla.errors import NonFiniteError, PolicyError
-from omega_qvla.policies.base import FlowClock, QuantizationSite
+from omega_qvla.flow_time import FlowClock
+from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.quantization.activations import per_token_scale, round_activations
 from omega_qvla.quantization.simulation import SimulatedLinear, install
 from omega_qvla.quantization.site import (

@@ -15,9 +15,9 @@ from omega_qvla.policies.base import sites_of
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.quantization.pipeline import quantize_policy
 from omega_qvla.recipe import Recipe, ablation_names, recipe_names
+from omega_qvla.runtime.description import kept_linears
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
-from omega_qvla.runtime.memory import kept_linears, predict, weight_storage
-from omega_qvla.runtime.prediction import predict_directory
+from omega_qvla.runtime.prediction import predict, predict_directory, weight_storage
 
 REALIZABLE = [name for name in recipe_names() if Recipe.load(name).realizable]
 NEW = ["duquant", "foldquant", "gptq", "quantvla", "quarot", "smoothquant", "svdquant"]
@@ -84,7 +84,7 @@ def test_a_selective_layout_keeps_the_heads_attention_and_matches_it(
     small_policy: Pi05Policy, few: Observations
 ) -> None:
     recipe = Recipe.load("quantvla")
-    kept = kept_linears(small_policy, recipe)
+    kept = kept_linears(sites_of(small_policy), recipe)
     assert kept == [
         f"paligemma_with_expert.gemma_expert.model.layers.{i}.self_attn.{name}_proj"
         for i in (0, 1)

@@ -19,7 +19,7 @@ from omega_qvla.quantization.pipeline import quantize_policy, simulate
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy, build
 from omega_qvla.runtime.linear import QuantizedLinear
-from omega_qvla.runtime.memory import predict
+from omega_qvla.runtime.prediction import predict
 
 STEPPED = "paligemma_with_expert.gemma_expert.model.layers.0.self_attn.qkv_proj"
 ONCE = "paligemma_with_expert.paligemma.model.language_model.layers.0.mlp.down_proj"

@@ -24,14 +24,15 @@ from omega_qvla.errors import (
     PolicyError,
     ResourceError,
 )
-from omega_qvla.policies.base import euler_times, linears_of, sites_of
+from omega_qvla.flow_time import euler_times
+from omega_qvla.policies.base import linears_of, sites_of
 from omega_qvla.policies.pi05.checkpoints.openpi import write_openpi
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.recipe import Recipe
-from omega_qvla.runtime.embedding import QuantizedEmbedding
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.linear import QuantizedLinear
-from omega_qvla.runtime.memory import predict
+from omega_qvla.runtime.prediction import predict
+from omega_qvla.runtime.token_embedding import QuantizedEmbedding
 
 LANGUAGE = "paligemma_with_expert.paligemma.model.language_model"
 EXPERT = "paligemma_with_expert.gemma_expert.model"

@@ -20,10 +20,10 @@ import omega_qvla as oq
 from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError, ResourceError
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.layers.elementwise import ElementwiseModule
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.runtime import loading
+from omega_qvla.runtime import load as loading
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.kernels import triton_gpu as gpu
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear

@@ -23,7 +23,7 @@ from omega_qvla.quantization.pipeline import quantize_policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.linear import QuantizedLinear
-from omega_qvla.runtime.memory import predict
+from omega_qvla.runtime.prediction import predict
 
 SITES = 4 + 1 + 2 * 4 + 4 + 1 + 4 + 4
 CROSS = f"{BLOCKS}.0.attn1.to_kv"

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.errors import ObservationError, PolicyError, ResourceError
-from omega_qvla.policies.base import FlowClock
-from omega_qvla.runtime.embedding import QuantizedEmbedding
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.runtime.kernels import cpu, reference
 from omega_qvla.runtime.linear import QuantizedLinear, best_kernel
+from omega_qvla.runtime.token_embedding import QuantizedEmbedding
 
 RELATIVE = 1e-5
 

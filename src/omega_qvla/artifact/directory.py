@@ -1,36 +1,35 @@
 """The only format policies are saved in: one directory, complete, checked and contained.
 
     omega_config.json                  what the policy is, how it was quantized, "format_version": 1
-    model-00001-of-0000N.safetensors   tensors (``shards.py``)
-    manifest.json                      size and SHA-256 of every file and tensor (``manifest.py``)
+    model-00001-of-0000N.safetensors   tensors (``tensors.py``)
+    manifest.json                      all files with SHA-256, all tensors (``manifest.py``)
     processor/*                        statistics and tokenizer, as opaque files
     README.md                          the model card
 
 ``write_artifact`` builds the directory beside its destination and swaps it in when all of it is on
 the disk (``files.py``); equal inputs give equal bytes.  ``read_artifact`` accepts exactly what
 ``write_artifact`` writes: every file and tensor of the manifest and nothing else, each of its
-shape, dtype and hash, no NaN.  ``verify_artifact`` makes the same checks, hashes every tensor as
-well as every file, and lists all it finds instead of stopping.  Nothing here executes what it
-reads.
+shape, dtype and hash, no NaN.  ``read_description`` makes the same checks of everything but the
+tensor files, of which it looks at the size alone.  ``verify_artifact`` makes all checks and lists
+what it finds instead of stopping.  Nothing here executes what it reads.
 
-Both read files in pieces of 1 MiB; tensors are mapped, not copied.
+Files are read in pieces of 1 MiB; tensors are mapped, not copied.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from omega_qvla.artifact.layout import Layout
 from omega_qvla.artifact.manifest import (
     CARD,
     CONFIG,
@@ -41,24 +40,17 @@ from omega_qvla.artifact.manifest import (
     SHARD_NAME,
     FileEntry,
     Manifest,
-    TensorEntry,
     limit_of,
     parse_manifest,
     shard_name,
 )
 from omega_qvla.artifact.strict_json import JsonError, canonical, parse_object
 from omega_qvla.artifact.tensors import (
-    DTYPES,
-    Span,
-    TensorSpec,
+    Shard,
     assign_shards,
-    file_digest,
-    find_impossible,
-    header_bytes,
-    map_tensors,
-    read_header,
+    digest,
+    shard_bytes,
     spec_of,
-    tensor_digest,
     write_shard,
 )
 from omega_qvla.claims import Claim
@@ -67,35 +59,55 @@ from omega_qvla.files import (
     ContainedDirectory,
     DamageError,
     Failure,
-    NewFile,
     OpenFile,
     describe,
+    place_of,
     preflight_disk,
+    reason_of,
     replace_directory,
 )
 
 MAX_SHARD_BYTES = 256 << 20
 _HASHING_THREADS = 2
 _BLOCK = 4096  # files take whole blocks
-_WRONG_HASH = "its bytes do not have the SHA-256 of the manifest"
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """A loaded artifact.
+class Description:
+    """An artifact without its tensors.
 
     Attributes:
         config: ``omega_config.json``.
-        tensors: by name; private mappings of the files, so nothing is copied until it is used.
         processor: files of ``processor/`` by name.
-        content_hash: identifies every byte of the artifact.
-        root: the directory.
+        manifest: every file and tensor.
     """
 
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
     processor: dict[str, bytes]
-    content_hash: str
+    manifest: Manifest
+
+    @property
+    def content_hash(self) -> str:
+        """Identifies every byte of the artifact."""
+        return self.manifest.content_hash
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        own = len(self.manifest.to_bytes())
+        return own + sum(entry.size for entry in self.manifest.files.values())
+
+
+@dataclass(frozen=True)
+class Artifact(Description):
+    """A loaded artifact.
+
+    Attributes:
+        tensors: by name; private mappings of the files, so nothing is copied until it is used.
+        root: the directory.
+    """
+
+    tensors: dict[str, Tensor]
     root: Path
 
 
@@ -143,7 +155,7 @@ def write_artifact(
         tensors: dense tensors on any device, by name.
         processor: file name → bytes, for ``processor/``.
         card: text of ``README.md``.
-        max_shard_bytes: tensor files are cut so that none is larger, unless one tensor is.
+        max_shard_bytes: tensor files are cut so that none holds more, unless one tensor does.
         claim: on the destination, where the caller has it; taken for the time of writing otherwise.
 
     Returns:
@@ -162,19 +174,27 @@ def write_artifact(
         raise NotAnArtifactError(f"{os.fspath(directory)!r} is not a path: {error}") from error
     _check_replaceable(target)
     small = _small_files(config, processor, card)
-    specs = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
-    plan = assign_shards(specs, max_shard_bytes)
-    shards = {shard_name(i, len(plan)): names for i, names in enumerate(plan)}
-    preflight_disk(target, _disk_bytes(small, shards, specs))
+    shards = _shards({name: spec_of(name, t) for name, t in tensors.items()}, max_shard_bytes)
+    sizes = _sizes(small, shards).values()
+    preflight_disk(target, sum(-(-size // _BLOCK) * _BLOCK for size in sizes) + 2 * _BLOCK)
     with Claim(target) if claim is None else nullcontext(), replace_directory(target) as work:
-        manifest = _write_tree(work, small, shards, specs, tensors)
+        for name, data in small.items():
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).write_bytes(data)
+        for name, layout in shards.items():
+            write_shard(work / name, {tensor: tensors[tensor] for tensor in layout})
+        with ContainedDirectory(work) as written:
+            files = {name: written.open(name) for name in (*small, *shards)}
+            entries = {n: FileEntry(size=f.size, sha256=digest(f)) for n, f in files.items()}
+        manifest = Manifest.of(entries, shards)
+        (work / MANIFEST).write_bytes(_manifest_bytes(manifest))
     return manifest.content_hash
 
 
 def planned_bytes(
     *,
     config: Mapping[str, Any],
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Layout,
     processor: Mapping[str, bytes],
     card: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -189,11 +209,7 @@ def planned_bytes(
         ArtifactError: something that an artifact cannot hold.
     """
     small = _small_files(config, processor, card)
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    specs = {name: TensorSpec(codes[dtype], shape) for name, (dtype, shape) in tensors.items()}
-    plan = assign_shards(specs, max_shard_bytes)
-    shards = {shard_name(i, len(plan)): names for i, names in enumerate(plan)}
-    return sum(_sizes(small, shards, specs).values())
+    return sum(_sizes(small, _shards(tensors, max_shard_bytes)).values())
 
 
 def preflight(directory: str | os.PathLike[str], needed: int) -> None:
@@ -207,7 +223,7 @@ def preflight(directory: str | os.PathLike[str], needed: int) -> None:
         NotAnArtifactError: the directory holds something that is not an artifact.
         ResourceError: the disk has less than twice ``needed`` bytes.
     """
-    _check_replaceable(Path(directory))
+    _check_replaceable(place_of(directory))
     preflight_disk(directory, 2 * needed)
 
 
@@ -215,13 +231,13 @@ def _check_replaceable(target: Path) -> None:
     """Only nothing, an empty directory or an artifact may be replaced (and so deleted)."""
     if not os.path.lexists(target):
         return
-    with ContainedDirectory(target) as root:
-        try:
+    try:
+        with _opened(target) as root:
             kinds = root.kinds()
             has_processor = kinds.get(PROCESSOR) == stat.S_IFDIR
             inside = root.kinds(PROCESSOR) if has_processor else {}
-        except DamageError as error:
-            raise NotAnArtifactError(f"{target} cannot be replaced: {error}") from error
+    except DamageError as error:
+        raise NotAnArtifactError(f"{target} cannot be replaced: {error}") from error
     foreign = [name for name, kind in kinds.items() if not _is_ours(name, kind)]
     foreign += [f"{PROCESSOR}/{name}" for name, kind in inside.items() if kind != stat.S_IFREG]
     if kinds and (foreign or not {MANIFEST, CONFIG} & set(kinds)):
@@ -264,77 +280,21 @@ def _small_files(
     return result
 
 
-def _disk_bytes(
-    small: Mapping[str, bytes],
-    shards: Mapping[str, list[str]],
-    specs: Mapping[str, TensorSpec],
-) -> int:
-    """What the directory will take of the disk."""
-    sizes = _sizes(small, shards, specs).values()
-    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes) + 2 * _BLOCK
+def _shards(specs: Layout, max_bytes: int) -> dict[str, Layout]:
+    """The tensor files by name, each with what it will hold."""
+    plan = assign_shards(specs, max_bytes)
+    return {
+        shard_name(i, len(plan)): {name: specs[name] for name in names}
+        for i, names in enumerate(plan)
+    }
 
 
-def _sizes(
-    small: Mapping[str, bytes],
-    shards: Mapping[str, list[str]],
-    specs: Mapping[str, TensorSpec],
-) -> dict[str, int]:
+def _sizes(small: Mapping[str, bytes], shards: Mapping[str, Layout]) -> dict[str, int]:
     """Bytes of every file; the manifest's number does not depend on the hashes in it."""
     sizes = {name: len(data) for name, data in small.items()}
-    for shard, names in shards.items():
-        data = sum(specs[name].nbytes for name in names)
-        sizes[shard] = len(header_bytes(names, specs)) + data
-    unhashed = "0" * 64
-    files = {name: FileEntry(size, unhashed) for name, size in sizes.items()}
-    entries = {
-        name: TensorEntry(shard, specs[name], unhashed)
-        for shard, names in shards.items()
-        for name in names
-    }
-    sizes[MANIFEST] = len(_manifest_bytes(Manifest(files, entries)))
-    return sizes
-
-
-class _HashedFile(NewFile):
-    """A new file that knows its size and SHA-256."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._digest, self._size = hashlib.sha256(), 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        super().write(data)
-        self._digest.update(data)
-        self._size += len(data)
-
-    @property
-    def entry(self) -> FileEntry:
-        return FileEntry(self._size, self._digest.hexdigest())
-
-
-def _write_tree(
-    work: Path,
-    small: Mapping[str, bytes],
-    shards: Mapping[str, list[str]],
-    specs: Mapping[str, TensorSpec],
-    tensors: Mapping[str, Tensor],
-) -> Manifest:
-    files: dict[str, FileEntry] = {}
-    entries: dict[str, TensorEntry] = {}
-    for name, names in shards.items():
-        with _HashedFile(work / name) as file:
-            digests = write_shard(names, specs, tensors, file.write)
-        files[name] = file.entry
-        entries |= {tensor: TensorEntry(name, specs[tensor], digests[tensor]) for tensor in names}
-    for name, data in small.items():
-        (work / name).parent.mkdir(exist_ok=True)
-        with _HashedFile(work / name) as file:
-            file.write(data)
-        files[name] = file.entry
-    manifest = Manifest(files, entries)
-    with NewFile(work / MANIFEST) as file:
-        file.write(_manifest_bytes(manifest))
-    return manifest
+    sizes |= {name: shard_bytes(layout) for name, layout in shards.items()}
+    entries = {name: FileEntry(size=size, sha256="0" * 64) for name, size in sizes.items()}
+    return {**sizes, MANIFEST: len(_manifest_bytes(Manifest.of(entries, shards)))}
 
 
 def _manifest_bytes(manifest: Manifest) -> bytes:
@@ -354,8 +314,8 @@ def read_artifact(directory: str | os.PathLike[str], *, verify: bool = True) -> 
 
     Args:
         directory: what ``write_artifact`` wrote.
-        verify: compare every file with its SHA-256.  Without it everything but the hashes is
-            still checked.
+        verify: compare every file with its SHA-256.  Without it everything but the hashes of the
+            tensor files is still checked.
 
     Raises:
         NotAnArtifactError: not a directory with an artifact in it.
@@ -363,36 +323,37 @@ def read_artifact(directory: str | os.PathLike[str], *, verify: bool = True) -> 
             and the tensor, what was expected and what was found.
         ResourceError: not enough memory.
     """
-    root = _shown(directory)
-    try:
-        with ContainedDirectory(directory) as folder:
-            return _read(folder, Path(root), check_hash=_hash_failures if verify else _no_failures)
-    except DamageError as error:
-        raise ArtifactError(
-            f"artifact {root} is damaged: {error}; save or copy it again"
-        ) from error
-    except MemoryError as error:
-        raise ResourceError(f"not enough memory to read artifact {root}") from error
+    with _reading(directory) as folder:
+        found = _describe(folder)
+        shards = [
+            Shard(_open_sized(folder, name, found.manifest), layout)
+            for name, layout in found.manifest.shards.items()
+        ]
+        for shard in shards:
+            _raise_first(iter(shard.failures))
+        if verify:
+            _raise_first(_hash_failures([shard.file for shard in shards], found.manifest))
+        tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            _raise_first(shard.impossible())
+            tensors |= shard.tensors()
+        ordered = {name: tensors[name] for name in sorted(tensors)}
+        return Artifact(
+            found.config, found.processor, found.manifest, ordered, Path(os.fsdecode(directory))
+        )
 
 
-def read_description(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """``omega_config.json`` and the processor's files; no tensor is read and nothing is hashed.
+def read_description(directory: str | os.PathLike[str]) -> Description:
+    """What an artifact holds; no tensor file is read.
 
     Raises:
-        NotAnArtifactError, ArtifactError: as :func:`read_artifact`.
+        NotAnArtifactError, ArtifactError, ResourceError: as :func:`read_artifact`.
     """
-    root = _shown(directory)
-    try:
-        with ContainedDirectory(directory) as folder:
-            config, manifest = _read_config(folder), _read_manifest(folder)
-            names = [f"{PROCESSOR}/{name}" for name in manifest.processor]
-            files = [_open_sized(folder, name, manifest) for name in names]
-            contents = [file.read(limit_of(file.name)) for file in files]
-            return config, dict(zip(manifest.processor, contents, strict=True))
-    except DamageError as error:
-        raise ArtifactError(
-            f"artifact {root} is damaged: {error}; save or copy it again"
-        ) from error
+    with _reading(directory) as folder:
+        found = _describe(folder)
+        for name in found.manifest.shards:
+            _open_sized(folder, name, found.manifest)
+        return found
 
 
 def verify_artifact(directory: str | os.PathLike[str]) -> VerifyReport:
@@ -402,72 +363,68 @@ def verify_artifact(directory: str | os.PathLike[str]) -> VerifyReport:
         NotAnArtifactError: not a directory with an artifact in it.
         ResourceError: not enough memory.
     """
+    with _reading(directory) as folder:
+        failures: list[Failure] = []
+
+        def attempt(check: Callable[[], Iterator[Failure]]) -> None:
+            try:
+                failures.extend(check())
+            except DamageError as error:
+                failures.append(error.failure)
+
+        attempt(lambda: _config_failures(folder))
+        try:
+            manifest = _read_manifest(folder)
+        except DamageError as error:
+            return VerifyReport(2, _unique([*failures, error.failure]))
+        attempt(lambda: _listing_failures(folder, manifest))
+        for name in (*manifest.small, *manifest.shards):
+            attempt(lambda name=name: _file_failures(folder, name, manifest))
+        checked = 1 + len(manifest.files) + len(manifest.tensors)
+        return VerifyReport(checked, _unique(failures))
+
+
+@contextmanager
+def _reading(directory: str | os.PathLike[str]) -> Generator[ContainedDirectory, None, None]:
+    shown = os.fsdecode(directory)
     try:
-        with ContainedDirectory(directory) as folder:
-            return _verify(folder)
+        with _opened(directory) as folder:
+            yield folder
+    except DamageError as error:
+        raise ArtifactError(
+            f"artifact {shown} is damaged: {error}; save or copy it again"
+        ) from error
     except MemoryError as error:
-        raise ResourceError(f"not enough memory to verify {_shown(directory)}") from error
+        raise ResourceError(f"not enough memory to read artifact {shown}") from error
 
 
-def _shown(directory: str | os.PathLike[str]) -> str:
-    return os.fsdecode(directory)
+def _opened(directory: str | os.PathLike[str]) -> ContainedDirectory:
+    """The directory, or the one that a killed writer had just moved aside."""
+    try:
+        try:
+            return ContainedDirectory(place_of(directory))
+        except FileNotFoundError:  # a writer has put the new one in place meanwhile
+            return ContainedDirectory(directory)
+    except (OSError, ValueError) as error:
+        raise NotAnArtifactError(
+            f"{os.fspath(directory)!r} is not an artifact: {reason_of(error)}; give the directory "
+            "that 'quantize --out' wrote"
+        ) from error
 
 
-_HashCheck = Callable[[OpenFile, Manifest, Mapping[str, Span]], Iterator[Failure]]
-
-
-def _read(folder: ContainedDirectory, root: Path, check_hash: _HashCheck) -> Artifact:
+def _describe(folder: ContainedDirectory) -> Description:
     config = _read_config(folder)
     manifest = _read_manifest(folder)
     _raise_first(_listing_failures(folder, manifest))
-    processor: dict[str, bytes] = {}
-    for name in _small_names(manifest):
-        file = _open_sized(folder, name, manifest)
-        _raise_first(check_hash(file, manifest, {}))
-        if name.startswith(f"{PROCESSOR}/"):
-            processor[name.removeprefix(f"{PROCESSOR}/")] = file.read(limit_of(name))
-    shards: list[tuple[OpenFile, dict[str, Span]]] = []
-    for name in manifest.shards:
-        file = _open_sized(folder, name, manifest)
-        spans = read_header(file)
-        _raise_first(_strictness_failures(name, spans, manifest.tensors_in(name)))
-        shards.append((file, spans))
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing releases the interpreter
-        hashed = pool.map(lambda shard: list(check_hash(shard[0], manifest, shard[1])), shards)
-        for failures in hashed:
-            _raise_first(iter(failures))
-    tensors: dict[str, Tensor] = {}
-    for file, spans in shards:
-        _raise_first(find_impossible(file, spans))
-        tensors |= map_tensors(file, spans)
-    return Artifact(
-        config,
-        {name: tensors[name] for name in sorted(tensors)},
-        processor,
-        manifest.content_hash,
-        root,
-    )
-
-
-def _verify(folder: ContainedDirectory) -> VerifyReport:
-    failures: list[Failure] = []
-    checked = 2
-    try:
-        _read_config(folder)
-    except DamageError as error:
-        failures.append(error.failure)
-    try:
-        manifest = _read_manifest(folder)
-        failures += _listing_failures(folder, manifest)
-    except DamageError as error:
-        return VerifyReport(checked, _unique([*failures, error.failure]))
-    for name in _small_names(manifest) + manifest.shards:
-        try:
-            failures += _file_failures(folder, name, manifest)
-        except DamageError as error:
-            failures.append(error.failure)
-    checked = 1 + len(manifest.files) + len(manifest.tensors)
-    return VerifyReport(checked, _unique(failures))
+    files = [_open_sized(folder, name, manifest) for name in manifest.small]
+    _raise_first(_hash_failures(files, manifest))
+    prefix = f"{PROCESSOR}/"
+    processor = {
+        file.name.removeprefix(prefix): file.read(limit_of(file.name))
+        for file in files
+        if file.name.startswith(prefix)
+    }
+    return Description(config, processor, manifest)
 
 
 def _unique(failures: list[Failure]) -> list[Failure]:
@@ -475,28 +432,23 @@ def _unique(failures: list[Failure]) -> list[Failure]:
     return list(dict.fromkeys(failures))
 
 
+def _config_failures(folder: ContainedDirectory) -> Iterator[Failure]:
+    _read_config(folder)
+    yield from ()
+
+
 def _file_failures(folder: ContainedDirectory, name: str, manifest: Manifest) -> Iterator[Failure]:
     file = _open_sized(folder, name, manifest)
-    if not SHARD_NAME.match(name):
-        yield from _hash_failures(file, manifest, {})
-        return
-    try:
-        spans = read_header(file)
-    except DamageError as error:
-        yield error.failure
-        yield from _hash_failures(file, manifest, {})
-        return
-    entries = manifest.tensors_in(name)
-    yield from _strictness_failures(name, spans, entries)
-    yield from _hash_failures(file, manifest, spans)
-    yield from _tensor_hash_failures(file, manifest, spans)
-    yield from find_impossible(file, spans)
+    yield from _hash_failures([file], manifest)
+    if SHARD_NAME.match(name):
+        shard = Shard(file, manifest.shards[name])
+        yield from shard.failures
+        yield from shard.impossible()
 
 
 def _read_config(folder: ContainedDirectory) -> dict[str, Any]:
     """The configuration; a newer format is recognised here, before anything else is read."""
-    kinds = folder.kinds()
-    if not {MANIFEST, CONFIG} & set(kinds):
+    if not {MANIFEST, CONFIG} & set(folder.kinds()):
         raise NotAnArtifactError(
             f"{folder.path!r} is not an artifact: it has neither {CONFIG} nor {MANIFEST}; give the "
             "directory that 'quantize --out' wrote"
@@ -521,10 +473,6 @@ def _read_manifest(folder: ContainedDirectory) -> Manifest:
     return parse_manifest(folder.open(MANIFEST).read(limit_of(MANIFEST)))
 
 
-def _small_names(manifest: Manifest) -> list[str]:
-    return sorted(name for name in manifest.files if not SHARD_NAME.match(name))
-
-
 def _raise_first(failures: Iterator[Failure]) -> None:
     for failure in failures:
         raise DamageError(failure.file, failure.reason, failure.tensor)
@@ -533,7 +481,7 @@ def _raise_first(failures: Iterator[Failure]) -> None:
 def _listing_failures(folder: ContainedDirectory, manifest: Manifest) -> Iterator[Failure]:
     """The directory holds the manifest's files, as regular files, and nothing else."""
     found = folder.kinds()
-    if PROCESSOR in found and manifest.processor:
+    if PROCESSOR in found and any(name.startswith(f"{PROCESSOR}/") for name in manifest.files):
         kind = found.pop(PROCESSOR)
         if kind == stat.S_IFDIR:
             inside = folder.kinds(PROCESSOR)
@@ -545,16 +493,12 @@ def _listing_failures(folder: ContainedDirectory, manifest: Manifest) -> Iterato
         if name not in found:
             yield Failure(name, None, "is missing")
         elif name not in expected:
+            shown = name if name.isprintable() else ascii(name)
             reason = f"{describe(found[name])} that is not part of the artifact"
-            yield Failure(_printable(name), None, reason)
+            yield Failure(shown, None, reason)
         elif found[name] != stat.S_IFREG:
             reason = f"expected a regular file, found {describe(found[name])}"
             yield Failure(name, None, reason)
-
-
-def _printable(name: str) -> str:
-    """A name found on disk, safe to print and to encode."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _open_sized(folder: ContainedDirectory, name: str, manifest: Manifest) -> OpenFile:
@@ -567,45 +511,10 @@ def _open_sized(folder: ContainedDirectory, name: str, manifest: Manifest) -> Op
     return file
 
 
-def _strictness_failures(
-    file: str, spans: Mapping[str, Span], entries: Mapping[str, TensorEntry]
-) -> Iterator[Failure]:
-    """Missing, additional, misshaped and mistyped tensors."""
-    for name in sorted(spans.keys() | entries.keys()):
-        if name not in spans:
-            yield Failure(file, name, f"expected {entries[name].spec}, found no such tensor")
-        elif name not in entries:
-            yield Failure(file, name, f"expected no such tensor, found {spans[name].spec}")
-        elif spans[name].spec != entries[name].spec:
-            reason = f"expected {entries[name].spec}, found {spans[name].spec}"
-            yield Failure(file, name, reason)
-
-
-def _no_failures(
-    file: OpenFile, manifest: Manifest, spans: Mapping[str, Span]
-) -> Iterator[Failure]:
-    del file, manifest, spans
-    return iter(())
-
-
-def _hash_failures(
-    file: OpenFile, manifest: Manifest, spans: Mapping[str, Span]
-) -> Iterator[Failure]:
-    """A file against its SHA-256; only if they differ, which tensors it is."""
-    if file_digest(file) != manifest.files[file.name].sha256:
-        yield from _located(file, manifest, spans)
-
-
-def _located(file: OpenFile, manifest: Manifest, spans: Mapping[str, Span]) -> Iterator[Failure]:
-    damaged = list(_tensor_hash_failures(file, manifest, spans))
-    yield from damaged or [Failure(file.name, None, _WRONG_HASH)]
-
-
-def _tensor_hash_failures(
-    file: OpenFile, manifest: Manifest, spans: Mapping[str, Span]
-) -> Iterator[Failure]:
-    """Every tensor whose bytes do not have their SHA-256."""
-    for name, span in spans.items():
-        entry = manifest.tensors.get(name)
-        if entry is not None and tensor_digest(file, span) != entry.sha256:
-            yield Failure(file.name, name, _WRONG_HASH)
+def _hash_failures(files: list[OpenFile], manifest: Manifest) -> Iterator[Failure]:
+    """Every file whose bytes do not have their SHA-256."""
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing releases the interpreter
+        for file, found in zip(files, pool.map(digest, files), strict=True):
+            if found != manifest.files[file.name].sha256:
+                reason = "its bytes do not have the SHA-256 of the manifest"
+                yield Failure(file.name, None, reason)

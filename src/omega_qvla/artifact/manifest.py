@@ -4,7 +4,7 @@
       "content_hash": SHA-256 of the canonical JSON of everything else in here,
       "files":   {name: {"sha256": .., "size": ..}},
       "format_version": 1,
-      "tensors": {name: {"dtype": .., "file": .., "sha256": .., "shape": [..]}}
+      "tensors": {name: {"dtype": .., "file": .., "shape": [..]}}
     }
 
 Every file of the artifact except the manifest itself is in ``files``; ``content_hash`` protects the
@@ -17,11 +17,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from omega_qvla.artifact.layout import Layout, TensorSpec
 from omega_qvla.artifact.strict_json import JsonError, canonical, parse_object
-from omega_qvla.artifact.tensors import TensorSpec, parse_spec
+from omega_qvla.artifact.tensors import CODES, DTYPES, fits
 from omega_qvla.files import DamageError
 
 FORMAT_VERSION = 1
@@ -31,74 +33,74 @@ MAX_PROCESSOR_BYTES = 64 << 20
 
 SHARD_NAME = re.compile(r"model-([0-9]{5})-of-([0-9]{5})\.safetensors\Z")
 PROCESSOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
-_HASH = re.compile(r"[0-9a-f]{64}\Z")
 
 
-@dataclass(frozen=True)
-class FileEntry:
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileEntry(_Strict):
     """Size and SHA-256 of a file."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor is, what it is, and the SHA-256 of its bytes."""
+class TensorEntry(_Strict):
+    """Where a tensor is and what it is; ``dtype`` is a key of ``DTYPES``."""
 
     file: str
-    spec: TensorSpec
-    sha256: str
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(DTYPES[self.dtype], tuple(self.shape))
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(_Strict):
     """Everything an artifact consists of, by name."""
 
+    format_version: Literal[1] = FORMAT_VERSION
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
 
-    @property
-    def shards(self) -> list[str]:
-        """Tensor files in order."""
-        return sorted(name for name in self.files if SHARD_NAME.match(name))
+    @classmethod
+    def of(cls, files: Mapping[str, FileEntry], shards: Mapping[str, Layout]) -> Manifest:
+        """The manifest of these files, of which the shards hold these tensors."""
+        tensors = {
+            name: TensorEntry(file=shard, dtype=CODES[spec.dtype], shape=list(spec.shape))
+            for shard, specs in shards.items()
+            for name, spec in specs.items()
+        }
+        return cls(files=files, tensors=tensors)
 
     @property
-    def processor(self) -> list[str]:
-        """Names of the processor's files, without the folder."""
-        prefix = f"{PROCESSOR}/"
-        return sorted(name[len(prefix) :] for name in self.files if name.startswith(prefix))
+    def layout(self) -> Layout:
+        """Every tensor by name."""
+        return {name: entry.spec for name, entry in self.tensors.items()}
 
-    def tensors_in(self, shard: str) -> dict[str, TensorEntry]:
-        """The tensors a file must hold, no more and no fewer."""
-        return {name: entry for name, entry in self.tensors.items() if entry.file == shard}
+    @property
+    def shards(self) -> dict[str, Layout]:
+        """Tensor files in order, each with what it must hold, no more and no fewer."""
+        found: dict[str, Layout] = {n: {} for n in sorted(self.files) if SHARD_NAME.match(n)}
+        for name, entry in self.tensors.items():
+            found[entry.file][name] = entry.spec
+        return found
+
+    @property
+    def small(self) -> list[str]:
+        """The other files in order."""
+        return sorted(name for name in self.files if not SHARD_NAME.match(name))
 
     @property
     def content_hash(self) -> str:
         """Identifies the artifact: equal exactly when every byte is."""
-        return hashlib.sha256(canonical(self._content())).hexdigest()
+        return hashlib.sha256(canonical(self.model_dump())).hexdigest()
 
     def to_bytes(self) -> bytes:
         """The file."""
-        return canonical({"content_hash": self.content_hash, **self._content()})
-
-    def _content(self) -> dict[str, Any]:
-        return {
-            "format_version": FORMAT_VERSION,
-            "files": {
-                name: {"size": entry.size, "sha256": entry.sha256}
-                for name, entry in self.files.items()
-            },
-            "tensors": {
-                name: {
-                    "file": entry.file,
-                    "dtype": entry.spec.dtype,
-                    "shape": list(entry.spec.shape),
-                    "sha256": entry.sha256,
-                }
-                for name, entry in self.tensors.items()
-            },
-        }
+        return canonical({"content_hash": self.content_hash, **self.model_dump()})
 
 
 def shard_name(index: int, count: int) -> str:
@@ -119,14 +121,11 @@ def parse_manifest(data: bytes) -> Manifest:
     """
     try:
         content = parse_object(data)
-        _check_version(content)
-        _expect_keys(content, {"content_hash", "files", "format_version", "tensors"}, "manifest")
-        files = {name: _file(name, e) for name, e in _mapping(content["files"], "files").items()}
-        tensors = {
-            name: _tensor(name, e) for name, e in _mapping(content["tensors"], "tensors").items()
-        }
-        manifest = Manifest(files, tensors)
+        content.pop("content_hash", None)
+        manifest = Manifest.model_validate(content)
         _check_names(manifest)
+    except ValidationError as error:
+        raise DamageError(MANIFEST, _first(error)) from error
     except JsonError as error:
         raise DamageError(MANIFEST, str(error)) from error
     if manifest.to_bytes() != data:
@@ -134,64 +133,34 @@ def parse_manifest(data: bytes) -> Manifest:
     return manifest
 
 
-def _check_version(content: Mapping[str, Any]) -> None:
-    version = content.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise JsonError(f"format_version: expected {FORMAT_VERSION}, found {version!r:.80}")
+def _first(error: ValidationError) -> str:
+    """The first thing wrong: where, what, and what was found."""
+    item: Any = error.errors(include_url=False)[0]
+    where = ": ".join(ascii(part)[:200] for part in item["loc"])
+    return f"{where}: {item['msg']}, found {item['input']!r:.80}"
 
 
 def _check_names(manifest: Manifest) -> None:
     """Exactly the files of a format-1 artifact; all tensors in its tensor files."""
-    shards = manifest.shards
-    expected = {CONFIG, CARD, *(shard_name(i, len(shards)) for i in range(len(shards)))}
-    expected |= {f"{PROCESSOR}/{name}" for name in manifest.processor if PROCESSOR_NAME.match(name)}
-    if not shards:
+    names = manifest.files.keys()
+    count = sum(SHARD_NAME.match(name) is not None for name in names)
+    expected = {CONFIG, CARD, *(shard_name(i, count) for i in range(count))}
+    prefix = f"{PROCESSOR}/"
+    expected |= {
+        name
+        for name in names
+        if name.startswith(prefix) and PROCESSOR_NAME.match(name.removeprefix(prefix))
+    }
+    if not count:
         raise JsonError("files: lists no tensor file")
-    for name in sorted(expected ^ set(manifest.files)):
+    for name in sorted(expected ^ names):
         verb = "lacks" if name in expected else "has an unexpected name"
         raise JsonError(f"files: {verb} {name[:200]!r}")
     for name, entry in manifest.tensors.items():
-        if entry.file not in shards:
-            raise JsonError(f"tensors: {name[:200]!r} is in {entry.file[:200]!r}, no tensor file")
-
-
-def _file(name: str, entry: Any) -> FileEntry:
-    fields = _mapping(entry, f"files: {name[:200]!r}")
-    _expect_keys(fields, {"size", "sha256"}, f"files: {name[:200]!r}")
-    size = fields["size"]
-    if type(size) is not int or size < 0:
-        raise JsonError(f"files: {name[:200]!r}: size: expected a number of bytes")
-    return FileEntry(size, _hash(fields["sha256"], name))
-
-
-def _tensor(name: str, entry: Any) -> TensorEntry:
-    where = f"tensors: {name[:200]!r}"
-    fields = _mapping(entry, where)
-    _expect_keys(fields, {"dtype", "file", "sha256", "shape"}, where)
-    file = fields["file"]
-    if not isinstance(file, str):
-        raise JsonError(f"{where}: file: expected a name")
-    try:
-        spec = parse_spec(fields)
-    except JsonError as error:
-        raise JsonError(f"{where}: {error}") from error
-    return TensorEntry(file, spec, _hash(fields["sha256"], name))
-
-
-def _hash(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not _HASH.match(value):
-        raise JsonError(f"{name[:200]!r}: sha256: expected 64 hexadecimal digits")
-    return value
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise JsonError(f"{where}: expected an object, found {type(value).__name__}")
-    return value  # pyright: ignore[reportUnknownVariableType] - JSON keys are strings
-
-
-def _expect_keys(content: Mapping[str, Any], expected: set[str], where: str) -> None:
-    different = sorted(expected ^ set(content))
-    if different:
-        verb = "missing" if different[0] in expected else "unexpected"
-        raise JsonError(f"{where}: {verb} key {different[0][:200]!r}")
+        where = f"tensors: {name[:200]!r}"
+        if not SHARD_NAME.match(entry.file) or entry.file not in names:
+            raise JsonError(f"{where} is in {entry.file[:200]!r}, no tensor file")
+        if entry.dtype not in DTYPES:
+            raise JsonError(f"{where}: dtype: expected one of {', '.join(DTYPES)}")
+        if not fits(entry.shape):
+            raise JsonError(f"{where}: shape: too many extents or items")

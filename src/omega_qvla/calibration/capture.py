@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import NonFiniteError, PolicyError
-from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage, State, linears_of
+from omega_qvla.flow_time import FlowClock
+from omega_qvla.policies.base import QuantizationSite, Stage, State, linears_of
 from omega_qvla.policies.slots import same_tensor, version_of
 
 SAMPLE_ROWS = 1024

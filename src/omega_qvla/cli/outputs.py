@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from omega_qvla.artifact import preflight
-from omega_qvla.artifact.directory import read_description
+from omega_qvla.artifact import preflight, read_description
 from omega_qvla.claims import Claim
 from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import OmegaError, OutputError
@@ -77,7 +76,7 @@ def require_free_artifact(out: Path, overwrite: bool) -> None:
 
 def _recipe_in(artifact: Path) -> str:
     try:
-        config, _ = read_description(artifact)
+        config = read_description(artifact).config
         return f" ({config['policy']['family']}, recipe {config['recipe']['name']})"
     except (OmegaError, KeyError, TypeError):
         return ", a damaged one"

@@ -25,7 +25,6 @@ from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import calibration_of
 from omega_qvla.devices import find_gpu
 from omega_qvla.errors import RecipeError
-from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.policies.full_precision import load_policy, policy_structure, stream_policy
 from omega_qvla.policies.native import NativePolicy
@@ -34,9 +33,8 @@ from omega_qvla.quantization.pipeline import planned_sites, work_shares
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.results.memory import Inspection, Verification
 from omega_qvla.runtime.engine import QuantizedPolicy
-from omega_qvla.runtime.inspection import inspect_artifact
+from omega_qvla.runtime.inspection import inspect_artifact, site_failures
 from omega_qvla.runtime.linear import best_kernel
-from omega_qvla.runtime.loading import coverage_failures
 from omega_qvla.runtime.prediction import predict_directory
 from omega_qvla.threads import check_threads, fitting_threads, widest_linear
 
@@ -149,7 +147,7 @@ class Inspect(Common):
     directory: Positional[Path] = tyro.MISSING
 
     def run(self, screen: Screen) -> int:
-        looked = inspect_artifact(self.directory, directory_bytes=directory_bytes(self.directory))
+        looked = inspect_artifact(self.directory)
         recipe, sites = looked.config["recipe"], looked.config["sites"]
         decisions = looked.config["policy"].get("decisions", {})
         found = Inspection.model_validate(
@@ -183,7 +181,7 @@ class Verify(Common):
     def run(self, screen: Screen) -> int:
         report = verify_artifact(self.directory)
         if report.ok:
-            report = replace(report, failures=coverage_failures(self.directory))
+            report = replace(report, failures=site_failures(self.directory))
         for failure in report.failures:
             screen.say(f"FAILED {failure}")
         screen.say(f"{report.checked} checked, {len(report.failures)} failed")

@@ -17,7 +17,7 @@ from torch import nn
 
 from omega_qvla.policies.base import Observation, sites_of
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.runtime.embedding import QuantizedEmbedding
+from omega_qvla.runtime.token_embedding import QuantizedEmbedding
 
 
 @contextmanager

@@ -57,7 +57,7 @@ from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.results.rows import Comparison
 from omega_qvla.results.writing import write_json
-from omega_qvla.runtime.memory import weight_storage
+from omega_qvla.runtime.prediction import weight_storage
 from omega_qvla.threads import torch_threads
 
 RECIPES = ("rtn", "omega-paper", DEFAULT_RECIPE)

@@ -35,7 +35,8 @@ from omega_qvla.evaluation.openloop import (
     relative_error,
     sample_chunks,
 )
-from omega_qvla.policies.base import FlowClock, QuantizationSite, linears_of, sites_of
+from omega_qvla.flow_time import FlowClock
+from omega_qvla.policies.base import QuantizationSite, linears_of, sites_of
 from omega_qvla.policies.slots import LinearSlot
 
 ROWS = 64

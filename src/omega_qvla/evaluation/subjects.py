@@ -19,7 +19,7 @@ from omega_qvla.evaluation.outlier_injection import condition_name, outlier_inje
 from omega_qvla.policies.full_precision import builtin_directory, load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.pipeline import weights_fingerprint
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 
 Say = Callable[[str], None]
 """Told what is found and decided on the way, a line at a time."""

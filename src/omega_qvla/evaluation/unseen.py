@@ -43,7 +43,7 @@ from omega_qvla.quantization.site import needs_statistics
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.results.rows import Comparison, Row, UnseenRun
 from omega_qvla.results.writing import write_json
-from omega_qvla.runtime.memory import weight_storage
+from omega_qvla.runtime.prediction import weight_storage
 
 SEEN, UNSEEN = "seen tasks", "unseen tasks"
 ONE, BLACK = "one observation", "one black image"

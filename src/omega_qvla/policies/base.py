@@ -18,9 +18,8 @@ a policy sees it through three ideas defined here:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +28,7 @@ from torch import nn
 
 from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import PolicyError
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.slots import LinearSlot
 
 Observation = Mapping[str, Any]
@@ -84,28 +84,6 @@ class Stage:
     run: Callable[[State], State]
     sites: tuple[QuantizationSite, ...] = ()
     reads: tuple[str, ...] = ()
-
-
-@dataclass
-class FlowClock:
-    """The denoising step now being computed, or none outside the sampling loop.
-
-    ``with clock.step(i, t):`` is entered once per denoising step; ``i`` counts from 0 and ``t`` is
-    the flow time in [0, 1] at which the velocity is evaluated.
-    """
-
-    index: int | None = field(default=None, init=False)
-    time: float | None = field(default=None, init=False)
-
-    @contextmanager
-    def step(self, index: int, time: float) -> Iterator[None]:
-        """Mark everything computed inside the block as denoising step ``index`` at ``time``."""
-        outer = (self.index, self.time)
-        self.index, self.time = index, float(time)
-        try:
-            yield
-        finally:
-            self.index, self.time = outer
 
 
 class Policy(Protocol):
@@ -215,10 +193,3 @@ def linears_of(module: nn.Module, site: QuantizationSite) -> list[nn.Linear]:
 def sites_of(policy: Policy) -> list[QuantizationSite]:
     """All sites of a policy in execution order."""
     return [site for stage in policy.stages() for site in stage.sites]
-
-
-def euler_times(steps: int) -> list[float]:
-    """Flow times at which an Euler sampler of ``steps`` steps evaluates the velocity, 1 first."""
-    if steps < 1:
-        raise ValueError(f"number of denoising steps must be at least 1, got {steps}")
-    return [1.0 - i / steps for i in range(steps)]

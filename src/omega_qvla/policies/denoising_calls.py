@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.flow_time import FlowClock
 
 _CONTRACT = "enter `with clock.step(i, t):` once per step, i = 0 … steps - 1, t in [0, 1]"
 

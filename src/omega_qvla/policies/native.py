@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
+from omega_qvla.flow_time import FlowClock, euler_times
+from omega_qvla.policies.base import Observation, Stage, State
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
 from omega_qvla.policies.processing.observations import Encoded
 from omega_qvla.policies.processing.tokenizers import Tokenizer, load_tokenizer

@@ -14,7 +14,8 @@ from torch import nn
 
 from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.base import FlowClock, Observation, QuantizationSite, Stage, State
+from omega_qvla.flow_time import FlowClock
+from omega_qvla.policies.base import Observation, QuantizationSite, Stage, State
 from omega_qvla.policies.denoising_calls import RecordingClock, step_of, steps_by_calls
 from omega_qvla.policies.linear_matching import match_sites
 from omega_qvla.policies.slots import forget_shared

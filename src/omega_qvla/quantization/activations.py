@@ -19,10 +19,6 @@ integer q and costs Σ_q (Σx² - 2 q s Σx + q² s² n), a lookup of 2^b bounda
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -30,7 +26,6 @@ from omega_qvla.quantization.checks import require_finite
 from omega_qvla.quantization.weights import integer_range
 
 _TINY = 1e-30
-_SAME_TIME = 1e-6
 _SMALLEST_RATIO = 1e-3
 _COARSE, _FINE = 192, 64
 _CHUNK_ELEMENTS = 1 << 22
@@ -195,44 +190,3 @@ def channel_quantile_scale(samples: Tensor, quantile: float, bits: int) -> Tenso
         parts.append(torch.where(value > _TINY, value, ordered[-1]))
     scale = torch.cat(parts) / integer_range(bits)[1]
     return torch.where(scale > _TINY, scale, torch.ones_like(scale))
-
-
-def interpolate_scales(
-    times: Sequence[float] | Tensor, scales: Sequence[float] | Tensor, t: float | None
-) -> Tensor:
-    """Per-step scales at any flow time, piecewise linear, constant beyond the ends.
-
-    Args:
-        times: [T] flow times of the calibrated steps, strictly descending (1 → 1/T).
-        scales: [T], or [T, K] for one scale per channel.
-        t: flow time asked for; None (outside the denoising loop) is allowed with a single step.
-
-    Returns:
-        A scalar tensor, or [K].  Exactly ``scales[i]`` within 1e-6 of ``times[i]``, so that times
-        stored in float32 lose nothing.
-
-    Raises:
-        ValueError: lengths differ, no steps, times not strictly descending, t is NaN, or None
-            although there are several steps.
-    """
-    knots = [float(time) for time in times]
-    values = scales if isinstance(scales, Tensor) else torch.tensor(scales, dtype=torch.float32)
-    if not knots or len(knots) != values.shape[0]:
-        raise ValueError(f"got {len(knots)} step times and scales {list(values.shape)}")
-    if any(later >= earlier for earlier, later in pairwise(knots)):
-        raise ValueError(f"step times must be strictly descending, got {knots}")
-    if t is None:
-        if len(knots) > 1:
-            raise ValueError("per-step scales need the flow time: enter the clock for each step")
-        return values[0]
-    if math.isnan(t):
-        raise ValueError("the flow time is not a number")
-    for i, knot in enumerate(knots):
-        if abs(t - knot) <= _SAME_TIME:
-            return values[i]
-        if t > knot:
-            if i == 0:
-                return values[0]
-            share = (t - knot) / (knots[i - 1] - knot)
-            return torch.lerp(values[i], values[i - 1], share)
-    return values[-1]

@@ -13,11 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from omega_qvla.artifact.layout import EMBEDDING_GROUP
 from omega_qvla.errors import NonFiniteError
 from omega_qvla.quantization.weights import symmetric_scale
-
-EMBEDDING_GROUP = 64
-"""Columns per scale of 4-bit rows."""
 
 _CHUNK = 1 << 14
 """Rows at a time: the full-size table has 257 152 of 2048."""

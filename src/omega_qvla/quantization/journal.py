@@ -1,40 +1,45 @@
-"""A journal of quantized sites, so that interrupted work resumes and gives the same bytes.
+"""A journal: the artifact that a quantization has not finished yet.
 
 A directory holds ``header.json`` (what the work depends on) and one safetensors file per finished
-site.  Every file is written beside its place, flushed to disk and renamed, so a kill leaves either
-the whole site or nothing: at most the site in progress is computed again.  A header that differs
-from the present inputs is refused with the list of differences, because mixing sites of two
-recipes or two checkpoints would give an artifact nobody asked for.  The device is one of these
-inputs: two of them round sums differently, and sites of both would make an artifact that no run
-from start to end gives.  A header without one is of the CPU, which was once the only one.
+site: the tensors that the artifact will have of it, under their names there, and what
+``omega_config.json`` will say of it (``stored.py``).  Every file is written beside its place,
+flushed to disk and renamed, so a kill leaves either the whole site or nothing: at most the site in
+progress is computed again.  A header that differs from the present inputs is refused with the list
+of differences, because mixing sites of two recipes or two checkpoints would give an artifact nobody
+asked for.  The device is one of these inputs: two of them round sums differently, and sites of both
+would make an artifact that no run from start to end gives.  A header without one is of the CPU,
+which was once the only one.
 
-Whoever computes sites for a journal has claimed its directory (``claims.py``): a second
-process is refused before it computes any.  Reading needs no claim: what is there is finished.
+Whoever computes sites for a journal has claimed its directory (``claims.py``): a second process is
+refused before it computes any.  Reading needs no claim: what is there is finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from omega_qvla.artifact.layout import TensorSpec
 from omega_qvla.claims import Claim
-from omega_qvla.errors import ResourceError, ResumeError
+from omega_qvla.errors import ArtifactError, ResourceError, ResumeError
+from omega_qvla.files import write_file
 from omega_qvla.policies.base import QuantizationSite
-from omega_qvla.quantization.low_rank import LowRankBranch
 from omega_qvla.quantization.site import QuantizedSite
-from omega_qvla.quantization.transforms import BlockTransform, OutputRotation
-from omega_qvla.quantization.weights import QuantizedWeight
-from omega_qvla.recipe import ActivationScheme
+from omega_qvla.quantization.stored import (
+    SiteRecord,
+    require_layout,
+    restored_site,
+    site_tensors,
+)
+from omega_qvla.recipe import Recipe
 
 HEADER = "header.json"
 ON_CPU = "cpu"
@@ -49,6 +54,7 @@ class Journal:
     Args:
         directory: where to keep them; created if needed.
         header: everything the result depends on (recipe, weights, calibration, version).
+        recipe: that sites are quantized with.
         resume: continue what is there.
 
     Raises:
@@ -58,8 +64,10 @@ class Journal:
         ResourceError: the disk is full.
     """
 
-    def __init__(self, directory: Path, header: Mapping[str, str], *, resume: bool) -> None:
-        self.directory = directory
+    def __init__(
+        self, directory: Path, header: Mapping[str, str], recipe: Recipe, *, resume: bool
+    ) -> None:
+        self.directory, self._recipe = directory, recipe
         self._claim: Claim | None = None
         try:
             if not (resume and (directory / HEADER).exists()):
@@ -84,10 +92,6 @@ class Journal:
                 f"{self.directory} has finished sites but no {HEADER} that says what of; remove it "
                 "and start again"
             )
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ResourceError(f"cannot create {self.directory}: {error}") from error
         _write(path, json.dumps(dict(header), indent=1, sort_keys=True).encode())
 
     def __enter__(self) -> Journal:
@@ -129,14 +133,18 @@ class Journal:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                stored = file.metadata() or {}
-            if stored["sha256"] != _digest(tensors, stored["site"]):
+                said = file.metadata() or {}
+            if said["sha256"] != _digest(tensors, said["site"]):
                 raise ValueError("its bytes do not have the SHA-256 written with them")
-            metadata = json.loads(stored["site"])
-            if metadata["name"] != site.name:
-                raise ValueError(f"it holds {metadata['name']!r}, not {site.name!r}")
-            return _decode(site, tensors, metadata)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            record = SiteRecord.parse(json.loads(said["site"]))
+            if record.site != site:
+                raise ValueError(f"it holds {record.site.name!r}, not {site.name!r}")
+            found = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+            expected = record.layout(self._recipe, found)
+            require_layout(found, expected)
+            own = {name.rpartition(".")[2]: tensors[name] for name in expected}
+            return restored_site(record, self._recipe, own)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, ArtifactError) as error:
             raise ResumeError(
                 f"{path} is damaged ({error}); delete {self.directory} and start again"
             ) from error
@@ -147,8 +155,9 @@ class Journal:
         Raises:
             ResourceError: the disk is full; nothing is left half-written.
         """
-        tensors, metadata = _encode(quantized)
-        text = json.dumps(metadata)
+        text = json.dumps(SiteRecord.of(quantized, self._recipe).dump())
+        kinds = site_tensors(quantized)
+        tensors = {f"{quantized.site.name}.{kind}": tensor for kind, tensor in kinds.items()}
         content = save(tensors, metadata={"site": text, "sha256": _digest(tensors, text)})
         _write(self._path(index), content)
 
@@ -243,85 +252,7 @@ def _require_same(path: Path, header: Mapping[str, str]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ResourceError(
-            f"cannot write {path}: {error}; free some space and run again with resume"
-        ) from error
-
-
-def _encode(quantized: QuantizedSite) -> tuple[dict[str, Tensor], dict[str, object]]:
-    optional = {
-        "bias": quantized.bias,
-        "activation_scale": quantized.activation_scale,
-        "activation_times": quantized.activation_times,
-        "offset": quantized.offset,
-    }
-    tensors = {"integers": quantized.weight.integers, "scale": quantized.weight.scale}
-    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-    metadata: dict[str, object] = {
-        "name": quantized.site.name,
-        "weight_bits": quantized.weight_bits,
-        "in_features": quantized.in_features,
-        "splits": list(quantized.splits),
-        "group": quantized.weight.group,
-        "note": quantized.note,
-        "proxy_loss": quantized.proxy_loss,
-        "activations": quantized.activations.model_dump(mode="json"),
-    }
-    if quantized.transform is not None:
-        tensors["transform"] = quantized.transform.matrix
-        if quantized.transform.permutation is not None:
-            tensors["permutation"] = quantized.transform.permutation
-    if quantized.output_rotation is not None:
-        tensors["output_rotation"] = quantized.output_rotation.matrix
-    if quantized.low_rank is not None:
-        tensors["low_rank_down"] = quantized.low_rank.down
-        tensors["low_rank_up"] = quantized.low_rank.up
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
-
-
-def _decode(
-    site: QuantizationSite, tensors: dict[str, Tensor], metadata: dict[str, Any]
-) -> QuantizedSite:
-    transform = None
-    if "transform" in tensors:
-        matrix = tensors["transform"]
-        transform = BlockTransform(
-            matrix, tensors.get("permutation"), matrix.shape[-1], int(metadata["in_features"])
-        )
-    rotation = None
-    if "output_rotation" in tensors:
-        rotation = OutputRotation(tensors["output_rotation"], sum(metadata["splits"]))
-    branch = None
-    if "low_rank_down" in tensors:
-        branch = LowRankBranch(tensors["low_rank_down"], tensors["low_rank_up"])
-    return QuantizedSite(
-        site=site,
-        in_features=int(metadata["in_features"]),
-        splits=tuple(int(width) for width in metadata["splits"]),
-        weight=QuantizedWeight(
-            tensors["integers"].to(torch.int8),
-            tensors["scale"],
-            metadata["group"],
-            str(metadata["note"]) or None,
-        ),
-        weight_bits=int(metadata["weight_bits"]),
-        transform=transform,
-        bias=tensors.get("bias"),
-        activations=ActivationScheme.model_validate(metadata["activations"]),
-        activation_scale=tensors.get("activation_scale"),
-        activation_times=tensors.get("activation_times"),
-        output_rotation=rotation,
-        low_rank=branch,
-        offset=tensors.get("offset"),
-        proxy_loss=metadata["proxy_loss"],
-        note=str(metadata["note"]),
-    )
+        write_file(path, content)
+    except ResourceError as error:
+        raise ResourceError(f"{error}; free some space and run again with resume") from error

@@ -48,11 +48,6 @@ class LowRankBranch:
         return (weight.to(torch.float64) - product).to(torch.float32)
 
 
-def branch_rank(rank: int, outputs: int, inputs: int) -> int:
-    """The rank a weight [N, K] really gets: no more than it has."""
-    return min(rank, outputs, inputs)
-
-
 def low_rank_branch(weight: Tensor, transform: BlockTransform | None, rank: int) -> LowRankBranch:
     """The branch that takes the largest directions out of a weight.
 
@@ -65,7 +60,7 @@ def low_rank_branch(weight: Tensor, transform: BlockTransform | None, rank: int)
         A branch whose ``residual`` is, up to the rounding of A and B, the transformed weight
         without its r largest singular values.
     """
-    rank = branch_rank(rank, *weight.shape)
+    rank = min(rank, *weight.shape)
     folded = weight if transform is None else transform.fold(weight)
     u, s, v = torch.linalg.svd(folded.to(torch.float64), full_matrices=False)
     signs = torch.where(u.gather(0, u.abs().argmax(dim=0, keepdim=True)) < 0, -1.0, 1.0)

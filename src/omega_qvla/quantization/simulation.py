@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from omega_qvla.policies.base import FlowClock, Policy
+from omega_qvla.flow_time import FlowClock, place
+from omega_qvla.policies.base import Policy
 from omega_qvla.policies.slots import fill_slots
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.quantization.activations import (
-    interpolate_scales,
     per_token_scale,
     round_activations,
 )
@@ -107,7 +107,10 @@ class SimulatedLinear(nn.Module):
     def _now(self, table: Tensor) -> Tensor:
         """What a table over the steps holds at this flow time."""
         assert self._times is not None
-        return interpolate_scales(self._times, table, self._clock.time)
+        time = self._clock.time
+        if time is None and len(self._times) > 1:
+            raise ValueError("per-step scales need the flow time: enter the clock for each step")
+        return place(self._times, 1.0 if time is None else time).of(table)
 
     def _bias_now(self) -> Tensor | None:
         if self._bias is None or self._offset is None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from omega_qvla.calibration.capture import SiteStatistics
 from omega_qvla.errors import NonFiniteError, PolicyError
+from omega_qvla.flow_time import SAME_TIME
 from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.quantization.activations import (
     channel_quantile_scale,
@@ -49,9 +50,6 @@ from omega_qvla.quantization.weights import (
     round_to_nearest,
 )
 from omega_qvla.recipe import ActivationScheme, Scheme, WeightScheme
-
-_SAME_TIME = 1e-6
-"""Flow times closer than this are one time."""
 
 _ROWS = 512
 """Sampled inputs that a transform looks at."""
@@ -306,7 +304,7 @@ def _steps_and_times(statistics: SiteStatistics) -> tuple[list[int], Tensor]:
     """
     steps = sorted(statistics.steps, key=lambda step: statistics.times[step], reverse=True)
     for earlier, later in pairwise(steps):
-        if statistics.times[earlier] - statistics.times[later] <= _SAME_TIME:
+        if statistics.times[earlier] - statistics.times[later] <= SAME_TIME:
             raise PolicyError(
                 f"denoising steps {earlier} and {later} have the same flow time "
                 f"{statistics.times[later]} at {statistics.site.name!r}; what is calibrated per "

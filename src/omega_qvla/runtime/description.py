@@ -2,70 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from omega_qvla.policies.base import Policy, QuantizationSite
-from omega_qvla.quantization.pipeline import Quantization, planned_sites
-from omega_qvla.quantization.site import QuantizedSite
+from omega_qvla.artifact.layout import Layout, embedding_layout
+from omega_qvla.errors import ArtifactError
+from omega_qvla.policies.base import (
+    PAPER_SCOPE,
+    Policy,
+    QuantizationSite,
+    linears_of,
+    sites_of,
+)
+from omega_qvla.quantization.pipeline import Quantization
+from omega_qvla.quantization.stored import SiteRecord, require_layout
 from omega_qvla.recipe import Recipe
-from omega_qvla.runtime.memory import kept_linears, reference_parameters
-
-
-@dataclass(frozen=True)
-class SiteRecord:
-    """What ``omega_config.json`` says about one quantized site."""
-
-    site: QuantizationSite
-    in_features: int
-    splits: tuple[int, ...]
-    activation_bits: int
-    activation_scale: str
-    activation_clip: float | None
-    group: int | None
-    proxy_loss: float | None
-    note: str
-
-    def dump(self) -> dict[str, Any]:
-        return {
-            "name": self.site.name,
-            "linears": list(self.site.linears),
-            "component": self.site.component,
-            "per_step": self.site.per_step,
-            "in_features": self.in_features,
-            "splits": list(self.splits),
-            "activation_bits": self.activation_bits,
-            "activation_scale": self.activation_scale,
-            **({} if self.activation_clip is None else {"activation_clip": self.activation_clip}),
-            "group": self.group,
-            "proxy_loss": self.proxy_loss,
-            "note": self.note,
-        }
-
-    @classmethod
-    def parse(cls, content: Mapping[str, Any]) -> SiteRecord:
-        site = QuantizationSite(
-            str(content["name"]),
-            tuple(str(name) for name in content["linears"]),
-            content["component"],
-            bool(content["per_step"]),
-        )
-        group = content["group"]
-        return cls(
-            site=site,
-            in_features=int(content["in_features"]),
-            splits=tuple(int(width) for width in content["splits"]),
-            activation_bits=int(content["activation_bits"]),
-            activation_scale=str(content["activation_scale"]),
-            activation_clip=content.get("activation_clip"),
-            group=None if group is None else int(group),
-            proxy_loss=content["proxy_loss"],
-            note=str(content["note"]),
-        )
+from omega_qvla.runtime.memory import DEAD, STEP_TABLE, TABULATED
 
 
 def describe(policy: Policy, quantization: Quantization) -> dict[str, Any]:
@@ -86,21 +40,9 @@ def describe(policy: Policy, quantization: Quantization) -> dict[str, Any]:
             "observations": quantization.observations,
             **({"warnings": [*quantization.warnings]} if quantization.warnings else {}),
         },
-        "sites": [
-            SiteRecord(
-                site=site.site,
-                in_features=site.in_features,
-                splits=site.splits,
-                activation_bits=site.activations.bits,
-                activation_scale=site.activations.scale,
-                activation_clip=_searched_clip(recipe, site),
-                group=site.weight.group,
-                proxy_loss=_measured(site.proxy_loss),
-                note=site.note,
-            ).dump()
-            for site in quantization.sites
-        ],
-        "kept": kept_linears(policy, recipe),
+        "sites": [SiteRecord.of(site, recipe).dump() for site in quantization.sites],
+        "kept": kept_linears(sites_of(policy), recipe),
+        "components": _components(policy, quantization),
         "embedding": None
         if quantization.embedding is None
         else {"path": quantization.embedding.path, "bits": quantization.embedding.bits},
@@ -109,13 +51,98 @@ def describe(policy: Policy, quantization: Quantization) -> dict[str, Any]:
     }
 
 
-def coverage_faults(policy: Policy, config: Mapping[str, Any]) -> list[str]:
+def _components(policy: Policy, quantization: Quantization) -> dict[str, list[str]]:
+    """The names of all tensors that stay what they are, by the part of the policy they are of."""
+    covered = {name for site in quantization.sites for name in site.site.linears}
+    found: dict[str, list[str]] = {}
+    for name in policy.module.state_dict():
+        component = policy.component_of(name)
+        tabulated = quantization.step_table is not None and component == TABULATED
+        if name.rpartition(".")[0] not in covered and not tabulated:
+            found.setdefault(component, []).append(name)
+    return found
+
+
+def reference_parameters(policy: Policy) -> dict[str, dict[str, int]]:
+    """Parameters of the checkpoint by component: all of them, and the paper's linears alone."""
+    counts: Counter[str] = Counter()
+    for name, parameter in policy.module.named_parameters():
+        counts[policy.component_of(name)] += parameter.numel()
+    if policy.dropped_parameters:
+        counts[DEAD] = policy.dropped_parameters
+    narrow = dict.fromkeys(PAPER_SCOPE, 0)
+    for site in sites_of(policy):
+        if site.component in narrow:
+            linears = linears_of(policy.module, site)
+            narrow[site.component] += sum(linear.weight.numel() for linear in linears)
+    return {
+        "all": dict(counts),
+        "paper_scope": {part: narrow[part] for part in PAPER_SCOPE if narrow[part]},
+    }
+
+
+def kept_linears(sites: Iterable[QuantizationSite], recipe: Recipe) -> list[str]:
+    """Linears in 16 bits although their component is quantized (a selective layout)."""
+    return [
+        name
+        for site in sites
+        if recipe.scheme(site.component) is not None and recipe.scheme_of(site) is None
+        for name in site.linears
+    ]
+
+
+def require_tensors(policy: Policy | None, config: Mapping[str, Any], stored: Layout) -> None:
+    """Hold the tensors of sites and embedding against what recipe and policy imply.
+
+    Args:
+        policy: the structure; its tensors do not matter.  None for a module of the user's own that
+            is not at hand: whether its linears have biases is then taken from what is stored.
+        config: the content of ``omega_config.json``.
+        stored: every tensor of the artifact.
+
+    Raises:
+        ArtifactError: one is missing, additional, misshaped or mistyped; names it.
+    """
+    recipe = Recipe.model_validate(config["recipe"])
+    expected: Layout = {}
+    owners: set[str] = set()
+    for item in config["sites"]:
+        record, biased = SiteRecord.parse(item), None
+        if policy is not None:
+            linears = linears_of(policy.module, record.site)
+            widths = sorted({linear.in_features for linear in linears})
+            splits = tuple(linear.out_features for linear in linears)
+            if widths != [record.in_features] or splits != record.splits:
+                raise ArtifactError(
+                    f"site {record.site.name!r}: the policy has {splits} outputs of {widths} "
+                    f"inputs, omega_config.json has {record.splits} of {record.in_features}"
+                )
+            biased = any(linear.bias is not None for linear in linears)
+        expected |= record.layout(recipe, stored, biased=biased)
+        owners |= {record.site.name, *record.site.linears}
+    if config["embedding"] is not None and policy is not None:
+        path = str(config["embedding"]["path"])
+        rows, width = policy.module.get_parameter(f"{path}.weight").shape
+        kinds = embedding_layout(config["embedding"]["bits"], rows, width)
+        expected |= {f"{path}.{kind}": spec for kind, spec in kinds.items()}
+        owners.add(path)
+    require_layout(stored, expected)
+    if config["adaptive_norm"] == "table":
+        for name in (f"{STEP_TABLE}.times", f"{STEP_TABLE}.values"):
+            if name not in stored:
+                raise ArtifactError(f"tensor {name} is missing")
+    for name in stored:
+        if name.rpartition(".")[0] in owners and name not in expected:
+            raise ArtifactError(f"tensor {name} is not one that its site has")
+
+
+def coverage_faults(sites: Sequence[QuantizationSite], config: Mapping[str, Any]) -> list[str]:
     """Where the sites of ``omega_config.json`` are not what its recipe quantizes of this policy.
 
     Linears are compared, since how they are grouped into sites may differ.
 
     Args:
-        policy: the structure; its tensors do not matter.
+        sites: of the policy.
         config: the content of the file.
 
     Returns:
@@ -123,7 +150,8 @@ def coverage_faults(policy: Policy, config: Mapping[str, Any]) -> list[str]:
         exactly one site, no other is in any, and the linears left in 16 bits are those listed.
     """
     recipe = Recipe.model_validate(config["recipe"])
-    planned = {name for site in planned_sites(policy, recipe) for name in site.linears}
+    covered = [site for site in sites if recipe.scheme_of(site) is not None]
+    planned = {name for site in covered for name in site.linears}
     counts = Counter(
         name for item in config["sites"] for name in SiteRecord.parse(item).site.linears
     )
@@ -132,7 +160,7 @@ def coverage_faults(policy: Policy, config: Mapping[str, Any]) -> list[str]:
         "linears of sites are not among those the recipe quantizes here": {*counts} - planned,
         "linears are in two sites": {name for name, count in counts.items() if count > 1},
         "linears differ from those that the recipe leaves in 16 bits": {
-            *kept_linears(policy, recipe)
+            *kept_linears(sites, recipe)
         }
         ^ {str(name) for name in config["kept"]},
     }
@@ -141,14 +169,3 @@ def coverage_faults(policy: Policy, config: Mapping[str, Any]) -> list[str]:
         for what, names in differences.items()
         if names
     ]
-
-
-def _measured(loss: float | None) -> float | None:
-    """A loss relative to an output that is always zero is none, and no JSON could hold it."""
-    return loss if loss is not None and math.isfinite(loss) else None
-
-
-def _searched_clip(recipe: Recipe, site: QuantizedSite) -> float | None:
-    scheme = recipe.scheme_of(site.site)
-    assert scheme is not None
-    return site.activations.share if scheme.activations.clip == "search" else None

@@ -9,20 +9,20 @@ exist as integers gives: it can be run and compared, never saved.  Artifacts com
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from omega_qvla.artifact.directory import write_artifact
-from omega_qvla.artifact.memory import MemorySummary
+from omega_qvla.artifact.layout import Layout, TensorSpec
 from omega_qvla.checkpoints.weight_store import materialize
 from omega_qvla.claims import Claim
 from omega_qvla.errors import NotRealizableError, PolicyError
-from omega_qvla.policies.base import Observation, Policy
+from omega_qvla.policies.base import Observation, Policy, sites_of
 from omega_qvla.policies.layers.elementwise import use_elementwise
 from omega_qvla.policies.layers.step_table import HasStepTable
 from omega_qvla.policies.slots import PATH_IN_SLOT, storable
@@ -30,17 +30,18 @@ from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.quantization.attention import scale_attention
 from omega_qvla.quantization.pipeline import Quantization, simulate
 from omega_qvla.quantization.simulation import SimulatedLinear, install, install_site
+from omega_qvla.quantization.stored import SiteRecord
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.card import model_card
-from omega_qvla.runtime.description import SiteRecord, coverage_faults, describe
-from omega_qvla.runtime.embedding import QuantizedEmbedding
+from omega_qvla.runtime.description import coverage_faults, describe
 from omega_qvla.runtime.foreign import align
 from omega_qvla.runtime.fused import CpuElementwise
 from omega_qvla.runtime.linear import REFERENCE, QuantizedLinear, best_kernel
-from omega_qvla.runtime.memory import memory_report, narrowed
+from omega_qvla.runtime.memory import STEP_TABLE, MemorySummary, memory_report
+from omega_qvla.runtime.prediction import narrowed
+from omega_qvla.runtime.token_embedding import QuantizedEmbedding
 
-STEP_TABLE = "step_table"
-"""Before the names of the tensors that stand for the adaptive norms."""
+T = TypeVar("T")
 
 
 class QuantizedPolicy:
@@ -108,27 +109,39 @@ class QuantizedPolicy:
 
         float32 tensors whose values are all exact in bfloat16, or else in float16, are stored so.
         """
+        return self._collect(QuantizedLinear.stored, lambda tensor: tensor.detach().contiguous())
+
+    def layout(self) -> Layout:
+        """What ``tensors`` gives, without unpacking a weight."""
+        return self._collect(
+            QuantizedLinear.layout, lambda tensor: TensorSpec(tensor.dtype, tuple(tensor.shape))
+        )
+
+    def _collect(
+        self,
+        of_linear: Callable[[QuantizedLinear], Mapping[str, T]],
+        of_tensor: Callable[[Tensor], T],
+    ) -> dict[str, T]:
         names = {path: record.site.name for record in self.sites for path in record.site.linears}
         integers = set(names)
-        stored: dict[str, Tensor] = {}
+        found: dict[str, T] = {}
         for path, module in self.policy.module.named_modules():
             if isinstance(module, QuantizedEmbedding):
-                stored |= {f"{path}.{kind}": tensor for kind, tensor in module.named_buffers()}
+                rows = module.named_buffers()
+                found |= {f"{path}.{kind}": of_tensor(tensor) for kind, tensor in rows}
                 integers.add(path)
             if isinstance(module, QuantizedLinear):
                 site = names[path.removesuffix(PATH_IN_SLOT)]
-                for kind, tensor in module.stored().items():
-                    stored[f"{site}.{kind}"] = tensor
-                shape = [module.out_features, module.in_features]
-                stored[f"{site}.weight_shape"] = torch.tensor(shape)
+                kinds = of_linear(module)
+                found |= {f"{site}.{kind}": value for kind, value in kinds.items()}
         for name, tensor in self.policy.module.state_dict().items():
             if name.rpartition(".")[0] not in integers:
-                stored[name] = narrowed(storable(tensor))
+                found[name] = of_tensor(narrowed(storable(tensor)))
         table = self.policy.step_table if isinstance(self.policy, HasStepTable) else None
         if table is not None:
-            stored[f"{STEP_TABLE}.times"] = table.times
-            stored[f"{STEP_TABLE}.values"] = table.values
-        return {name: tensor.detach().contiguous() for name, tensor in stored.items()}
+            found[f"{STEP_TABLE}.times"] = of_tensor(table.times)
+            found[f"{STEP_TABLE}.values"] = of_tensor(table.values)
+        return found
 
     def memory_report(self, *, directory_bytes: int | None = None) -> MemorySummary:
         """Bytes per component of the whole checkpoint, and the paper's narrower count.
@@ -136,16 +149,11 @@ class QuantizedPolicy:
         Keys as in ``inspect --json`` (docs/json.md).  ``directory_bytes``, the size of the saved
         directory, adds a row for everything that is not tensors.
         """
-        return memory_report(
-            self.config,
-            self.tensors(),
-            self.policy.component_of,
-            directory_bytes=directory_bytes,
-        )
+        return memory_report(self.config, self.layout(), directory_bytes=directory_bytes)
 
     def resident_bytes(self) -> int:
         """Bytes of all tensors held in memory."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+        return sum(spec.nbytes for spec in self.layout().values())
 
     @property
     def kernel(self) -> str:
@@ -197,7 +205,7 @@ def build(policy: Policy, quantization: Quantization) -> QuantizedPolicy | Simul
     if not quantization.recipe.realizable:
         return SimulatedPolicy(policy, quantization)
     config = describe(policy, quantization)
-    faults = coverage_faults(policy, config)
+    faults = coverage_faults(sites_of(policy), config)
     target = policy.clone()
     installed = 0
     for site in quantization.sites:

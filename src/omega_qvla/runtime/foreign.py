@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import ArtifactError, PolicyError
 from omega_qvla.policies.torch_module import TorchPolicy
-from omega_qvla.runtime.description import SiteRecord
+from omega_qvla.quantization.stored import SiteRecord
 
 _ALIGNMENT = 64
 """Bytes; PyTorch's own allocations on the CPU begin at multiples of it."""

@@ -12,18 +12,21 @@ given up, to be made again from it when the module is saved.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.artifact.packing import pack_int4
+from omega_qvla.artifact.layout import Layout, TensorSpec
+from omega_qvla.artifact.packing import packed_width
 from omega_qvla.devices import Gpu
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.base import FlowClock
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.layers.elementwise import Gate
 from omega_qvla.quantization.site import QuantizedSite
-from omega_qvla.recipe import DEFAULT_RECIPE
+from omega_qvla.quantization.stored import site_tensors
+from omega_qvla.recipe import DEFAULT_RECIPE, ActivationScheme
 from omega_qvla.runtime.kernels import cpu, reference, triton
 from omega_qvla.runtime.kernels.triton_layout import spread_offset
 from omega_qvla.runtime.kernels.triton_tuning import Tuner
@@ -31,6 +34,17 @@ from omega_qvla.runtime.schedule import Schedule, StepValues
 from omega_qvla.threads import check_threads, usable_threads
 
 REFERENCE = "reference"
+_OPTIONAL = (
+    "transform",
+    "permutation",
+    "low_rank_down",
+    "low_rank_up",
+    "activation_scale",
+    "activation_offset",
+    "activation_step_times",
+    "bias",
+)
+"""Tensors that only some sites have."""
 
 
 def best_kernel() -> str:
@@ -131,28 +145,51 @@ class QuantizedLinear(nn.Module):
         self._schedule = Schedule(activation_step_times, self._step_table())
 
     @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        activations: ActivationScheme,
+        group: int | None,
+        splits: tuple[int, ...],
+        clock: FlowClock,
+        kernel: str | None = None,
+        threads: int | None = None,
+        gpu: GpuRun | None = None,
+    ) -> QuantizedLinear:
+        """The layer of a site as it is stored.
+
+        Args:
+            tensors: of the site, by kind (``artifact/layout.py``).
+            activations: of the site's scheme, with what calibration chose.
+            group, splits, clock, kernel, threads, gpu: as for the class.
+        """
+        return cls(
+            **{kind: tensors.get(kind) for kind in _OPTIONAL},
+            weight_packed=tensors["weight_packed"],
+            weight_scale=tensors["weight_scale"],
+            in_features=int(tensors["weight_shape"][1]),
+            splits=splits,
+            activation_bits=activations.bits,
+            activation_clip=activations.share,
+            group=group,
+            clock=clock,
+            kernel=kernel,
+            threads=threads,
+            gpu=gpu,
+        )
+
+    @classmethod
     def from_site(
         cls, quantized: QuantizedSite, clock: FlowClock, kernel: str | None = None
     ) -> QuantizedLinear:
         """Pack a freshly quantized, realizable site."""
-        integers, branch = quantized.weight.integers, quantized.low_rank
-        return cls(
-            weight_packed=pack_int4(integers) if quantized.weight_bits == 4 else integers,
-            weight_scale=quantized.weight.scale.contiguous(),
-            in_features=quantized.in_features,
-            splits=quantized.splits,
-            activation_bits=quantized.activations.bits,
-            transform=_stored_transform(quantized),
-            permutation=_stored_permutation(quantized),
-            activation_scale=quantized.activation_scale,
-            activation_step_times=quantized.activation_times,
-            bias=quantized.bias,
+        return cls.from_tensors(
+            site_tensors(quantized),
+            activations=quantized.activations,
             group=quantized.weight.group,
+            splits=quantized.splits,
             clock=clock,
-            low_rank_down=None if branch is None else branch.down.to(torch.bfloat16),
-            low_rank_up=None if branch is None else branch.up.to(torch.bfloat16),
-            activation_clip=quantized.activations.share,
-            activation_offset=_stored_offset(quantized),
             kernel=kernel,
         )
 
@@ -277,7 +314,17 @@ class QuantizedLinear(nn.Module):
         tensors = dict(self.named_buffers())
         if self._packed is not None:
             tensors["weight_packed"] = self._packed.words()
+        tensors["weight_shape"] = torch.tensor([self.out_features, self.in_features])
         return tensors
+
+    def layout(self) -> Layout:
+        """What ``stored`` gives, without unpacking anything."""
+        kinds = {kind: TensorSpec(t.dtype, tuple(t.shape)) for kind, t in self.named_buffers()}
+        if self._packed is not None:
+            words = packed_width(self._padded_width())
+            kinds["weight_packed"] = TensorSpec(torch.int32, (self.out_features, words))
+        kinds["weight_shape"] = TensorSpec(torch.int64, (2,))
+        return kinds
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N].
@@ -425,21 +472,3 @@ class GpuRun:
 
     gpu: Gpu
     tuner: Tuner | None = None
-
-
-def _stored_transform(quantized: QuantizedSite) -> Tensor | None:
-    """Transforms are rounded to bfloat16 when they are made, so storing them as such is exact."""
-    if quantized.transform is None:
-        return None
-    return quantized.transform.matrix.to(torch.bfloat16)
-
-
-def _stored_offset(quantized: QuantizedSite) -> Tensor | None:
-    """Offsets, like transforms, are bfloat16 from the start."""
-    return None if quantized.offset is None else quantized.offset.to(torch.bfloat16)
-
-
-def _stored_permutation(quantized: QuantizedSite) -> Tensor | None:
-    if quantized.transform is None or quantized.transform.permutation is None:
-        return None
-    return quantized.transform.permutation.to(torch.int32)

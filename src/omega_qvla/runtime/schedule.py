@@ -11,17 +11,14 @@ to be computed or sent per call.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.flow_time import place
 
-_SAME_TIME = 1e-6
-"""Flow times closer than this are one time."""
 _REMEMBERED = 256
 """Distinct flow times whose values are kept; a sampler visits ten."""
 _REMEMBERED_BYTES = 4 << 20
@@ -66,9 +63,9 @@ class Schedule:
 
     def __init__(self, times: Tensor | None, table: StepValues = _NOTHING) -> None:
         self._table = table
-        self._times: list[tuple[float, int]] = []
+        self._times: list[float] = []
         if times is not None and table.tensors():
-            self._times = sorted((float(t), row) for row, t in enumerate(times.tolist()))
+            self._times = times.tolist()
         self._known: dict[float | None, StepValues] = {}
         size = sum(tensor[0].nbytes for tensor in table.tensors())
         self._most = min(_REMEMBERED, max(16, _REMEMBERED_BYTES // max(size, 1)))
@@ -97,30 +94,9 @@ class Schedule:
         return [values for values in (self._table.offset, self._table.bias) if values is not None]
 
     def _interpolate(self, time: float | None) -> StepValues:
-        points = self._times
-        if len(points) == 1:
-            return self._row(points[0][1])
-        if time is None:
+        if time is None and len(self._times) > 1:
             raise PolicyError(
                 "a linear whose activations are rounded per denoising step ran outside any; enter "
                 "`with clock.step(i, t):` around each step, or give step_module"
             )
-        upper = bisect_left(points, (time, -1))
-        if upper == 0:
-            return self._row(points[0][1])
-        if upper == len(points):
-            return self._row(points[-1][1])
-        (t0, row0), (t1, row1) = points[upper - 1], points[upper]
-        if time - t0 <= _SAME_TIME:  # stored in float32, a time may come out a little lower
-            return self._row(row0)
-        if t1 - time <= _SAME_TIME:
-            return self._row(row1)
-
-        def between(values: Tensor) -> Tensor:
-            low, high = values[row0].to(torch.float64), values[row1].to(torch.float64)
-            return (low + (high - low) * (time - t0) / (t1 - t0)).to(values.dtype)
-
-        return self._table.map(between)
-
-    def _row(self, row: int) -> StepValues:
-        return self._table.map(lambda values: values[row])
+        return self._table.map(place(self._times, 1.0 if time is None else time).of)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.layers.attention import KeyValue, PreallocatedKVCache, attend, split_heads
 from omega_qvla.policies.layers.elementwise import TORCH
 from omega_qvla.policies.layers.gemma import GemmaConfig

@@ -37,7 +37,7 @@ from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
 from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 
 Load = Callable[[], NativePolicy]
 

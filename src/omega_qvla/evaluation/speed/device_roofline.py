@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from omega_qvla.artifact.directory import read_artifact
+from omega_qvla.artifact import read_description
+from omega_qvla.artifact.layout import Layout, TensorSpec
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.chunk_reads import chunk_reads, counted_calls, weight_reads
@@ -39,7 +40,7 @@ from omega_qvla.policies.full_precision import policy_skeleton, policy_structure
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
-from omega_qvla.runtime.memory import site_bytes
+from omega_qvla.runtime.prediction import site_bytes
 
 PARTS: tuple[str, ...] = ("vision", "prefix", "denoise")
 _BF16_BYTES = 2
@@ -207,7 +208,7 @@ def predicted(policy: NativePolicy, recipe: Recipe) -> Stored:
     return Stored("w4a4", rest | {site.linears[0]: sizes[site.name] for site in sites}, quantized)
 
 
-def _in_artifact(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stored:
+def _in_artifact(config: Mapping[str, Any], tensors: Layout) -> Stored:
     sites = {str(site["name"]): [str(path) for path in site["linears"]] for site in config["sites"]}
     held: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -217,10 +218,10 @@ def _in_artifact(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> St
     return Stored("w4a4", held, frozenset(path for paths in sites.values() for path in paths))
 
 
-def _rows_of_steps(name: str, tensor: Tensor) -> int:
+def _rows_of_steps(name: str, tensor: TensorSpec) -> int:
     """How many denoising steps a tensor has values for; 1 where they are the same in all."""
     kind = name.rpartition(".")[2]
-    per_step = kind.startswith("activation_") or (kind == "bias" and tensor.ndim == 2)
+    per_step = kind.startswith("activation_") or (kind == "bias" and len(tensor.shape) == 2)
     return tensor.shape[0] if per_step else 1
 
 
@@ -231,7 +232,7 @@ def artifact_structure(directory: Path) -> tuple[NativePolicy, Stored]:
         ArtifactError: it cannot be read.
         PolicyError: it was made from a module of the user's own.
     """
-    artifact = read_artifact(directory, verify=False)
+    artifact = read_description(directory)
     family = str(artifact.config["policy"]["family"])
     if family == TorchPolicy.family:
         raise PolicyError(
@@ -239,7 +240,7 @@ def artifact_structure(directory: Path) -> tuple[NativePolicy, Stored]:
             "policies of this project"
         )
     policy = policy_skeleton(family, artifact.config["policy"]["config"], artifact.processor)
-    return policy, _in_artifact(artifact.config, artifact.tensors)
+    return policy, _in_artifact(artifact.config, artifact.manifest.layout)
 
 
 def bytes_read(

@@ -29,7 +29,7 @@ from omega_qvla.evaluation.chunk_reads import chunk_reads
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime.engine import kernels_of
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 from omega_qvla.threads import check_threads
 
 PARTS = ("vision_ms", "prefix_ms", "denoise_ms", "total_ms")

@@ -37,7 +37,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.gr00t_n15.config import EMBODIMENTS, Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.layers import (
     ActionEncoder,

@@ -14,14 +14,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from omega_qvla.policies.base import (
-    Component,
-    FlowClock,
-    QuantizationSite,
-    Stage,
-    State,
-    euler_times,
-)
+from omega_qvla.flow_time import FlowClock, euler_times
+from omega_qvla.policies.base import Component, QuantizationSite, Stage, State
 from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module, Observed
 
 EAGLE = "backbone.eagle_model"

@@ -15,10 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from omega_qvla.policies.base import euler_times
-
-_SAME_TIME = 1e-6
-"""Flow times closer than this are one time."""
+from omega_qvla.flow_time import euler_times, place
 
 
 @runtime_checkable
@@ -61,14 +58,5 @@ class StepTable:
 
     def at(self, times: Tensor) -> Tensor:
         """Modulation [T, norms, parts, D] at flow times [T]; ends are held constant."""
-        ascending, rows = self.times.flip(0).contiguous(), self.values.flip(0)
-        wanted = times.to(torch.float64).contiguous()
-        upper = torch.searchsorted(ascending, wanted).clamp(max=len(ascending) - 1)
-        lower = (upper - 1).clamp(min=0)
-        span = (ascending[upper] - ascending[lower]).clamp(min=_SAME_TIME)
-        weight = ((wanted - ascending[lower]) / span).clamp(0.0, 1.0)
-        # A time that went through float32 still means the tabulated one: snap to it.
-        weight = torch.where((weight * span) < _SAME_TIME, 0.0, weight)
-        weight = torch.where(((1.0 - weight) * span) < _SAME_TIME, 1.0, weight)
-        mix = weight.to(rows.dtype).view(-1, 1, 1, 1)
-        return torch.lerp(rows[lower], rows[upper], mix)
+        known = self.times.tolist()
+        return torch.stack([place(known, time).of(self.values) for time in times.tolist()])

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.layers.attention import (
     KeyValue,
     PreallocatedKVCache,

@@ -11,14 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from omega_qvla.policies.base import (
-    Component,
-    FlowClock,
-    QuantizationSite,
-    Stage,
-    State,
-    euler_times,
-)
+from omega_qvla.flow_time import FlowClock, euler_times
+from omega_qvla.policies.base import Component, QuantizationSite, Stage, State
 from omega_qvla.policies.pi05.network import Pi05Module
 
 EXPERT_LAYERS = "paligemma_with_expert.gemma_expert.model.layers"

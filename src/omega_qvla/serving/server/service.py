@@ -16,7 +16,7 @@ from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.full_precision import load_policy
-from omega_qvla.runtime.loading import load
+from omega_qvla.runtime.load import load
 from omega_qvla.serving.server.access import read_token, require_token, tls_context
 from omega_qvla.serving.server.policy_engine import PolicyEngine
 from omega_qvla.serving.server.protocol_server import Front

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omega_qvla.artifact import ComponentMemory, summarise
+from omega_qvla.runtime.memory import ComponentMemory, summarise
 
 
 def test_rows_merge_by_name_and_the_paper_counts_only_its_linears() -> None:

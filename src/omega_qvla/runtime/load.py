@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.artifact.directory import Artifact, read_artifact, read_description
-from omega_qvla.artifact.manifest import CONFIG
+from omega_qvla.artifact import Artifact, read_artifact
 from omega_qvla.devices import check_memory
-from omega_qvla.errors import ArtifactError, OmegaError, PolicyError, ResourceError
-from omega_qvla.files import Failure
-from omega_qvla.policies.base import Policy
+from omega_qvla.errors import ArtifactError, PolicyError, ResourceError
+from omega_qvla.policies.base import Policy, sites_of
 from omega_qvla.policies.full_precision import policy_skeleton
 from omega_qvla.policies.layers.elementwise import use_elementwise
 from omega_qvla.policies.layers.step_table import StepTable
@@ -22,25 +21,34 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.slots import storable
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.quantization.simulation import install, install_site
+from omega_qvla.quantization.stored import SiteRecord, require_values
 from omega_qvla.recipe import Recipe
-from omega_qvla.runtime.description import SiteRecord, coverage_faults
-from omega_qvla.runtime.embedding import QuantizedEmbedding, embedding_layout
-from omega_qvla.runtime.engine import (
-    STEP_TABLE,
-    QuantizedPolicy,
-    require_table,
-    use_cpu_elementwise,
-)
+from omega_qvla.runtime.description import coverage_faults, require_tensors
+from omega_qvla.runtime.engine import QuantizedPolicy, require_table, use_cpu_elementwise
 from omega_qvla.runtime.foreign import fitted, laid_out
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.graph import use_graphs
 from omega_qvla.runtime.kernels import triton_gpu
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear, best_kernel
-from omega_qvla.runtime.site_loading import Run, load_site, require
+from omega_qvla.runtime.memory import STEP_TABLE
+from omega_qvla.runtime.token_embedding import QuantizedEmbedding
 
 GPU_WORKSPACE = 1 << 30
 """Bytes a policy on a GPU is assumed to need beside its tensors: activations, keys and values, the
 programs.  Not measured."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How the linears of a policy multiply."""
+
+    kernel: str | None
+    threads: int | None
+    gpu: GpuRun | None
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.gpu is None else self.gpu.gpu.device
 
 
 def load(
@@ -89,7 +97,7 @@ def load(
         _require_native(artifact.config, device)
         check_memory(gpu.gpu, _gpu_bytes(artifact), f"{directory} with its workspace")
     try:
-        loaded = _rebuild(artifact, policy, Run(kernel, threads, gpu))
+        loaded = _rebuild(artifact, policy, _Run(kernel, threads, gpu))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"{directory}: omega_config.json does not fit the tensors: "
@@ -102,26 +110,6 @@ def load(
         if graph and isinstance(loaded.policy, NativePolicy):
             use_graphs(loaded.policy)
     return loaded
-
-
-def coverage_failures(directory: str | Path) -> list[Failure]:
-    """Whether an artifact's sites are what its recipe quantizes of its policy; reads no tensors.
-
-    A module of the user's own is not in its artifact: ``load`` compares it when it is given one.
-
-    Raises:
-        NotAnArtifactError, ArtifactError: its description cannot be read.
-    """
-    config, processor = read_description(directory)
-    try:
-        if config["policy"]["family"] == "torch":
-            return []
-        given = config["policy"]
-        structure = policy_skeleton(str(given["family"]), given["config"], processor)
-        faults = coverage_faults(structure, config)
-    except (KeyError, TypeError, ValueError, AttributeError, OmegaError) as error:
-        faults = [f"does not describe a policy: {type(error).__name__}: {error}"]
-    return [Failure(CONFIG, None, fault) for fault in faults]
 
 
 def _gpu_run(device: str, tuning: str | Path | None) -> GpuRun:
@@ -151,35 +139,47 @@ def _gpu_bytes(artifact: Artifact) -> int:
     )
 
 
-def _rebuild(artifact: Artifact, policy: Policy | None, run: Run) -> QuantizedPolicy:
+def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedPolicy:
     config = artifact.config
     family = str(config["policy"]["family"])
     target = _structure(family, config, artifact, policy)
-    faults = coverage_faults(target, config)
+    faults = coverage_faults(sites_of(target), config)
     if faults:
         raise ArtifactError(f"{artifact.root}: omega_config.json: {'; '.join(faults)}")
+    require_tensors(target, config, artifact.manifest.layout)
+    recipe = Recipe.model_validate(config["recipe"])
+    records = [SiteRecord.parse(item) for item in config["sites"]]
+    embedding = None if config["embedding"] is None else str(config["embedding"]["path"])
     # The artifact gives its tensors away: one that has been repacked must not stay mapped.
     remaining = {name: tensor.to(run.device) for name, tensor in artifact.tensors.items()}
     artifact.tensors.clear()
+    parts: dict[str, dict[str, Tensor]] = {record.site.name: {} for record in records}
+    parts |= {owner: {} for owner in (embedding, STEP_TABLE) if owner is not None}
+    for name in [*remaining]:
+        owner, _, kind = name.rpartition(".")
+        if owner in parts:
+            parts[owner][kind] = remaining.pop(name)
     if config["adaptive_norm"] == "table":
-        times = remaining.pop(f"{STEP_TABLE}.times")
-        values = remaining.pop(f"{STEP_TABLE}.values")
-        require_table(target).use_step_table(StepTable(times, values))
-    recipe = Recipe.model_validate(config["recipe"])
-    for item in config["sites"]:
-        record = SiteRecord.parse(item)
-        linear = load_site(record, recipe, remaining, target, run)
+        require_table(target).use_step_table(StepTable(**parts[STEP_TABLE]))
+    for record in records:
+        own = parts.pop(record.site.name)
+        require_values(record, own)
+        linear = QuantizedLinear.from_tensors(
+            own,
+            activations=record.scheme(recipe).activations,
+            group=record.group,
+            splits=record.splits,
+            clock=target.clock,
+            kernel=run.kernel,
+            threads=run.threads,
+            gpu=run.gpu,
+        )
+        del own
         linear.prepare()
         install_site(target, record.site.linears, linear)
-    if config["embedding"] is not None:
-        path = str(config["embedding"]["path"])
-        count, width = target.module.get_parameter(f"{path}.weight").shape
-        layout = embedding_layout(config["embedding"]["bits"], count, width)
-        table = {
-            kind: require(f"{path}.{kind}", remaining.pop(f"{path}.{kind}"), dtype, shape)
-            for kind, (dtype, shape) in layout.items()
-        }
-        install(target.module, [path], QuantizedEmbedding(**table, width=width))
+    if embedding is not None:
+        width = target.module.get_parameter(f"{embedding}.weight").shape[1]
+        install(target.module, [embedding], QuantizedEmbedding(**parts[embedding], width=width))
     _assign(target.module, remaining)
     target.module.eval().requires_grad_(False)
     return QuantizedPolicy(target, config, artifact.content_hash)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.artifact.packing import pack_int4, packed_width
-from omega_qvla.quantization.embedding import EMBEDDING_GROUP, QuantizedRows, scale_rows
+from omega_qvla.artifact.packing import pack_int4
+from omega_qvla.quantization.embedding import QuantizedRows, scale_rows
 from omega_qvla.runtime.kernels import reference
 
 
@@ -42,24 +42,3 @@ class QuantizedEmbedding(nn.Module):
             return scale_rows(rows, scale.unsqueeze(-1))
         flat = reference.unpack_words(rows.reshape(-1, rows.shape[-1]))[:, : self.width]
         return scale_rows(flat.reshape(*token_ids.shape, self.width), scale)
-
-
-def embedding_layout(
-    bits: int, rows: int, width: int
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of the stored tensors, by kind.
-
-    Raises:
-        ValueError: no such width.
-    """
-    if bits == 8:
-        return {
-            "weight": (torch.int8, (rows, width)),
-            "weight_scale": (torch.float32, (rows,)),
-        }
-    if bits == 4:
-        return {
-            "weight": (torch.int32, (rows, packed_width(width))),
-            "weight_scale": (torch.bfloat16, (rows, -(-width // EMBEDDING_GROUP))),
-        }
-    raise ValueError(f"embedding of {bits} bits")
