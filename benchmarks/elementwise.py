@@ -24,8 +24,8 @@ from torch import Tensor
 
 import omega_qvla as oq
 from omega_qvla.evaluation.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.timing import take_turns
+from omega_qvla.files import write_json
 from omega_qvla.policies.elementwise import TORCH, Elementwise, use_elementwise
 from omega_qvla.policies.layers import rotary_table, split_heads
 from omega_qvla.runtime.engine import QuantizedPolicy

@@ -48,7 +48,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from omega_qvla.errors import ServingError
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.files import write_json
 from omega_qvla.serving.core import Core, Rules
 from omega_qvla.serving.door import Listening
 from omega_qvla.serving.gr00t import Gr00tFront

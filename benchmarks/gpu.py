@@ -30,7 +30,7 @@ from random_artifact import random_artifact
 from omega_qvla.errors import OmegaError, ResourceError
 from omega_qvla.evaluation import gpu_checks, gpu_quantizing, gpu_speed
 from omega_qvla.evaluation.kernel_speed import SHAPES
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.files import write_json
 from omega_qvla.policies.loading import stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.report.roofline import roofline_figure

@@ -32,7 +32,7 @@ import torch
 import tyro
 
 from omega_qvla.evaluation.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.files import write_json
 from omega_qvla.openmp import THE_USERS
 from omega_qvla.threads import available_cores
 

@@ -14,8 +14,8 @@ from omega_qvla.evaluation.sweep import (
     OpenLoop,
     SweepRow,
     run_sweep,
-    write_json,
 )
+from omega_qvla.files import write_json
 from omega_qvla.recipe import DEFAULT_RECIPE
 
 CONTRACT = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from omega_qvla.errors import MissingPackageError
+from omega_qvla.errors import MissingPackageError, ResourceError
 from omega_qvla.report.document import write_report
 from omega_qvla.report.results import ReportError
 
@@ -309,5 +309,5 @@ def test_a_missing_extra_is_named(saved, tmp_path, monkeypatch, module):
 
 
 def test_a_place_that_cannot_be_written_is_named(saved):
-    with pytest.raises(ReportError, match="cannot write"):
+    with pytest.raises(ResourceError, match="cannot write"):
         write_report([saved], saved / "below-a-file.html")

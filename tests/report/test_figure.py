@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-from omega_qvla.errors import MissingPackageError
+from omega_qvla.errors import MissingPackageError, ResourceError
 from omega_qvla.report.figure import comparison_figure
-from omega_qvla.report.results import ReportError
 
 pytest.importorskip("matplotlib")
 
@@ -54,5 +53,5 @@ def test_missing_matplotlib_names_the_extra(saved, tmp_path, monkeypatch):
 
 
 def test_a_place_that_cannot_be_written_is_named(saved):
-    with pytest.raises(ReportError, match="cannot write"):
+    with pytest.raises(ResourceError, match="cannot write"):
         comparison_figure(saved, saved / "below-a-file.png")

@@ -28,8 +28,8 @@ from omega_qvla.evaluation.benchmark import (
 )
 from omega_qvla.evaluation.comparison import FULL_PRECISION
 from omega_qvla.evaluation.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.twin import condition_name
+from omega_qvla.files import write_json
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe

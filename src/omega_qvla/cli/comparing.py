@@ -47,9 +47,10 @@ from omega_qvla.evaluation.comparison import (
     discard_simulations,
 )
 from omega_qvla.evaluation.openloop import NOISES
-from omega_qvla.evaluation.sweep import OpenLoop, write_json
+from omega_qvla.evaluation.sweep import OpenLoop
 from omega_qvla.evaluation.twin import condition_name
 from omega_qvla.extras import require
+from omega_qvla.files import write_json
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope

@@ -31,10 +31,10 @@ from omega_qvla.errors import OutputError, SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.diagnostics import diagnose
 from omega_qvla.evaluation.simulators import METAWORLD
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.evaluation.twin import condition_name, stress_twin
 from omega_qvla.extras import require
+from omega_qvla.files import write_json
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.document import write_report

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from omega_qvla.errors import ResourceError, UsageError
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.files import write_json
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.checkpoints.lerobot_writer import WrittenBy
 from omega_qvla.policies.checkpoints.tied import TiedHalf

@@ -14,9 +14,9 @@ from omega_qvla.cli.options import PROCESSES, Common, Positional, names_of, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.unseen import Unseen as Definition
 from omega_qvla.evaluation.unseen import measure_unseen
+from omega_qvla.files import write_json
 from omega_qvla.policies.loading import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe

@@ -28,8 +28,8 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ArtifactError, OmegaError, PolicyError
 from omega_qvla.evaluation.blueprint import Blueprint, Built, Report
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.evaluation.twin import stress_twin
+from omega_qvla.files import write_json
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.checkpoints.choices import Choices
 from omega_qvla.policies.loading import load_policy

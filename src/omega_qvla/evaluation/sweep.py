@@ -16,17 +16,14 @@ empty or null.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.errors import PolicyError, RecipeError, ResourceError
+from omega_qvla.errors import PolicyError, RecipeError
 from omega_qvla.evaluation.blueprint import Blueprint, Footprint
 from omega_qvla.evaluation.drift import hand_drift
 from omega_qvla.evaluation.episodes import EpisodeRecord
@@ -238,31 +235,6 @@ def journal_of(row: SweepRow, closed_loop: ClosedLoop) -> tuple[Path | None, dic
     folder = closed_loop.journals
     path = None if folder is None else folder / f"{_file_name(row.label)}.jsonl"
     return path, {**labels, **row.extra, **closed_loop.identity}
-
-
-def write_json(document: Mapping[str, Any], path: str | Path) -> None:
-    """Write JSON atomically: the file is either the old one or the complete new one.
-
-    Raises:
-        ResourceError: it cannot be written.
-    """
-    target = Path(path)
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise ResourceError(f"cannot write {target}: {error}") from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise ResourceError(f"cannot write {target}: {error}") from error
 
 
 def _check(rows: Sequence[SweepRow]) -> None:

@@ -37,7 +37,8 @@ from omega_qvla.evaluation.openloop import (
     measure_row,
 )
 from omega_qvla.evaluation.statistics import bootstrap_total
-from omega_qvla.evaluation.sweep import SCHEMA, error_ratios, write_json
+from omega_qvla.evaluation.sweep import SCHEMA, error_ratios
+from omega_qvla.files import write_json
 from omega_qvla.policies.base import Observation
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.site import needs_statistics

@@ -16,7 +16,7 @@ from typing import Any
 
 from omega_qvla.errors import OutputError
 from omega_qvla.extras import needing
-from omega_qvla.report.files import write_file
+from omega_qvla.files import write_file
 from omega_qvla.report.results import ReportError
 from omega_qvla.report.sections import Section, sections_of
 from omega_qvla.report.sources import Sources, read_sources

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.report.files import write_file
+from omega_qvla.files import write_file
 from omega_qvla.report.results import Result, load_results
 from omega_qvla.report.style import (
     BYTES_COLOURS,

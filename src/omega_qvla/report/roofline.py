@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.report.files import write_file
+from omega_qvla.files import write_file
 from omega_qvla.report.results import ReportError
 from omega_qvla.report.style import matplotlib_modules
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.files import new_file
 from omega_qvla.policies.checkpoints.files import (
     contained_file,
     read_json,
@@ -212,7 +213,5 @@ def write_weights(module: nn.Module, directory: Path, dtype: torch.dtype) -> Non
     tensors = {
         name: tensor.detach().to(dtype).contiguous() for name, tensor in module.state_dict().items()
     }
-    partial = directory / f"{WEIGHTS}.partial"
-    save_file(tensors, partial)
-    partial.chmod(0o644)
-    partial.replace(directory / WEIGHTS)
+    with new_file(directory / WEIGHTS) as partial:
+        save_file(tensors, partial)
