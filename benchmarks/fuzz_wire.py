@@ -48,7 +48,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from omega_qvla.errors import ServingError
-from omega_qvla.results.writing import write_json
+from omega_qvla.files import write_json
 from omega_qvla.serving.server.door import Listening
 from omega_qvla.serving.server.protocols.gr00t import Gr00tFront
 from omega_qvla.serving.server.protocols.gr00t_messages import parse_observation

@@ -14,8 +14,8 @@ import tyro
 
 import omega_qvla as oq
 from omega_qvla.evaluation.step_change import measure_step_change
+from omega_qvla.files import write_json
 from omega_qvla.recipe import DEFAULT_RECIPE
-from omega_qvla.results.writing import write_json
 
 
 @dataclass(frozen=True)

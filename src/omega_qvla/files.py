@@ -238,6 +238,7 @@ def write_json(document: Mapping[str, Any], path: str | Path) -> None:
 
     Raises:
         ResourceError: it cannot be written.
+        ValueError: a number is not finite; nothing was written.
     """
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     write_file(Path(path), text.encode())

@@ -21,7 +21,13 @@ import torch
 from safetensors import SafetensorError
 
 from omega_qvla import files
-from omega_qvla.artifact import read_artifact, tensors, verify_artifact, write_artifact
+from omega_qvla.artifact import (
+    planned_bytes,
+    read_artifact,
+    tensors,
+    verify_artifact,
+    write_artifact,
+)
 from omega_qvla.claims import Claim
 from omega_qvla.errors import NotAnArtifactError, OmegaError, OutputError, ResourceError
 
@@ -136,6 +142,17 @@ def test_preflight_asks_for_at_least_what_is_written(
         write_artifact(target, **{**example, "tensors": held})
         written = sum(len(data) for data in kit.snapshot(target).values())
         assert written <= asked[-1] <= written + (64 << 10)  # whole blocks
+
+
+def test_the_planned_bytes_are_those_that_are_written(
+    tmp_path: Path, example: dict[str, Any], kit: ModuleType
+) -> None:
+    for limit in (1, 100, 1 << 20):
+        plan = {name: tensors.spec_of(name, t) for name, t in example["tensors"].items()}
+        given = {**example, "max_shard_bytes": limit}
+        planned = planned_bytes(**{**given, "tensors": plan})
+        write_artifact(tmp_path / "out", **given)
+        assert planned == sum(len(data) for data in kit.snapshot(tmp_path / "out").values())
 
 
 def test_foreign_directories_are_never_replaced(tmp_path: Path, example: dict[str, Any]) -> None:

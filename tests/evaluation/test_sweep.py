@@ -10,9 +10,9 @@ from omega_qvla.evaluation.execution.blueprint import Built, Footprint
 from omega_qvla.evaluation.execution.plan import ClosedLoop, OpenLoop, SweepRow
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import run_sweep
+from omega_qvla.files import write_json
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.results.statistics import wilson_interval
-from omega_qvla.results.writing import write_json
 
 CONTRACT = {
     "policy",

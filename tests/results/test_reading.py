@@ -11,11 +11,11 @@ import pytest
 from pydantic import ValidationError
 
 from omega_qvla.errors import ResultError
+from omega_qvla.files import write_json
 from omega_qvla.results.document import Document
 from omega_qvla.results.reading import KINDS, load_as, load_comparison, parse, read_bytes
 from omega_qvla.results.rows import Comparison, Row
 from omega_qvla.results.speed import LayerRates
-from omega_qvla.results.writing import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -332,7 +332,10 @@ def read_artifact(directory: str | os.PathLike[str], *, verify: bool = True) -> 
         for shard in shards:
             _raise_first(iter(shard.failures))
         if verify:
-            _raise_first(_hash_failures([shard.file for shard in shards], found.manifest))
+            files = [shard.file for shard in shards]
+            with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing releases the interpreter
+                digests = pool.map(digest, files)
+                _raise_first(_hash_failures(files, found.manifest, digests))
         tensors: dict[str, Tensor] = {}
         for shard in shards:
             _raise_first(shard.impossible())
@@ -511,10 +514,11 @@ def _open_sized(folder: ContainedDirectory, name: str, manifest: Manifest) -> Op
     return file
 
 
-def _hash_failures(files: list[OpenFile], manifest: Manifest) -> Iterator[Failure]:
-    """Every file whose bytes do not have their SHA-256."""
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing releases the interpreter
-        for file, found in zip(files, pool.map(digest, files), strict=True):
-            if found != manifest.files[file.name].sha256:
-                reason = "its bytes do not have the SHA-256 of the manifest"
-                yield Failure(file.name, None, reason)
+def _hash_failures(
+    files: Sequence[OpenFile], manifest: Manifest, digests: Iterable[str] | None = None
+) -> Iterator[Failure]:
+    """Every file whose bytes do not have their SHA-256; ``digests`` where they are known."""
+    for file, found in zip(files, digests or map(digest, files), strict=True):
+        if found != manifest.files[file.name].sha256:
+            reason = "its bytes do not have the SHA-256 of the manifest"
+            yield Failure(file.name, None, reason)

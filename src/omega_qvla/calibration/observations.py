@@ -24,6 +24,7 @@ from omega_qvla.calibration.lerobot import Cameras, stream_lerobot
 from omega_qvla.calibration.lerobot_metadata import is_dataset
 from omega_qvla.calibration.streamed import SourceReport, Streamed
 from omega_qvla.errors import ObservationError
+from omega_qvla.files import new_file
 from omega_qvla.policies.base import Observation, Policy
 from omega_qvla.policies.full_precision import builtin_directory, embedded
 from omega_qvla.policies.native import NativePolicy
@@ -392,12 +393,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Deflated npz with fixed timestamps, written beside and renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with (
+        new_file(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
+    ):
         for name, array in arrays.items():
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, buffer.getvalue())
-    partial.replace(path)

@@ -27,6 +27,7 @@ from omega_qvla.checkpoints.files import (
 )
 from omega_qvla.checkpoints.weight_store import Change, Place
 from omega_qvla.errors import PolicyError
+from omega_qvla.files import new_file
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -212,7 +213,5 @@ def write_weights(module: nn.Module, directory: Path, dtype: torch.dtype) -> Non
     tensors = {
         name: tensor.detach().to(dtype).contiguous() for name, tensor in module.state_dict().items()
     }
-    partial = directory / f"{WEIGHTS}.partial"
-    save_file(tensors, partial)
-    partial.chmod(0o644)
-    partial.replace(directory / WEIGHTS)
+    with new_file(directory / WEIGHTS) as partial:
+        save_file(tensors, partial)

@@ -10,7 +10,9 @@ import tyro
 
 from omega_qvla.cli.options import Common, Execution, names_of, save
 from omega_qvla.cli.screen import Screen
-from omega_qvla.evaluation.benchmark import BENCHMARK
+from omega_qvla.evaluation.benchmark import (
+    BENCHMARK,
+)
 from omega_qvla.evaluation.benchmark_run import benchmark, target_of
 from omega_qvla.report.benchmark_table import benchmark_tables
 

@@ -36,12 +36,12 @@ from omega_qvla.evaluation.simulators.pool import METAWORLD
 from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.extras import require
+from omega_qvla.files import write_json
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.document import write_report
 from omega_qvla.report.table import site_table
 from omega_qvla.results.diagnostics import Diagnostics
-from omega_qvla.results.writing import write_json
 
 FILM_SIZE = 112
 """Width and height in pixels of a film's pictures; the policy's own are smaller."""

@@ -14,7 +14,7 @@ from omega_qvla.checkpoints.tied import TiedHalf
 from omega_qvla.errors import ResourceError, UsageError
 from omega_qvla.evaluation.closed_loop import Resources
 from omega_qvla.evaluation.simulators.metaworld import TASKS
-from omega_qvla.results.writing import write_json
+from omega_qvla.files import write_json
 
 EVALUATION_SEED = 0
 """First seed of evaluation episodes; demonstrations use seeds far above."""

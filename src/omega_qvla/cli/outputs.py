@@ -16,6 +16,7 @@ from omega_qvla.artifact import preflight, read_description
 from omega_qvla.claims import Claim
 from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import OmegaError, OutputError
+from omega_qvla.files import put_back
 from omega_qvla.quantization.journal import discard_journal, finished_sites
 
 
@@ -60,10 +61,13 @@ def require_free_file(path: Path, overwrite: bool) -> None:
 def require_free_artifact(out: Path, overwrite: bool) -> None:
     """Refuse a directory that holds an artifact, unless it may be replaced.
 
+    The caller has the claim on it: an artifact that a killed writer moved aside is put back.
+
     Raises:
         OutputError: it holds an artifact; says of what.
         NotAnArtifactError: it holds something else.
     """
+    put_back(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     preflight(out, 0)

@@ -17,11 +17,11 @@ from omega_qvla.evaluation.speed.kernel_speed import machine_name
 from omega_qvla.evaluation.subjects import default_calibration
 from omega_qvla.evaluation.unseen import Unseen as Definition
 from omega_qvla.evaluation.unseen import measure_unseen
+from omega_qvla.files import write_json
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import unseen_table
-from omega_qvla.results.writing import write_json
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from omega_qvla.evaluation.comparison_folder import (
 from omega_qvla.evaluation.execution.evaluate import Progress
 from omega_qvla.evaluation.speed.kernel_speed import machine_name
 from omega_qvla.evaluation.subjects import Say
+from omega_qvla.files import write_json
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.results.rows import Comparison
-from omega_qvla.results.writing import write_json
 
 
 def benchmark(

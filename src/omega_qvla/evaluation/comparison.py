@@ -50,13 +50,13 @@ from omega_qvla.evaluation.subjects import (
     default_calibration,
     resident_bytes,
 )
+from omega_qvla.files import write_json
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.results.rows import Comparison
-from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.prediction import weight_storage
 from omega_qvla.threads import torch_threads
 

@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from omega_qvla.errors import OutputError, ResultError
+from omega_qvla.files import write_json
 from omega_qvla.results.reading import load_as, load_comparison
 from omega_qvla.results.rows import MadeBy, Row
-from omega_qvla.results.writing import write_json
 
 RESULTS, MADE_BY = "results.json", "made-by.json"
 

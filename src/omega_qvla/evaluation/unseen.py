@@ -37,12 +37,12 @@ from omega_qvla.evaluation.openloop import (
     measure_reference,
     measure_row,
 )
+from omega_qvla.files import write_json
 from omega_qvla.policies.base import Observation
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.site import needs_statistics
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.results.rows import Comparison, Row, UnseenRun
-from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.prediction import weight_storage
 
 SEEN, UNSEEN = "seen tasks", "unseen tasks"

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from omega_qvla.errors import OutputError, ResultError
 from omega_qvla.extras import needing
+from omega_qvla.files import write_file
 from omega_qvla.report.sections import Section, sections_of
 from omega_qvla.report.sources import Sources, read_sources
 from omega_qvla.report.summary import summarise
 from omega_qvla.results.summaries import ReportSummary
-from omega_qvla.results.writing import write_file
 
 TEMPLATE = "report.html"
 

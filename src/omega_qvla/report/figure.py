@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omega_qvla.files import write_file
 from omega_qvla.report.style import (
     BYTES_COLOURS,
     CONDITION_COLOURS,
@@ -25,7 +26,6 @@ from omega_qvla.report.style import (
     matplotlib_modules,
 )
 from omega_qvla.results.rows import Row
-from omega_qvla.results.writing import write_file
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omega_qvla.files import write_file
 from omega_qvla.report.style import matplotlib_modules
 from omega_qvla.results.reading import load_as
 from omega_qvla.results.speed import LayerRate, LayerRates
-from omega_qvla.results.writing import write_file
 
 _BYTES_PER_WEIGHT = {
     "torch fp32": 4.0,

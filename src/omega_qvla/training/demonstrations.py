@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.evaluation.simulators.metaworld import ACTION_DIM, MetaWorldEnv
+from omega_qvla.files import new_file
 
 Array = npt.NDArray[Any]
 Behaviour = Callable[[MetaWorldEnv, Array], Array]
@@ -79,15 +80,13 @@ class Demonstrations:
 
     def save(self, path: Path) -> None:
         """Write one uncompressed npz, atomically."""
-        partial = path.with_name(path.name + ".partial")
         arrays = {f"images/{name}": value for name, value in self.images.items()}
         fields = ("state", "actions", "positions", "episode")
         arrays |= {name: getattr(self, name) for name in fields}
-        with zipfile.ZipFile(partial, "w") as archive:
+        with new_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                     np.lib.format.write_array(stream, np.ascontiguousarray(array))
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Demonstrations:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omega_qvla.errors import ResumeError
+from omega_qvla.files import new_file, write_file
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.training.dataset import Batch, TrainingSet
 from omega_qvla.training.families import TrainedFamily
@@ -170,14 +171,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write everything that ``_resume`` reads, atomically, and the curve."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.directory / "state.partial"
         meta = {"step": str(self.step), "plan": json.dumps(asdict(self.plan))}
-        save_file(dict(self._tensors()), partial, metadata=meta)
-        partial.replace(self.directory / "state.safetensors")
-        partial = self.directory / "curve.partial"
-        partial.write_text(json.dumps({"step": self.step, "curve": self.curve}))
-        partial.replace(self.directory / "curve.json")
+        with new_file(self.directory / "state.safetensors") as partial:
+            save_file(dict(self._tensors()), partial, metadata=meta)
+        curve = json.dumps({"step": self.step, "curve": self.curve})
+        write_file(self.directory / "curve.json", curve.encode())
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self.learner.state_dict().items():

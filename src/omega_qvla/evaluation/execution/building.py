@@ -30,12 +30,12 @@ from omega_qvla.errors import ArtifactError, OmegaError, PolicyError
 from omega_qvla.evaluation.execution.blueprint import Blueprint, Built, Report
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
 from omega_qvla.evaluation.outlier_injection import outlier_injected
+from omega_qvla.files import write_json
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
-from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.load import load
 
