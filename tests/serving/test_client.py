@@ -122,7 +122,7 @@ def test_a_chunk_that_is_none_is_refused(bad: np.ndarray) -> None:
 def test_a_remote_policy_answers_as_a_local_one_and_explains_errors() -> None:
     scheduler = make_scheduler(FakeEngine())
     scheduler.start()
-    server = OpenpiServer(scheduler, Listening(port=0))
+    server = OpenpiServer(scheduler, Listening())
     with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         assert policy.noise_shape == (5, 3)
         noise = np.ones((5, 3), np.float64)
@@ -133,6 +133,18 @@ def test_a_remote_policy_answers_as_a_local_one_and_explains_errors() -> None:
         with pytest.raises(ServingError) as stale:
             policy.sample_actions(observation(), deadline_ms=0.0)
         assert stale.value.code == "stale" and policy.reconnections == 0
+
+
+def test_a_robot_that_asked_nothing_for_long_is_served_over_a_new_connection() -> None:
+    """It answered no ping meanwhile."""
+    scheduler = make_scheduler(FakeEngine())
+    scheduler.start()
+    server = OpenpiServer(scheduler, Listening(ping_s=0.1))
+    with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+        policy.infer(observation())
+        time.sleep(1.0)
+        assert np.all(policy.infer(observation())["actions"] == 0.5)
+        assert policy.reconnections == 1
 
 
 def test_a_server_that_comes_back_is_found_again() -> None:
@@ -149,7 +161,7 @@ def test_a_server_that_comes_back_is_found_again() -> None:
     scheduler = make_scheduler(FakeEngine())
     scheduler.start()
     with contextlib.ExitStack() as back:
-        with running(OpenpiServer(scheduler, Listening(port=0))) as service:
+        with running(OpenpiServer(scheduler, Listening())) as service:
             port = service.port
             policy = RemotePolicy(f"ws://127.0.0.1:{port}", sleep=sleep)
             assert policy.sample_actions(observation()).shape == (5, 3)
@@ -163,7 +175,7 @@ def test_a_robot_that_reconnects_is_answered_for_its_new_observation() -> None:
     engine = FakeEngine()
     scheduler = make_scheduler(engine)
     scheduler.start()
-    server = OpenpiServer(scheduler, Listening(port=0))
+    server = OpenpiServer(scheduler, Listening())
     with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         engine.gate.clear()
         with pytest.raises(ServingError) as late:
@@ -189,7 +201,7 @@ def test_a_late_answer_is_not_taken_for_the_next_one() -> None:
     engine = FakeEngine()
     scheduler = make_scheduler(engine)
     scheduler.start()
-    server = OpenpiServer(scheduler, Listening(port=0))
+    server = OpenpiServer(scheduler, Listening())
     with running(server) as service:
         address = f"ws://127.0.0.1:{service.port}"
         with RemotePolicy(address, retry_policy=RetryPolicy(reply_s=1.0)) as policy:
@@ -224,7 +236,7 @@ def test_a_robot_acts_at_its_rate_while_chunks_are_computed() -> None:
     scheduler = make_scheduler(FakeEngine(seconds=0.1))
     scheduler.start()
     robot = CountingRobot(until=20)
-    server = OpenpiServer(scheduler, Listening(port=0))
+    server = OpenpiServer(scheduler, Listening())
     with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         blending = Blending(late="hold")
         started = time.monotonic()
@@ -240,7 +252,7 @@ def test_a_robot_without_actions_stops_and_says_why() -> None:
     scheduler = make_scheduler(FakeEngine(seconds=0.5))
     scheduler.start()
     robot = CountingRobot(until=100)
-    server = OpenpiServer(scheduler, Listening(port=0))
+    server = OpenpiServer(scheduler, Listening())
     with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         report = drive(robot, policy, rate_hz=50, ticks=100, ask_below=1)
     assert not report.finished and report.ticks == 5 and "the robot stops" in str(report.stopped)
@@ -259,7 +271,7 @@ def test_a_robot_that_stops_does_not_wait_for_what_it_asked() -> None:
         return act(action)
 
     robot.act = hanging
-    server = OpenpiServer(scheduler, Listening(port=0))
+    server = OpenpiServer(scheduler, Listening())
     with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         started = time.monotonic()
         report = drive(robot, policy, rate_hz=50, ticks=100, ask_below=3)
@@ -285,7 +297,7 @@ def test_a_robot_that_is_interrupted_leaves_nothing_behind(error: type[BaseExcep
         return False
 
     robot.act = failing
-    server = OpenpiServer(scheduler, Listening(port=0))
+    server = OpenpiServer(scheduler, Listening())
     with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         started = time.monotonic()
         with pytest.raises(error):

@@ -27,9 +27,9 @@ with needing("serving", "serve"):
 Talk = Callable[[ServerConnection], Awaitable[None]]
 Admit = Callable[[ServerConnection, HttpRequest], Response | None]
 
-_AT_ONCE = 100
+_AT_ONCE = 64
 """Connections that asyncio takes in one turn of its loop, and that the kernel keeps: each costs the
-loop up to a millisecond, in which no reply leaves."""
+loop a third of a millisecond, in which no reply leaves."""
 
 
 @contextlib.asynccontextmanager
