@@ -117,7 +117,7 @@ class Gr00tRobot:
         self._context.term()
 
 
-FRONTS: dict[str, tuple[type[WebsocketRobot] | type[Gr00tRobot], tuple[str, ...]]] = {
+PROTOCOLS: dict[str, tuple[type[WebsocketRobot] | type[Gr00tRobot], tuple[str, ...]]] = {
     "websocket": (WebsocketRobot, ()),
     "gr00t": (Gr00tRobot, ("--protocol", "gr00t")),
 }
@@ -168,9 +168,9 @@ class Robots:
 
 
 @contextlib.contextmanager
-def robots_of(front: str, artifact: Path, count: int) -> Iterator[Robots]:
-    """So many robots of a front's, and their server, for the length of a block."""
-    robot, arguments = FRONTS[front]
+def robots_of(protocol: str, artifact: Path, count: int) -> Iterator[Robots]:
+    """So many robots of a protocol, and their server, for the length of a block."""
+    robot, arguments = PROTOCOLS[protocol]
     relaxed = ("--limits", "none", "--deadline-ms", "60000", "--batch", str(max(8, count)))
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(served(artifact, *arguments, *relaxed))
@@ -197,13 +197,13 @@ def run_arm(
     What the journal holds already is not run again, and not in ``batch_sizes`` either.
     """
     named = {REFERENCE: 1, f"{REFERENCE}-batched": robots}
-    front, _, number = arm.rpartition("-")
+    protocol, _, number = arm.rpartition("-")
     count = named[arm] if arm in named else int(number)
     with contextlib.ExitStack() as stack:
         if arm in named:
             policy, sizes = oq.load(artifact, threads=1), None
         else:
-            policy = stack.enter_context(robots_of(front, artifact, count))
+            policy = stack.enter_context(robots_of(protocol, artifact, count))
             sizes = policy.batches
         pool = stack.enter_context(SimulatorPool(max(count, min(2, robots))))
         records = rollout(
@@ -259,14 +259,14 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="by default all of the policy's")
     parser.add_argument("--episodes", type=int, default=100, help="per task")
     parser.add_argument("--robots", type=int, default=4, help="at the same time")
-    parser.add_argument("--fronts", nargs="+", choices=tuple(FRONTS), default=list(FRONTS))
+    parser.add_argument("--protocols", nargs="+", choices=tuple(PROTOCOLS), default=list(PROTOCOLS))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     tasks = list(options.tasks or benchmark_tasks(options.policy))
     counts = dict.fromkeys((1, options.robots))
     arms = [REFERENCE, f"{REFERENCE}-batched"]
-    arms += [f"{front}-{count}" for front in options.fronts for count in counts]
+    arms += [f"{protocol}-{count}" for protocol in options.protocols for count in counts]
     journals = options.out.with_suffix(".episodes")
     with tempfile.TemporaryDirectory() as folder:
         artifact = options.artifact or build_artifact(Path(folder), options.policy, options.recipe)

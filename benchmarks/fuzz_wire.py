@@ -49,12 +49,11 @@ from websockets.sync.client import connect
 
 from omega_qvla.errors import ServingError
 from omega_qvla.files import write_json
-from omega_qvla.serving.server.door import Listening
-from omega_qvla.serving.server.protocols.gr00t import Gr00tFront
-from omega_qvla.serving.server.protocols.gr00t_messages import parse_observation
-from omega_qvla.serving.server.protocols.openpi import WebsocketFront
+from omega_qvla.serving.server.protocol_server import Listening
+from omega_qvla.serving.server.protocols.gr00t import Gr00tServer, parse_observation
+from omega_qvla.serving.server.protocols.openpi import OpenpiServer
 from omega_qvla.serving.server.safety import ActionLimits
-from omega_qvla.serving.server.scheduler import Core, Rules
+from omega_qvla.serving.server.scheduler import BatchingConfig, BatchScheduler
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, decode_map, encode, gr00t_array
 from omega_qvla.serving.wire.specification import Specification, parse_request
 
@@ -320,17 +319,17 @@ def _require_sound(request: Any, result: Result, number: int) -> None:
 
 
 @contextlib.contextmanager
-def serving(front_of: Callable[[Core], Any]) -> Iterator[int]:
-    """The port of a front that answers zeros, in a thread of its own."""
-    core = Core(
+def serving(server_of: Callable[[BatchScheduler], Any]) -> Iterator[int]:
+    """The port of a server that answers zeros, in a thread of its own."""
+    scheduler = BatchScheduler(
         ConstantEngine(),
         SPECIFICATION,
         ActionLimits((-1.0,) * 3, (1.0,) * 3, (1.0,) * 3),
         artifact="fuzz",
         generator=np.random.default_rng(0),
-        rules=Rules(batch=1, waiting=4, deadline_s=10.0),
+        batching=BatchingConfig(batch=1, waiting=4, deadline_s=10.0),
     )
-    core.start()
+    scheduler.start()
     stop, ready, port = asyncio.Event(), threading.Event(), [0]
     loop = asyncio.new_event_loop()
 
@@ -338,23 +337,23 @@ def serving(front_of: Callable[[Core], Any]) -> Iterator[int]:
         port[0] = number
         ready.set()
 
-    front = front_of(core)
-    server = threading.Thread(target=lambda: loop.run_until_complete(front.serve(stop, listen)))
-    server.start()
+    server = server_of(scheduler)
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(stop, listen)))
+    thread.start()
     try:
         if not ready.wait(30):
             raise SystemExit("the server did not become ready")
         yield port[0]
     finally:
         loop.call_soon_threadsafe(stop.set)
-        server.join()
+        thread.join()
         loop.close()
 
 
 def run_websocket(count: int, seed: int) -> Result:
     """``count`` damaged messages to a websocket server; every hundredth time a good one."""
     result, rng = Result(), random.Random(seed)
-    with serving(lambda core: WebsocketFront(core, Listening(port=0))) as port:
+    with serving(lambda scheduler: OpenpiServer(scheduler, Listening())) as port:
         while result.rounds < count:
             with connect(f"ws://127.0.0.1:{port}", compression=None) as client:
                 client.recv()
@@ -388,7 +387,10 @@ def run_gr00t(count: int, seed: int) -> Result:
     """``count`` damaged messages to a ZMQ server; every hundredth time a good one."""
     result, rng = Result(), random.Random(seed)
     good = encode({"endpoint": "get_action", "data": gr00t_request()}, gr00t_array)
-    with serving(lambda core: Gr00tFront(core, port=0)) as port, zmq.Context() as context:
+    with (
+        serving(lambda scheduler: Gr00tServer(scheduler, Listening())) as port,
+        zmq.Context() as context,
+    ):
         with _asking(context, port) as client:
             while result.rounds < count:
                 client.send(malformed_call(rng))

@@ -14,9 +14,9 @@ The three parts are written as they finish, and the same command continues with 
   is bounded to one place for that, must stay as short.  That the load really was ten times the
   capacity is a bar too.
 * ``slow_clients``: one good client, alone and beside a thousand half-open sockets, in turns as
-  long as a server takes to let so many in, so that the sockets are there whenever it is measured.
-  A third of them say nothing, a third half a request, a third open a websocket and then send half
-  a message.  The good client's p99 must move less than 10 %, and every socket must be closed.
+  long as the sockets may stay.  A third of them say nothing, a third half a request, a third open a
+  websocket and then send half a message.  The good client's p99 must stay below twice what it is
+  alone, and every socket must be closed.
 * ``soak``: robots that ask one request after the other, of many observations, all at the same time,
   their connections renewed now and then; the memory's slope, descriptors, and between two rounds a
   canary, alone, with fixed noise, whose actions must stay identical.  Several robots, because
@@ -73,9 +73,8 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 TIMES_CAPACITY = 10
 DRAIN_S = 5.0
 TURN_S = 10.0
-"""How long a server takes to let a thousand connections in (``door.Listening``)."""
 CLOSED_WITHIN_S = 30.0
-"""The last comes in after those 10 s, and the longest patience is 10 s for a message."""
+"""After the last was opened: 5 s for a handshake, 20 s for a client that answers no ping."""
 MARKS = 100
 SWITCH_S = 0.0005
 """How long one of the load's threads may keep Python's lock: the others have clocks to read."""
@@ -424,7 +423,7 @@ def slow_bars(part: dict[str, Any], requests: int | None) -> list[Bar]:
     return [
         *counted,
         at_least("slow clients: at the same time", part["sockets"], 1000),
-        at_most("slow clients: p99 ratio of the good client", part["p99_ratio"], 1.1),
+        at_most("slow clients: p99 ratio of the good client", part["p99_ratio"], 2.0),
     ]
 
 

@@ -73,7 +73,9 @@ except errors.MissingPackageError as error:
     ("package", "extra", "code"),
     [
         ("websockets", "serve", "import omega_qvla.serving.client"),
-        ("websockets", "serve", "import omega_qvla.serving.server.door"),
+        ("msgpack", "serve", "import omega_qvla.serving.wire"),
+        ("prometheus_client", "serve", "import omega_qvla.serving.server.metrics"),
+        ("websockets", "serve", "import omega_qvla.serving.server.websocket_listener"),
         ("zmq", "serve", "import omega_qvla.serving.server.protocols.gr00t"),
         (
             "pyarrow",

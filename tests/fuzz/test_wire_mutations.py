@@ -34,11 +34,11 @@ def test_malformed_requests_end_in_our_errors(kit: ModuleType) -> None:
     assert result.codes["malformed"] > 500 and result.codes["bad_request"] > 100
 
 
-@pytest.mark.parametrize("front", ["websocket", "gr00t"])
-def test_a_server_answers_every_malformed_request(kit: ModuleType, front: str) -> None:
+@pytest.mark.parametrize("protocol", ["websocket", "gr00t"])
+def test_a_server_answers_every_malformed_request(kit: ModuleType, protocol: str) -> None:
     """A real server: each is answered, good requests in between get their actions, and one message
     beyond the limit of 16 MB ends its own connection only."""
-    result = kit.PARTS[front](300, seed=11)
+    result = kit.PARTS[protocol](300, seed=11)
     assert result.problems == []
     assert result.rounds == 300 and result.codes["malformed"] > 80 and result.oversize == 1
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from omega_qvla.errors import ObservationError, ServingError
 from omega_qvla.serving.server.safety import ActionLimits
-from omega_qvla.serving.server.scheduler import Core, Rules
+from omega_qvla.serving.server.scheduler import BatchingConfig, BatchScheduler
 from omega_qvla.serving.wire.specification import Specification, parse_request
 
 SPECIFICATION = Specification(
@@ -27,7 +27,7 @@ SPECIFICATION = Specification(
 )
 LIMITS = ActionLimits((-10.0,) * 3, (10.0,) * 3, (np.inf,) * 3)
 ARTIFACT = "abc123"
-RULES = Rules(batch=2, waiting=2, deadline_s=5.0)
+BATCHING = BatchingConfig(batch=2, waiting=2, deadline_s=5.0)
 
 
 class FakeEngine:
@@ -75,21 +75,21 @@ class FakeEngine:
         return chunk.astype(np.float32)
 
 
-def make_core(
+def make_scheduler(
     engine: FakeEngine | None = None,
     *,
-    rules: Rules = RULES,
+    batching: BatchingConfig = BATCHING,
     limits: ActionLimits = LIMITS,
     **options: Any,
-) -> Core:
-    """A core that is not started."""
-    return Core(
+) -> BatchScheduler:
+    """A scheduler that is not started."""
+    return BatchScheduler(
         engine or FakeEngine(),
         options.pop("specification", SPECIFICATION),
         limits,
         artifact=ARTIFACT,
         generator=np.random.default_rng(0),
-        rules=rules,
+        batching=batching,
         **options,
     )
 
@@ -102,21 +102,25 @@ def observation(prompt: str = "press", value: float = 0.5, **changes: Any) -> di
     return {key: item for key, item in {**message, **changes}.items() if item is not ...}
 
 
-def ask(core: Core, client: object = "robot", timeout: float = 10.0, **changes: Any) -> Any:
+def ask(
+    scheduler: BatchScheduler, client: object = "robot", timeout: float = 10.0, **changes: Any
+) -> Any:
     """Submit one request and wait; returns the reply or the error."""
-    return submit(core, client, **changes)(timeout)
+    return submit(scheduler, client, **changes)(timeout)
 
 
-def submit(core: Core, client: object = "robot", **changes: Any) -> Callable[[float], Any]:
+def submit(
+    scheduler: BatchScheduler, client: object = "robot", **changes: Any
+) -> Callable[[float], Any]:
     """Submit one request; returns a function that waits for the outcome."""
     done, found = threading.Event(), []
-    request = parse_request(observation(**changes), core.specification)
+    request = parse_request(observation(**changes), scheduler.specification)
 
     def deliver(outcome: Any) -> None:
         found.append(outcome)
         done.set()
 
-    core.submit(client, request, deliver)
+    scheduler.submit(client, request, deliver)
 
     def wait(timeout: float = 10.0) -> Any:
         assert done.wait(timeout), "no answer"
@@ -127,14 +131,14 @@ def submit(core: Core, client: object = "robot", **changes: Any) -> Callable[[fl
 
 
 class Service:
-    """A front in a thread of its own.
+    """A protocol's server in a thread of its own.
 
     Attributes:
         port: where it listens.
     """
 
-    def __init__(self, front: Any) -> None:
-        self._front, self._ready = front, threading.Event()
+    def __init__(self, server: Any) -> None:
+        self._server, self._ready = server, threading.Event()
         self.port = 0
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -153,7 +157,7 @@ class Service:
 
     async def _serve(self) -> None:
         self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
-        await self._front.serve(self._stop, self._listening)
+        await self._server.serve(self._stop, self._listening)
 
     def _listening(self, port: int) -> None:
         self.port = port
@@ -171,14 +175,18 @@ class Service:
 
 
 @contextmanager
-def running(front: Any) -> Any:
+def running(server: Any) -> Any:
     """A service for the length of a block."""
-    service = Service(front)
+    service = Service(server)
     try:
         yield service
     finally:
         service.stop()
         service.join()
+
+
+REQUEST = parse_request(observation(), SPECIFICATION)
+"""One of a well-behaved robot."""
 
 
 def code_of(outcome: Any) -> str:

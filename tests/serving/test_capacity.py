@@ -8,24 +8,24 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from fake_serving import FakeEngine, make_core, observation
+from fake_serving import REQUEST, FakeEngine, make_scheduler, observation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omega_qvla.errors import ServingError
 from omega_qvla.serving.server.forecast import Forecast
-from omega_qvla.serving.server.request_queue import Admission, Ticket
-from omega_qvla.serving.server.scheduler import Core, Rules
+from omega_qvla.serving.server.request_queue import PendingRequest, RequestQueue
+from omega_qvla.serving.server.scheduler import BatchingConfig, BatchScheduler
 from omega_qvla.serving.wire.specification import parse_request
 
 
-def outcomes(core: Core, robots: int, requests: int) -> Counter[str]:
+def outcomes(scheduler: BatchScheduler, robots: int, requests: int) -> Counter[str]:
     """How requests end where every robot asks again inside the delivery of its answer.
 
-    No robot can ask earlier than that: the computing thread itself puts the request into the line.
+    No robot can ask earlier than that: the computing thread itself puts the request into the queue.
     The first robot's request is already computed when the others come.
     """
-    request = parse_request(observation(), core.specification)
+    request = parse_request(observation(), scheduler.specification)
     ended: Counter[str] = Counter()
     lock, done = threading.Lock(), threading.Event()
     left = requests
@@ -39,7 +39,7 @@ def outcomes(core: Core, robots: int, requests: int) -> Counter[str]:
             else:
                 asking = False
         if asking:
-            core.submit(robot, request, lambda outcome: heard(robot, outcome))
+            scheduler.submit(robot, request, lambda outcome: heard(robot, outcome))
 
     def heard(robot: int, outcome: Any) -> None:
         with lock:
@@ -48,9 +48,9 @@ def outcomes(core: Core, robots: int, requests: int) -> Counter[str]:
                 done.set()
         ask(robot)
 
-    engine: Any = core._engine
+    engine: Any = scheduler._engine
     engine.gate.clear()
-    core.start()
+    scheduler.start()
     ask(0)
     assert engine.started.wait(10)
     for robot in range(1, robots):
@@ -67,18 +67,22 @@ EACH = [1, 2, 5, 16]
 @pytest.mark.parametrize("batch", [1, 2, 4, 8])
 @pytest.mark.parametrize("requests", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_robot_is_refused_below_capacity(batch: int, requests: int) -> None:
-    """Whatever the batch, and with no more places in the line than other robots."""
+    """Whatever the batch, and with no more places in the queue than other robots."""
     for robots in EACH if requests == 100 else range(1, 17):
         for places in ({}, {"waiting": max(1, robots - 1)}):
-            core = make_core(FakeEngine(), rules=Rules(batch=batch, deadline_s=60.0, **places))
-            assert outcomes(core, robots, requests) == {"answered": requests}, robots
-            core.drain(1.0)
+            scheduler = make_scheduler(
+                FakeEngine(), batching=BatchingConfig(batch=batch, deadline_s=60.0, **places)
+            )
+            assert outcomes(scheduler, robots, requests) == {"answered": requests}, robots
+            scheduler.drain(1.0)
 
 
-def test_two_robots_share_a_line_of_one() -> None:
+def test_two_robots_share_a_queue_of_one() -> None:
     """One is computed and one waits: the first one's next request finds the other one's gone."""
-    core = make_core(FakeEngine(seconds=0.001), rules=Rules(batch=1, waiting=1, deadline_s=60.0))
-    assert outcomes(core, 2, 200) == {"answered": 200}
+    scheduler = make_scheduler(
+        FakeEngine(seconds=0.001), batching=BatchingConfig(batch=1, waiting=1, deadline_s=60.0)
+    )
+    assert outcomes(scheduler, 2, 200) == {"answered": 200}
 
 
 # --- with a clock of its own -----------------------------------------------------------------
@@ -93,7 +97,7 @@ def simulated(robots: int, batch: int, times: list[float], deadline_s: float) ->
         times: seconds of a batch of 1, 2, … observations.
         deadline_s: of every request.
     """
-    line: Admission[None, None] = Admission(256)
+    queue = RequestQueue(256)
     forecast = Forecast(batch)
     for size in (1, batch):
         forecast.record(size, times[size - 1])
@@ -101,15 +105,15 @@ def simulated(robots: int, batch: int, times: list[float], deadline_s: float) ->
     now = 0.0
 
     def ask(robot: int, begins: float) -> None:
-        ticket: Ticket[None, None] = Ticket(robot, None, now, now + deadline_s, lambda _: None)
-        leaving = line.offer(ticket, now, lambda ahead: begins + forecast.wait_s(ahead))
+        pending = PendingRequest(robot, REQUEST, now, now + deadline_s, lambda _: None)
+        leaving = queue.offer(pending, now, lambda ahead: begins + forecast.wait_s(ahead))
         heard.update(error.code for _, error in leaving)
         again.extend(int(str(left.client)) for left, _ in leaving)
 
     again: list[int] = []
     asking = list(range(robots))
     for _ in range(40):
-        taken, expired = line.take(batch, now)
+        taken, expired = queue.take(batch, now)
         heard.update(error.code for _, error in expired)
         asking += [int(str(left.client)) for left, _ in expired] + again
         again.clear()
@@ -168,9 +172,9 @@ def test_a_forecast_goes_by_the_median_and_never_guesses_high() -> None:
 def test_a_deadline_that_cannot_be_kept_behind_others_is_refused_at_once() -> None:
     """A batch takes 50 ms, its robot's deadline is 70: alone it is served, behind two it is not."""
     engine = FakeEngine(seconds=0.05)
-    core = make_core(engine, rules=Rules(batch=1, deadline_s=60.0))
-    core.warm_up({"prompt": "warm", "state": observation()["state"]})
-    core.start()
+    scheduler = make_scheduler(engine, batching=BatchingConfig(batch=1, deadline_s=60.0))
+    scheduler.warm_up({"prompt": "warm", "state": observation()["state"]})
+    scheduler.start()
     told: dict[str, Any] = {}
     done = threading.Event()
 
@@ -180,8 +184,8 @@ def test_a_deadline_that_cannot_be_kept_behind_others_is_refused_at_once() -> No
             if len(told) == 3:
                 done.set()
 
-        request = parse_request(observation(deadline_ms=deadline_ms), core.specification)
-        core.submit(name, request, deliver)
+        request = parse_request(observation(deadline_ms=deadline_ms), scheduler.specification)
+        scheduler.submit(name, request, deliver)
 
     engine.gate.clear()
     engine.started.clear()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_serving import FakeEngine, make_core, observation, running
+from fake_serving import FakeEngine, make_scheduler, observation, running
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,9 +23,9 @@ from omega_qvla.serving.client.action_queue import ActionQueue, Blending
 
 pytest.importorskip("websockets", reason="the extra serve is not installed")
 
-from omega_qvla.serving.client import Patience, RemotePolicy, drive
-from omega_qvla.serving.server.door import Listening
-from omega_qvla.serving.server.protocols.openpi import WebsocketFront
+from omega_qvla.serving.client import RemotePolicy, RetryPolicy, drive
+from omega_qvla.serving.server.protocol_server import Listening
+from omega_qvla.serving.server.protocols.openpi import OpenpiServer
 
 
 def chunk(first: float, length: int = 6, width: int = 2) -> np.ndarray:
@@ -120,10 +120,10 @@ def test_a_chunk_that_is_none_is_refused(bad: np.ndarray) -> None:
 
 
 def test_a_remote_policy_answers_as_a_local_one_and_explains_errors() -> None:
-    core = make_core(FakeEngine())
-    core.start()
-    front = WebsocketFront(core, Listening(port=0))
-    with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+    scheduler = make_scheduler(FakeEngine())
+    scheduler.start()
+    server = OpenpiServer(scheduler, Listening())
+    with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         assert policy.noise_shape == (5, 3)
         noise = np.ones((5, 3), np.float64)
         assert np.allclose(policy.sample_actions(observation("noise"), noise), 1.5)
@@ -135,6 +135,18 @@ def test_a_remote_policy_answers_as_a_local_one_and_explains_errors() -> None:
         assert stale.value.code == "stale" and policy.reconnections == 0
 
 
+def test_a_robot_that_asked_nothing_for_long_is_served_over_a_new_connection() -> None:
+    """It answered no ping meanwhile."""
+    scheduler = make_scheduler(FakeEngine())
+    scheduler.start()
+    server = OpenpiServer(scheduler, Listening(ping_s=0.1))
+    with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+        policy.infer(observation())
+        time.sleep(1.0)
+        assert np.all(policy.infer(observation())["actions"] == 0.5)
+        assert policy.reconnections == 1
+
+
 def test_a_server_that_comes_back_is_found_again() -> None:
     """It is not there at the first attempt, and is at the third."""
     pauses: list[float] = []
@@ -142,14 +154,14 @@ def test_a_server_that_comes_back_is_found_again() -> None:
     def sleep(seconds: float) -> None:
         pauses.append(seconds)
         if len(pauses) == 2:
-            back.enter_context(running(WebsocketFront(again, Listening(port=port))))
+            back.enter_context(running(OpenpiServer(again, Listening(port=port))))
 
-    again = make_core(FakeEngine())
+    again = make_scheduler(FakeEngine())
     again.start()
-    core = make_core(FakeEngine())
-    core.start()
+    scheduler = make_scheduler(FakeEngine())
+    scheduler.start()
     with contextlib.ExitStack() as back:
-        with running(WebsocketFront(core, Listening(port=0))) as service:
+        with running(OpenpiServer(scheduler, Listening())) as service:
             port = service.port
             policy = RemotePolicy(f"ws://127.0.0.1:{port}", sleep=sleep)
             assert policy.sample_actions(observation()).shape == (5, 3)
@@ -161,10 +173,10 @@ def test_a_server_that_comes_back_is_found_again() -> None:
 def test_a_robot_that_reconnects_is_answered_for_its_new_observation() -> None:
     """While its old request is still computed; that one's actions go nowhere."""
     engine = FakeEngine()
-    core = make_core(engine)
-    core.start()
-    front = WebsocketFront(core, Listening(port=0))
-    with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+    scheduler = make_scheduler(engine)
+    scheduler.start()
+    server = OpenpiServer(scheduler, Listening())
+    with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         engine.gate.clear()
         with pytest.raises(ServingError) as late:
             policy.infer(observation(value=1.0), deadline_ms=100.0)
@@ -179,18 +191,20 @@ def test_a_server_that_is_not_there_is_an_error_after_growing_pauses() -> None:
         port = free.getsockname()[1]
     pauses: list[float] = []
     with pytest.raises(ServingError, match="4 attempts") as gone:
-        RemotePolicy(f"ws://127.0.0.1:{port}", patience=Patience(attempts=4), sleep=pauses.append)
+        RemotePolicy(
+            f"ws://127.0.0.1:{port}", retry_policy=RetryPolicy(attempts=4), sleep=pauses.append
+        )
     assert gone.value.code == "unreachable" and pauses == [0.1, 0.2, 0.4]
 
 
 def test_a_late_answer_is_not_taken_for_the_next_one() -> None:
     engine = FakeEngine()
-    core = make_core(engine)
-    core.start()
-    front = WebsocketFront(core, Listening(port=0))
-    with running(front) as service:
+    scheduler = make_scheduler(engine)
+    scheduler.start()
+    server = OpenpiServer(scheduler, Listening())
+    with running(server) as service:
         address = f"ws://127.0.0.1:{service.port}"
-        with RemotePolicy(address, patience=Patience(reply_s=1.0)) as policy:
+        with RemotePolicy(address, retry_policy=RetryPolicy(reply_s=1.0)) as policy:
             engine.gate.clear()
             with pytest.raises(ServingError) as late:
                 policy.sample_actions(observation(value=1.0))
@@ -219,11 +233,11 @@ def test_a_robot_acts_at_its_rate_while_chunks_are_computed() -> None:
     One after the other, every fifth tick would wait for its chunk and observations would be as old
     as a chunk is long.  The allowance is for a busy machine.
     """
-    core = make_core(FakeEngine(seconds=0.1))
-    core.start()
+    scheduler = make_scheduler(FakeEngine(seconds=0.1))
+    scheduler.start()
     robot = CountingRobot(until=20)
-    front = WebsocketFront(core, Listening(port=0))
-    with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+    server = OpenpiServer(scheduler, Listening())
+    with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         blending = Blending(late="hold")
         started = time.monotonic()
         report = drive(robot, policy, rate_hz=5, ticks=100, ask_below=5, blending=blending)
@@ -235,11 +249,11 @@ def test_a_robot_acts_at_its_rate_while_chunks_are_computed() -> None:
 
 
 def test_a_robot_without_actions_stops_and_says_why() -> None:
-    core = make_core(FakeEngine(seconds=0.5))
-    core.start()
+    scheduler = make_scheduler(FakeEngine(seconds=0.5))
+    scheduler.start()
     robot = CountingRobot(until=100)
-    front = WebsocketFront(core, Listening(port=0))
-    with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+    server = OpenpiServer(scheduler, Listening())
+    with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         report = drive(robot, policy, rate_hz=50, ticks=100, ask_below=1)
     assert not report.finished and report.ticks == 5 and "the robot stops" in str(report.stopped)
 
@@ -247,8 +261,8 @@ def test_a_robot_without_actions_stops_and_says_why() -> None:
 def test_a_robot_that_stops_does_not_wait_for_what_it_asked() -> None:
     """The server hangs on the second chunk: the loop ends at the tick without an action."""
     engine = FakeEngine()
-    core = make_core(engine)
-    core.start()
+    scheduler = make_scheduler(engine)
+    scheduler.start()
     robot = CountingRobot(until=100)
     act = robot.act
 
@@ -257,8 +271,8 @@ def test_a_robot_that_stops_does_not_wait_for_what_it_asked() -> None:
         return act(action)
 
     robot.act = hanging
-    front = WebsocketFront(core, Listening(port=0))
-    with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+    server = OpenpiServer(scheduler, Listening())
+    with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         started = time.monotonic()
         report = drive(robot, policy, rate_hz=50, ticks=100, ask_below=3)
         took = time.monotonic() - started
@@ -271,8 +285,8 @@ def test_a_robot_that_stops_does_not_wait_for_what_it_asked() -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_a_robot_that_is_interrupted_leaves_nothing_behind(error: type[BaseException]) -> None:
     engine = FakeEngine()
-    core = make_core(engine)
-    core.start()
+    scheduler = make_scheduler(engine)
+    scheduler.start()
     robot = CountingRobot(until=100)
 
     def failing(action: np.ndarray) -> bool:
@@ -283,8 +297,8 @@ def test_a_robot_that_is_interrupted_leaves_nothing_behind(error: type[BaseExcep
         return False
 
     robot.act = failing
-    front = WebsocketFront(core, Listening(port=0))
-    with running(front) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+    server = OpenpiServer(scheduler, Listening())
+    with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
         started = time.monotonic()
         with pytest.raises(error):
             drive(robot, policy, rate_hz=50, ticks=100, ask_below=4)

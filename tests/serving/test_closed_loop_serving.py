@@ -1,4 +1,4 @@
-"""Closed loop through both fronts in short form: two episodes of one task, alone and together."""
+"""Closed loop through both protocols, in short: two episodes of one task, alone and together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KIT = Path(__file__).parents[2] / "benchmarks" / "closed_loop_serving.py"
 
 
 @pytest.mark.skipif(find_spec("metaworld") is None, reason="the simulator is an optional extra")
-def test_episodes_through_both_fronts_end_as_in_process_and_a_second_run_adds_nothing(
+def test_episodes_through_both_protocols_end_as_in_process_and_a_second_run_adds_nothing(
     artifact: Path, tmp_path: Path
 ) -> None:
     """A robot alone executes bit-equal actions; of two, whose sums may differ, success is equal."""
@@ -26,11 +26,13 @@ def test_episodes_through_both_fronts_end_as_in_process_and_a_second_run_adds_no
     assert set(parts) == {
         "in-process",
         "in-process-batched",
-        *(f"{front}-{count}" for front in ("websocket", "gr00t") for count in (1, 2)),
+        *(f"{protocol}-{count}" for protocol in ("websocket", "gr00t") for count in (1, 2)),
     }
-    for front in ("websocket", "gr00t"):
-        assert parts[f"{front}-1"]["actions_bit_equal"] == parts[f"{front}-1"]["episodes"] == 2
-        assert parts[f"{front}-1"]["batch_sizes"].keys() == {"1"}
+    for protocol in ("websocket", "gr00t"):
+        assert (
+            parts[f"{protocol}-1"]["actions_bit_equal"] == parts[f"{protocol}-1"]["episodes"] == 2
+        )
+        assert parts[f"{protocol}-1"]["batch_sizes"].keys() == {"1"}
     assert all(bar["passed"] for bar in first["bars"]) and len(first["bars"]) == 6
     journals = {path.name: path.read_text() for path in (tmp_path / "result.episodes").iterdir()}
     assert set(journals) == {f"{arm}.jsonl" for arm in parts}

@@ -25,11 +25,11 @@ pytest.importorskip("websockets", reason="the extra serve is not installed")
 
 from scripted_server import HANDSHAKES, WORDS, ScriptedServer, scripted, state
 
-from omega_qvla.serving.client import Patience, RemotePolicy
+from omega_qvla.serving.client import RemotePolicy, RetryPolicy
 
-HASTY = Patience(reply_s=0.05, attempts=3, first_pause_s=0.0)
+HASTY = RetryPolicy(reply_s=0.05, attempts=3, first_pause_s=0.0)
 """A word that stalls costs so much; on a busy machine good answers can be late too."""
-CALM = Patience(reply_s=10.0, attempts=3, first_pause_s=0.0)
+CALM = RetryPolicy(reply_s=10.0, attempts=3, first_pause_s=0.0)
 
 
 class Clock:
@@ -45,13 +45,6 @@ class Clock:
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
     with scripted() as server:
-        yield server
-
-
-@pytest.fixture
-def openpi() -> Iterator[ScriptedServer]:
-    """A server as openpi's: it sends neither names nor ages back."""
-    with scripted(names=False) as server:
         yield server
 
 
@@ -72,64 +65,61 @@ def value_of(reply: dict[str, Any]) -> float:
 # --- what is an answer -----------------------------------------------------------------------
 
 
+ENDINGS = {
+    "previous only": "bad_reply",
+    "previous first": "bad_reply",
+    "foreign": "bad_reply",
+    "no name": "bad_reply",
+    "foreign error": "bad_reply",
+    "garbage": "bad_reply",
+    "misshaped": "bad_reply",
+    "not finite": "bad_reply",
+    "other artifact": "changed",
+    "text": "internal",
+    "error": "overloaded",
+    "twice": "answered",
+    "flood": "answered",
+    "close": "answered",
+    "die": "answered",
+}
+"""How a request ends by what the server does to it."""
+NAMELESS = {word: ENDINGS[word] for word in ("garbage", "not finite", "close", "die", "twice")}
+"""Of these, what a server that tells no names can be found out about."""
+
+
 @pytest.mark.parametrize(
-    ("word", "expected"),
+    ("names", "word", "expected"),
     [
-        ("previous only", "bad_reply"),
-        ("previous first", "bad_reply"),
-        ("foreign", "bad_reply"),
-        ("no name", "bad_reply"),
-        ("foreign error", "bad_reply"),
-        ("garbage", "bad_reply"),
-        ("misshaped", "bad_reply"),
-        ("not finite", "bad_reply"),
-        ("other artifact", "changed"),
-        ("text", "internal"),
-        ("error", "overloaded"),
-        ("twice", "answered"),
-        ("flood", "answered"),
-        ("close", "answered"),
-        ("die", "answered"),
+        *((True, *ending) for ending in ENDINGS.items()),
+        *((False, *ending) for ending in NAMELESS.items()),
+        (False, "error", "internal"),
     ],
 )
-def test_only_the_answer_to_a_request_is_returned(
-    server: ScriptedServer, word: str, expected: str
-) -> None:
-    """What follows is right whatever came before; a lost connection is made again."""
-    with RemotePolicy(server.address, patience=CALM) as policy:
+def test_only_the_answer_to_a_request_is_returned(names: bool, word: str, expected: str) -> None:
+    """What follows is right whatever came before; a lost connection is made again.
+
+    A server that tells no names is asked on connections with nothing outstanding.
+    """
+    with (
+        scripted(names=names) as server,
+        RemotePolicy(server.address, retry_policy=CALM) as policy,
+    ):
         assert value_of(policy.infer(state(1.0))) == 1.0
         server.script.append(word)
         assert code(lambda: policy.infer(state(2.0))) == expected
         time.sleep(0.05)  # whatever else it sends has come
         for value in (3.0, 4.0):
-            assert value_of(policy.infer(state(value))) == value
+            assert value_of(policy.infer(state(value), request_id="mine")) == value
         assert server.open == 1
 
 
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("error", "internal"),
-        ("garbage", "bad_reply"),
-        ("not finite", "bad_reply"),
-        ("close", "answered"),
-        ("die", "answered"),
-        ("twice", "answered"),
-    ],
-)
-def test_a_server_that_tells_no_names_is_asked_on_connections_with_nothing_outstanding(
-    openpi: ScriptedServer, word: str, expected: str
-) -> None:
-    with RemotePolicy(openpi.address, patience=CALM) as policy:
-        assert value_of(policy.infer(state(1.0))) == 1.0
-        openpi.script.append(word)
-        assert code(lambda: policy.infer(state(2.0))) == expected
-        time.sleep(0.05)  # whatever else it sends has come
-        for value in (3.0, 4.0):
-            assert value_of(policy.infer(state(value), request_id="mine")) == value
+def test_a_server_that_tells_no_names_gets_the_observation_as_it_is() -> None:
+    with scripted(names=False) as openpi, RemotePolicy(openpi.address) as policy:
+        reply = policy.infer(state(1.0), request_id="mine", age_ms=5.0, deadline_ms=60_000.0)
+        assert reply["request_id"] == "mine"
         with pytest.raises(ServingError, match="noise"):
             policy.infer(state(5.0), noise=np.zeros((5, 3)))
-    assert all(name is None and age is None for name, age, _ in openpi.asked)
+    assert openpi.asked == [(None, None, 1.0)]
 
 
 def test_requests_have_names_of_their_own_and_the_robots_come_back(server: ScriptedServer) -> None:
@@ -235,7 +225,7 @@ def test_a_server_that_does_not_finish_its_handshake_costs_no_more_than_the_dead
         server.handshakes.extend(["silent"] * 3)
         started = time.monotonic()
         assert code(lambda: policy.infer(state(1.0), deadline_ms=200.0)) == "unreachable"
-        assert time.monotonic() - started < 5.0, "not the 30 s of its patience"
+        assert time.monotonic() - started < 5.0, "not the 30 s of its retry_policy"
 
 
 def test_a_server_that_reads_nothing_costs_no_more_than_the_deadline(
@@ -287,7 +277,7 @@ def raising_at(number: int, error: type[BaseException]) -> Callable[..., Any]:
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.endswith(("session.py", "client.py", "connection.py")):
+        if not name.endswith(("session.py", "remote_policy.py", "client.py", "connection.py")):
             return None
         if event == "line" and next(passed) == number:
             raise error
@@ -306,7 +296,7 @@ def test_wherever_a_call_is_interrupted_the_next_one_gets_its_own_actions(
     values = itertools.count(1.0)
     ended: Counter[str] = Counter()
     with scripted(names=names) as server:
-        with RemotePolicy(server.address, patience=CALM, sleep=lambda _: None) as policy:
+        with RemotePolicy(server.address, retry_policy=CALM, sleep=lambda _: None) as policy:
             for number in itertools.count(1):
                 if lost:
                     server.drop()
@@ -346,7 +336,7 @@ def interrupted_requests(server: ScriptedServer, count: int, seed: int) -> Count
 
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        policy = RemotePolicy(server.address, patience=HASTY)
+        policy = RemotePolicy(server.address, retry_policy=HASTY)
         for number in range(1, count + 1):
             if chance.random() < 0.5:
                 server.script.append(chance.choice(WORDS))
@@ -476,7 +466,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.server = ScriptedServer()
-        self.policy = RemotePolicy(self.server.address, patience=HASTY, sleep=lambda _: None)
+        self.policy = RemotePolicy(self.server.address, retry_policy=HASTY, sleep=lambda _: None)
         self.values = itertools.count(1.0)
 
     def teardown(self) -> None:

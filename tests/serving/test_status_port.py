@@ -1,4 +1,4 @@
-"""Health and metrics beside GR00T's front: the answers of the websocket front's own port."""
+"""Health and metrics beside GR00T's server: the answers of openpi's own port."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Running:
 
     async def _serve(self) -> None:
         self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
-        await self.service.front.serve(self._stop, self._listening)
+        await self.service.server.serve(self._stop, self._listening)
 
     def _listening(self, port: int) -> None:
         self.port = port
@@ -91,28 +91,28 @@ def ask(port: int) -> dict[str, Any]:
         return decode_map(asking.recv())
 
 
-def test_health_and_metrics_of_gr00ts_front_are_on_a_port_of_their_own(artifact: Path) -> None:
+def test_health_and_metrics_of_gr00ts_server_are_on_a_port_of_their_own(artifact: Path) -> None:
     with serving(artifact) as running:
         assert running.get("/healthz") == (200, "OK\n")
         assert "action.action" in ask(running.port)
         status, text = running.get("/metrics")
-        assert status == 200 and text == running.service.core.metrics.render()
+        assert status == 200 and text == running.service.scheduler.metrics.render()
         assert 'omega_qvla_requests_total{outcome="answered"} 1' in text
         assert running.get("/")[0] == 404
 
 
 def test_a_drain_is_told_until_the_end(artifact: Path) -> None:
-    """The port outlives the front that drains: a probe hears 503, not silence."""
+    """The port outlives the server that drains: a probe hears 503, not silence."""
     with serving(artifact) as running:
-        core, heard = running.service.core, []
-        ended = core.drain
+        scheduler, heard = running.service.scheduler, []
+        ended = scheduler.drain
 
         def watched(seconds: float) -> bool:
             finished = ended(seconds)
             heard.append(running.get("/healthz"))  # from the thread that drains; the loop answers
             return finished
 
-        core.drain = watched  # type: ignore[method-assign]
+        scheduler.drain = watched  # type: ignore[method-assign]
         running.stop()
         running.join()
     assert heard == [(503, "draining\n")]
@@ -135,7 +135,7 @@ def test_silent_connections_give_way_there_too(artifact: Path) -> None:
         address = ("127.0.0.1", running.status_port)
         opened = [socket.create_connection(address) for _ in range(100)]
         assert running.get("/healthz")[0] == 200
-        counts = running.service.core.metrics
+        counts = running.service.scheduler.metrics
         end = time.monotonic() + 5
         while counts.counted("connections_total", "silent") < 36 and time.monotonic() < end:
             time.sleep(0.01)
@@ -152,7 +152,7 @@ def test_a_token_protects_the_metrics_and_not_the_health(artifact: Path, tmp_pat
         assert running.get("/healthz")[0] == 200
         assert running.get("/metrics")[0] == running.get("/")[0] == 401
         assert running.get("/metrics", Authorization=f"Bearer {TOKEN}")[0] == 200
-        counts = running.service.core.metrics
+        counts = running.service.scheduler.metrics
         assert counts.counted("connections_total", "unauthorized") == 2
         assert any("unencrypted" in event.get("message", "") for event in running.events)
 
@@ -166,7 +166,7 @@ def test_other_machines_need_a_token_before_anything_is_loaded(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"protocol": "openpi", "metrics_port": 9000}, "its own port"),
+        ({"protocol": "openpi", "metrics_port": 9000}, "on its own port"),
         ({"protocol": "gr00t", "metrics_port": 70000}, "--metrics-port 70000"),
         ({"protocol": "gr00t", "metrics_host": "0.0.0.0"}, "needs a --metrics-port"),
         ({"protocol": "gr00t", "token_file": Path("token")}, "SSH tunnel"),
@@ -182,4 +182,4 @@ def test_a_status_port_that_is_taken_is_an_error(artifact: Path) -> None:
         settings = Settings("gr00t", port=0, metrics_port=taken.getsockname()[1])
         service = Service.build(artifact, settings, lambda event, **fields: None)
         with pytest.raises(OSError, match="in use"):
-            asyncio.run(service.front.serve(asyncio.Event(), lambda port: None))
+            asyncio.run(service.server.serve(asyncio.Event(), lambda port: None))

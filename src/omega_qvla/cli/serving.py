@@ -6,12 +6,13 @@ import gc
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from time import time
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.extras import literal_type_from_choices
 
 from omega_qvla.cli.options import (
     COUNT,
@@ -29,6 +30,12 @@ from omega_qvla.cli.options import (
 from omega_qvla.cli.screen import Screen
 from omega_qvla.extras import require
 from omega_qvla.results.summaries import Served
+from omega_qvla.serving.server.protocols import PROTOCOLS
+
+if TYPE_CHECKING:
+    ProtocolName = str
+else:
+    ProtocolName = literal_type_from_choices(PROTOCOLS)
 
 _SWITCH_S = 0.0005
 """How long a thread may keep Python's lock while others wait.  The policy's thread takes it again
@@ -41,9 +48,7 @@ class Serve(Checkpoint, Common):
     """Serve an artifact, or a policy in full precision, over openpi's protocol or GR00T's."""
 
     policy: Positional[str] = tyro.MISSING
-    protocol: Annotated[Literal["openpi", "gr00t"], tyro.conf.arg(help="what robots speak")] = (
-        "openpi"
-    )
+    protocol: Annotated[ProtocolName, tyro.conf.arg(help="what robots speak")] = "openpi"
     host: Annotated[str, tyro.conf.arg(help="others than loopback need --token-file")] = "127.0.0.1"
     port: Annotated[int | None, tyro.conf.arg(help="8000, or 5555 for gr00t"), PORT] = None
     token_file: Annotated[Path | None, tyro.conf.arg(help="what clients must show")] = None
@@ -91,33 +96,14 @@ class Serve(Checkpoint, Common):
     ] = 3.0
 
     def run(self, screen: Screen) -> int:
-        require("serving", "serve", "zmq" if self.protocol == "gr00t" else "websockets")
+        packages = PROTOCOLS[self.protocol].package, "msgpack", "prometheus_client"
+        require("serving", "serve", *packages)
         from omega_qvla.serving.server.service import Service, Settings, run_until_signal
 
         sys.setswitchinterval(_SWITCH_S)
         service = Service.build(
             self.policy,
-            Settings(
-                protocol=self.protocol,
-                host=self.host,
-                port=self.port,
-                metrics_port=self.metrics_port,
-                metrics_host=self.metrics_host,
-                token_file=self.token_file,
-                tls_certificate=self.tls_certificate,
-                tls_key=self.tls_key,
-                layout=self.layout,
-                batch=self.batch,
-                waiting=self.waiting,
-                deadline_ms=self.deadline_ms,
-                limits=self.limits,
-                limit_margin=self.limit_margin,
-                steps=self.steps,
-                threads=self.threads,
-                kernel=self.kernel,
-                seed=self.seed,
-                drain_s=self.drain_s,
-            ),
+            Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)}),
             _log_line,
             self.choices,
         )

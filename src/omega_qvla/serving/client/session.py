@@ -41,7 +41,7 @@ _MAY_CHANGE = ("batch", "deadline_ms", "library")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a client tries.
 
     Attributes:
@@ -60,7 +60,7 @@ class Patience:
         return min(self.first_pause_s * 2.0**attempt, self.longest_pause_s)
 
 
-DEFAULT_PATIENCE = Patience()
+DEFAULT_RETRY_POLICY = RetryPolicy()
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Server:
     Attributes:
         address: ``ws://HOST:PORT`` or ``wss://HOST:PORT``.
         headers: of the handshake.
-        patience: how long to try.
+        retry_policy: how long to try.
         clock: monotonic seconds.
         sleep: waits for so many seconds.
     """
 
     address: str
     headers: Mapping[str, str]
-    patience: Patience
+    retry_policy: RetryPolicy
     clock: Callable[[], float]
     sleep: Callable[[float], None]
 
@@ -237,17 +237,17 @@ class Session:
 
     def _connect(self, call: _Call, expires: float) -> None:
         """Make a connection the call's; nobody goes on past the observation's deadline."""
-        patience, clock = self._server.patience, self._server.clock
+        retry_policy, clock = self._server.retry_policy, self._server.clock
         reason: Exception | None = None
         tried = 0
-        while tried < patience.attempts:
+        while tried < retry_policy.attempts:
             if tried:
-                pause_s = patience.pause_s(tried - 1)
+                pause_s = retry_policy.pause_s(tried - 1)
                 if clock() + pause_s >= expires:
                     break
                 self._server.sleep(pause_s)
             self._raise_if_ended()
-            until = min(clock() + patience.reply_s, expires)
+            until = min(clock() + retry_policy.reply_s, expires)
             if clock() >= until:
                 break
             tried += 1
@@ -262,7 +262,7 @@ class Session:
             self._require_same(metadata)
             self.connections += 1
             return
-        in_time = "" if tried == patience.attempts else " before the observation's deadline"
+        in_time = "" if tried == retry_policy.attempts else " before the observation's deadline"
         raise ServingError(
             "unreachable",
             f"{self._server.address} could not be reached in {tried} attempts{in_time}: {reason}",
@@ -358,7 +358,7 @@ class Session:
         except ServingError:
             self._give_back(call)  # nothing was sent
             raise
-        left_s = min(self._server.patience.reply_s, self._allowed(asked) - self._age(asked))
+        left_s = min(self._server.retry_policy.reply_s, self._allowed(asked) - self._age(asked))
         until = self._server.clock() + left_s
         try:
             connection.send(message, until)

@@ -34,7 +34,7 @@ _WARM_UP_SIDE = 224
 
 
 class Engine(Protocol):
-    """What the server's core computes with."""
+    """What the scheduler computes with."""
 
     def encode(self, observation: Mapping[str, Any]) -> Any:
         """What one observation becomes; raises an ``OmegaError`` where the policy refuses it."""

@@ -3,9 +3,9 @@
 A robot wants actions for what it sees *now*.  Four rules follow:
 
 * **newest per client**: a request replaces an earlier one of the same client that still waits, and
-  keeps its place in the line;
+  keeps its place in the queue;
 * **within its deadline**: a request is let in where its answer is expected before its deadline
-  (``forecast.py``), and where the line has a place.  Robots that ask one thing at a time are thus
+  (``forecast.py``), and where the queue has a place.  Robots that ask one thing at a time are thus
   refused only when there are more of them than can be served in time;
 * **fresh**: where there is no room, a newcomer takes the place of a request that has come just
   before, of the oldest of those.  The more robots ask, the younger is what is computed; whoever has
@@ -21,134 +21,157 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from omega_qvla.errors import ServingError
-
-Content = TypeVar("Content")
-Answer = TypeVar("Answer")
+from omega_qvla.serving.wire.specification import Request
 
 YIELDS_S = 0.04
 """Inside the 50 ms in which a refusal must have come."""
 
 
 @dataclass(frozen=True)
-class Ticket(Generic[Content, Answer]):
+class Reply:
+    """Actions, and what a robot must know to judge them.
+
+    Attributes:
+        actions: [horizon, action_dim] float32, in the robot's units.
+        request_id: the client's, or the server's own.
+        artifact: content hash of the artifact that computed them; None in full precision.
+        age_s: of the observation.
+        queue_s, inference_s: where the time went.
+        batch: observations in the forward pass.
+    """
+
+    actions: npt.NDArray[np.float32]
+    request_id: str | int
+    artifact: str | None
+    age_s: float
+    queue_s: float
+    inference_s: float
+    batch: int
+
+
+Outcome = Reply | ServingError
+
+
+@dataclass(frozen=True, eq=False)
+class PendingRequest:
     """A request on its way.
 
     Attributes:
         client: who asked; one connection is one client.
-        content: the request.
-        arrived: when it arrived.
+        request: what for.
+        arrived: when its observation was made, as far as the client says.
         expires: when its answer stops being of use.
-        deliver: takes the answer or the error; called exactly once.
+        deliver: takes the outcome; called exactly once.
     """
 
     client: Hashable
-    content: Content
+    request: Request
     arrived: float
     expires: float
-    deliver: Callable[[Answer | ServingError], None]
+    deliver: Callable[[Outcome], None]
+
+    def stale(self, now: float) -> ServingError:
+        """The error for an answer that comes too late."""
+        waited, allowed = (t - self.arrived for t in (now, self.expires))
+        return ServingError(
+            "stale",
+            f"the observation arrived {1e3 * waited:.0f} ms ago, the deadline allows "
+            f"{1e3 * max(allowed, 0.0):.0f} ms; allow more, or serve fewer robots",
+        )
 
 
-Leaving = tuple[Ticket[Content, Answer], ServingError]
-"""A request that leaves the line without actions, and why."""
+Leaving = tuple[PendingRequest, ServingError]
+"""A request that leaves the queue without actions, and why."""
 
 
 def _at_once(_: int) -> float:
     return -math.inf
 
 
-@dataclass(frozen=True)
-class _Waiting(Generic[Content, Answer]):
-    """A ticket and when its client came into the line."""
-
-    ticket: Ticket[Content, Answer]
-    since: float
-
-
-class Admission(Generic[Content, Answer]):
-    """The line of waiting requests.
+class RequestQueue:
+    """The waiting requests, one per client.
 
     Args:
         places: how many clients may wait.
-        yields_s: for how long a place in a full line is given up to a newcomer.
+        yields_s: for how long a place in a full queue is given up to a newcomer.
     """
 
     def __init__(self, places: int, yields_s: float = YIELDS_S) -> None:
         if places < 1:
-            raise ValueError(f"a line needs at least one place, got {places}")
+            raise ValueError(f"a queue needs at least one place, got {places}")
         self._places, self._yields_s = places, yields_s
-        self._line: dict[Hashable, _Waiting[Content, Answer]] = {}
+        self._waiting: dict[Hashable, PendingRequest] = {}
+        self._since: dict[Hashable, float] = {}
 
     def __len__(self) -> int:
         """How many requests wait."""
-        return len(self._line)
+        return len(self._waiting)
 
     def offer(
-        self,
-        ticket: Ticket[Content, Answer],
-        now: float,
-        answered: Callable[[int], float] = _at_once,
-    ) -> list[Leaving[Content, Answer]]:
-        """Put a request into the line; returns the requests that leave it for that, and why.
+        self, pending: PendingRequest, now: float, answered: Callable[[int], float] = _at_once
+    ) -> list[Leaving]:
+        """Put a request into the queue; returns the requests that leave it for that, and why.
 
         Args:
-            ticket: the request.
+            pending: the request.
             now: the time.
             answered: when a request behind so many waiting ones would be answered.
         """
         leaving = self._expired(now)
-        if ticket.expires <= now:
-            return [*leaving, (ticket, stale(ticket, now))]
-        since = now
-        replaced = self._line.get(ticket.client)
+        if pending.expires <= now:
+            return [*leaving, (pending, pending.stale(now))]
+        replaced = self._waiting.get(pending.client)
         if replaced is not None:
             error = ServingError("superseded", "a newer observation of the same client took over")
-            leaving.append((replaced.ticket, error))
-            since = replaced.since
-        elif (refusal := self._refusal(ticket, answered, len(self._line))) is not None:
-            given_up = self._youngest_elder(now)
-            in_its_place = self._refusal(ticket, answered, len(self._line) - 1)
+            leaving.append((replaced, error))
+        elif (refusal := self._refusal(pending, answered, len(self._waiting))) is not None:
+            given_up = self._oldest_newcomer(now)
+            in_its_place = self._refusal(pending, answered, len(self._waiting) - 1)
             if given_up is None or in_its_place is not None:
-                return [*leaving, (ticket, refusal)]
-            leaving.append((given_up, refusal))
-            del self._line[given_up.client]
-        self._line[ticket.client] = _Waiting(ticket, since)
+                return [*leaving, (pending, refusal)]
+            leaving.append((self._remove(given_up), refusal))
+        self._waiting[pending.client] = pending
+        self._since.setdefault(pending.client, now)
         return leaving
 
-    def take(
-        self, limit: int, now: float
-    ) -> tuple[list[Ticket[Content, Answer]], list[Leaving[Content, Answer]]]:
+    def take(self, limit: int, now: float) -> tuple[list[PendingRequest], list[Leaving]]:
         """The next requests to compute, first come first served, and those whose time is over."""
         expired = self._expired(now)
-        clients = list(self._line)[:limit]
-        return [self._line.pop(client).ticket for client in clients], expired
+        return [self._remove(client) for client in list(self._waiting)[:limit]], expired
 
     def withdraw(self, client: Hashable) -> bool:
         """Forget what a client that is gone waits for; returns whether there was something."""
-        return self._line.pop(client, None) is not None
+        if client not in self._waiting:
+            return False
+        self._remove(client)
+        return True
 
-    def clear(self) -> list[Ticket[Content, Answer]]:
-        """Empty the line; returns what waited."""
-        waiting = [one.ticket for one in self._line.values()]
-        self._line.clear()
-        return waiting
+    def clear(self) -> list[PendingRequest]:
+        """Empty the queue; returns what waited."""
+        return [self._remove(client) for client in list(self._waiting)]
 
-    def _youngest_elder(self, now: float) -> Ticket[Content, Answer] | None:
-        """Of the requests that came just now the oldest: who gives way to a newcomer."""
-        young = (one for one in self._line.values() if now - one.since < self._yields_s)
-        oldest = min(young, key=lambda one: one.since, default=None)
-        return None if oldest is None else oldest.ticket
+    def _remove(self, client: Hashable) -> PendingRequest:
+        del self._since[client]
+        return self._waiting.pop(client)
+
+    def _oldest_newcomer(self, now: float) -> Hashable | None:
+        """Of the clients that came just now the first: it gives way to the next."""
+        young = [client for client in self._waiting if now - self._since[client] < self._yields_s]
+        return min(young, key=lambda client: self._since[client], default=None)
 
     def _refusal(
-        self, ticket: Ticket[Content, Answer], answered: Callable[[int], float], ahead: int
+        self, pending: PendingRequest, answered: Callable[[int], float], ahead: int
     ) -> ServingError | None:
         """Why a request cannot be the next behind so many others, or None."""
         if ahead >= self._places:
             text = f"{self._places} other requests wait; try again, or serve fewer robots"
             return ServingError("overloaded", text)
-        late_s = answered(ahead) - ticket.expires
+        late_s = answered(ahead) - pending.expires
         if late_s <= 0:
             return None
         return ServingError(
@@ -157,19 +180,6 @@ class Admission(Generic[Content, Answer]):
             "deadline; try again, allow more, or serve fewer robots",
         )
 
-    def _expired(self, now: float) -> list[Leaving[Content, Answer]]:
-        waiting = [one.ticket for one in self._line.values()]
-        late = [ticket for ticket in waiting if ticket.expires <= now]
-        for ticket in late:
-            del self._line[ticket.client]
-        return [(ticket, stale(ticket, now)) for ticket in late]
-
-
-def stale(ticket: Ticket[Content, Answer], now: float) -> ServingError:
-    """The error for an answer that comes too late."""
-    waited, allowed = (t - ticket.arrived for t in (now, ticket.expires))
-    return ServingError(
-        "stale",
-        f"the observation arrived {1e3 * waited:.0f} ms ago, the deadline allows "
-        f"{1e3 * max(allowed, 0.0):.0f} ms; allow more, or serve fewer robots",
-    )
+    def _expired(self, now: float) -> list[Leaving]:
+        late = [one for one in self._waiting.values() if one.expires <= now]
+        return [(self._remove(one.client), one.stale(now)) for one in late]

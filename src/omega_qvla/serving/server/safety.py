@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -87,8 +86,6 @@ class ActionLimits:
         actions = np.asarray(chunk, dtype=np.float64)
         if actions.ndim != 2 or actions.shape[1] != len(self.low):
             raise ValueError(f"a chunk of shape {list(actions.shape)}, limits for {len(self.low)}")
-        if self._clearly_within(actions):
-            return
         _refuse_first(~np.isfinite(actions), actions, "not_finite", "is not a finite number")
         for limit, beyond, sign in ((self.low, "below", -1.0), (self.high, "above", 1.0)):
             bound = np.asarray(limit)
@@ -103,28 +100,6 @@ class ActionLimits:
             "is more than the action may change from one step to the next",
             change,
         )
-
-    def _clearly_within(self, actions: Array) -> bool:
-        """Whether a chunk [H, A] obeys the rules of a single action, and no other rule exists: the
-        usual case, in three operations, because a robot waits.  False says nothing.
-        """
-        lowest, highest = self._reach
-        within = (actions >= lowest) & (actions <= highest)  # false for NaN
-        return not self._has_change and bool(within.all())
-
-    @cached_property
-    def _reach(self) -> tuple[Array, Array]:
-        """The least and the greatest action [A] that may leave; both finite."""
-        low, high = np.asarray(self.low), np.asarray(self.high)
-        largest = np.finfo(np.float64).max
-        return (
-            np.maximum(low - _slack(low), -largest),
-            np.minimum(high + _slack(high), largest),
-        )
-
-    @cached_property
-    def _has_change(self) -> bool:
-        return bool(np.isfinite(self.change).any())
 
     def dump(self) -> dict[str, list[float | None]]:
         """For metadata: None where there is no limit."""

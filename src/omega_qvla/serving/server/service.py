@@ -6,9 +6,9 @@ import asyncio
 import signal
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +19,11 @@ from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.runtime.load import load
 from omega_qvla.serving.server.access import read_token, require_token, tls_context
 from omega_qvla.serving.server.policy_engine import PolicyEngine
-from omega_qvla.serving.server.protocol_server import Front
+from omega_qvla.serving.server.protocol_server import Listening, ProtocolServer
+from omega_qvla.serving.server.protocols import PROTOCOLS
 from omega_qvla.serving.server.safety import ActionLimits, read_limits
-from omega_qvla.serving.server.scheduler import MOST_WAITING, Core, Log, Rules
+from omega_qvla.serving.server.scheduler import MOST_WAITING, BatchingConfig, BatchScheduler, Log
 from omega_qvla.serving.wire.specification import LAYOUTS
-
-_PORTS = {"openpi": 8000, "gr00t": 5555}
-
 
 _NO_CHOICES = CheckpointOptions()
 
@@ -34,7 +32,7 @@ _NO_CHOICES = CheckpointOptions()
 class Settings:
     """What a user decides about a server; see ``omega-qvla serve --help``."""
 
-    protocol: Literal["openpi", "gr00t"] = "openpi"
+    protocol: str = "openpi"
     host: str = "127.0.0.1"
     port: int | None = None
     token_file: Path | None = None
@@ -73,25 +71,25 @@ class Settings:
                 raise PolicyError(f"--{name} {port}: ports are 0 to 65535")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise PolicyError("TLS needs both --tls-certificate and --tls-key")
-        if self.protocol != "gr00t" and self.metrics_port is not None:
+        protocol = PROTOCOLS.get(self.protocol)
+        if protocol is None:
+            raise PolicyError(f"--protocol {self.protocol}: there are {', '.join(PROTOCOLS)}")
+        if protocol.http and self.metrics_port is not None:
             raise PolicyError(
-                "--metrics-port is for GR00T's protocol; openpi's answers /healthz and /metrics on "
-                "its own port"
+                f"--metrics-port is not for {self.protocol}, which answers /healthz and /metrics "
+                "on its own port"
             )
         if self.metrics_port is None and self.metrics_host != "127.0.0.1":
             raise PolicyError(f"--metrics-host {self.metrics_host} needs a --metrics-port")
-        if (
-            self.protocol == "gr00t"
-            and self.metrics_port is None
-            and (self.tls_key or self.token_file)
-        ):
+        unprotected = not protocol.http and self.metrics_port is None
+        if unprotected and (self.tls_key or self.token_file):
             raise PolicyError(
-                "GR00T's protocol has neither TLS nor a token that is checked before parsing: it "
-                "is served on loopback without them (they protect --metrics-port, where there is "
-                "one); reach it through an SSH tunnel"
+                f"the protocol {self.protocol} has neither TLS nor a token that is checked before "
+                "parsing: it is served on loopback without them (they protect --metrics-port, "
+                "where there is one); reach it through an SSH tunnel"
             )
-        if self.protocol == "gr00t" and self.layout != "native":
-            raise PolicyError("--layout is for openpi's protocol; GR00T's names its parts itself")
+        if not protocol.layouts and self.layout != "native":
+            raise PolicyError(f"--layout is not for {self.protocol}, which names its parts itself")
 
 
 @dataclass(frozen=True)
@@ -143,16 +141,18 @@ def open_policy(source: str | Path, settings: Settings, choices: CheckpointOptio
 
 
 class Service:
-    """A core, warmed up and started, and its front.
+    """A scheduler, warmed up and started, and its server.
 
     Attributes:
-        core: what answers.
-        front: what listens.
+        scheduler: what answers.
+        server: what listens.
     """
 
-    def __init__(self, core: Core, front: Front, host: str, protocol: str) -> None:
-        self.core, self.front = core, front
-        self._host, self._protocol = host, protocol
+    def __init__(
+        self, scheduler: BatchScheduler, server: ProtocolServer, settings: Settings
+    ) -> None:
+        self.scheduler, self.server = scheduler, server
+        self._settings = settings
 
     @classmethod
     def build(
@@ -187,37 +187,35 @@ class Service:
             limits = engine.limits(settings.limit_margin)
         else:
             limits = read_limits(Path(settings.limits), specification.action_dim)
-        deadline_ms = settings.deadline_ms
-        core = Core(
+        deadline_s = None if settings.deadline_ms is None else settings.deadline_ms / 1e3
+        waiting = settings.waiting or MOST_WAITING
+        scheduler = BatchScheduler(
             engine,
             specification,
             limits,
             artifact=served.artifact,
             identity=served.identity,
             generator=np.random.default_rng(settings.seed),
-            rules=Rules(
-                settings.batch,
-                settings.waiting or MOST_WAITING,
-                None if deadline_ms is None else deadline_ms / 1e3,
-            ),
+            batching=BatchingConfig(settings.batch, waiting, deadline_s),
             log=log,
         )
-        front = _front(core, settings, token)
-        log("loaded", artifact=core.artifact, **served.identity, kernel=served.kernel)
-        slowest_s = core.warm_up(engine.warm_up_observation())
-        log("warm", batch_ms=1e3 * slowest_s, deadline_ms=1e3 * core.deadline_s)
-        core.start()
-        return cls(core, front, settings.host, settings.protocol)
+        server = _server(scheduler, settings, token)
+        log("loaded", artifact=served.artifact, **served.identity, kernel=served.kernel)
+        slowest_s = scheduler.warm_up(engine.warm_up_observation())
+        log("warm", batch_ms=1e3 * slowest_s, deadline_ms=1e3 * scheduler.deadline_s)
+        scheduler.start()
+        return cls(scheduler, server, settings)
 
     def ready(self, port: int) -> None:
         """Say where it listens."""
-        self.core.log("ready", host=self._host, port=port, protocol=self._protocol)
+        host, protocol = self._settings.host, self._settings.protocol
+        self.scheduler.log("ready", host=host, port=port, protocol=protocol)
 
     def totals(self) -> dict[str, Any]:
         """What happened, in numbers (docs/json.md)."""
-        metrics = self.core.metrics
+        metrics = self.scheduler.metrics
         return {
-            "artifact": self.core.artifact,
+            "artifact": self.scheduler.artifact,
             "requests": metrics.totals("requests_total"),
             "action_violations": metrics.totals("action_violations_total"),
             "connections": metrics.totals("connections_total"),
@@ -225,34 +223,31 @@ class Service:
         }
 
 
-def _front(core: Core, settings: Settings, token: bytes | None) -> Front:
-    """Each protocol needs its own library, and only that one."""
-    port = _PORTS[settings.protocol] if settings.port is None else settings.port
-    if settings.protocol == "gr00t":
-        from omega_qvla.serving.server.protocols.gr00t import Gr00tFront
+def _server(scheduler: BatchScheduler, settings: Settings, token: bytes | None) -> ProtocolServer:
+    """The protocol's server, with health and metrics beside it where it has no room for them."""
+    protocol = PROTOCOLS[settings.protocol]
+    port = protocol.port if settings.port is None else settings.port
+    listening = Listening(settings.host, port, drain_s=settings.drain_s)
+    if protocol.http:
+        protected = replace(listening, token=token, tls=_tls(scheduler, settings, token))
+        return protocol.build(scheduler, protected)
+    server = protocol.build(scheduler, listening)
+    if settings.metrics_port is None:
+        return server
+    from omega_qvla.serving.server.status_port import WithStatusPort
 
-        front = Gr00tFront(core, settings.host, port, drain_s=settings.drain_s)
-        if settings.metrics_port is None:
-            return front
-        from omega_qvla.serving.server.door import Listening
-        from omega_qvla.serving.server.status_port import WithStatusPort
-
-        tls = _tls(core, settings, token)
-        listening = Listening(settings.metrics_host, settings.metrics_port, token, tls)
-        return WithStatusPort(core, front, listening)
-    from omega_qvla.serving.server.door import Listening
-    from omega_qvla.serving.server.protocols.openpi import WebsocketFront
-
-    tls = _tls(core, settings, token)
-    listening = Listening(settings.host, port, token, tls, drain_s=settings.drain_s)
-    return WebsocketFront(core, listening)
+    tls = _tls(scheduler, settings, token)
+    beside = Listening(settings.metrics_host, settings.metrics_port, token, tls)
+    return WithStatusPort(scheduler, server, beside)
 
 
-def _tls(core: Core, settings: Settings, token: bytes | None) -> ssl.SSLContext | None:
+def _tls(
+    scheduler: BatchScheduler, settings: Settings, token: bytes | None
+) -> ssl.SSLContext | None:
     if settings.tls_certificate is not None and settings.tls_key is not None:
         return tls_context(settings.tls_certificate, settings.tls_key)
     if token is not None:
-        core.log("warning", message="the token travels unencrypted; give a TLS certificate")
+        scheduler.log("warning", message="the token travels unencrypted; give a TLS certificate")
     return None
 
 
@@ -269,4 +264,4 @@ async def _run(service: Service) -> bool:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    return await service.front.serve(stop, service.ready)
+    return await service.server.serve(stop, service.ready)

@@ -14,6 +14,7 @@ The header of a ``.npy`` file is that of ``numpy.lib.format``.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -23,35 +24,30 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import WireError
-from omega_qvla.serving.wire.messagepack import Bounds, Value, shown
 
 Array = npt.NDArray[Any]
+Value = Any
 
-_DTYPES = {
-    spelling: np.dtype(name)
-    for spelling, name in (
-        ("|b1", "bool"),
-        ("|u1", "uint8"),
-        ("|i1", "int8"),
-        ("<u2", "uint16"),
-        ("<i2", "int16"),
-        ("<u4", "uint32"),
-        ("<i4", "int32"),
-        ("<u8", "uint64"),
-        ("<i8", "int64"),
-        ("<f2", "float16"),
-        ("<f4", "float32"),
-        ("<f8", "float64"),
-    )
-}
+_NUMBERS = "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64"
+_DTYPES = {np.dtype(name).str: np.dtype(name) for name in _NUMBERS.split()}
 DTYPES = frozenset(_DTYPES)
 """The dtypes an array may have, as numpy spells them."""
+
+MAX_DIMENSIONS = 6
+MAX_NUMBERS = 1 << 24
+"""Of one array, counting a side of 0 as 1: numpy multiplies the other sides of an empty array."""
+
+
+def shown(value: Value) -> str:
+    """A value in an error message: short, and printable whatever it holds."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # --- reading ---------------------------------------------------------------------------------
 
 
-def restored(found: dict[Any, Value], bounds: Bounds) -> Value:
+def restored(found: dict[Any, Value]) -> Value:
     """The array or numpy scalar that a map stands for, or the map itself.
 
     Raises:
@@ -61,11 +57,11 @@ def restored(found: dict[Any, Value], bounds: Bounds) -> Value:
     if len(plain) != len(found):
         raise WireError("a map has the same key as text and as bytes")
     if "__ndarray__" in plain:
-        return _openpi_array(_exactly(plain, "__ndarray__", "data", "dtype", "shape"), bounds)
+        return _openpi_array(_exactly(plain, "__ndarray__", "data", "dtype", "shape"))
     if "__npgeneric__" in plain:
         return _openpi_scalar(_exactly(plain, "__npgeneric__", "data", "dtype"))
     if "__ndarray_class__" in plain:
-        return _npy_array(_exactly(plain, "__ndarray_class__", "as_npy"), bounds)
+        return _npy_array(_exactly(plain, "__ndarray_class__", "as_npy"))
     return found
 
 
@@ -83,11 +79,11 @@ def _exactly(found: dict[str, Value], mark: str, *keys: str) -> list[Value]:
     return [found[key] for key in keys]
 
 
-def _openpi_array(parts: list[Value], bounds: Bounds) -> Array:
+def _openpi_array(parts: list[Value]) -> Array:
     data, dtype, shape = parts
     if not isinstance(data, bytes) or not isinstance(shape, list):
         raise WireError("an array's data must be bytes and its shape a list")
-    return _array(data, _dtype(dtype), cast(list[Value], shape), bounds)
+    return _array(data, _dtype(dtype), cast(list[Value], shape))
 
 
 def _openpi_scalar(parts: list[Value]) -> Value:
@@ -110,17 +106,18 @@ def _dtype(spelling: Value) -> np.dtype[Any]:
     return _DTYPES[spelling]
 
 
-def _array(data: bytes, dtype: np.dtype[Any], shape: Sequence[Value], bounds: Bounds) -> Array:
+def _array(data: bytes, dtype: np.dtype[Any], shape: Sequence[Value]) -> Array:
     """A read-only view of ``data``."""
-    if len(shape) > bounds.dimensions:
+    if len(shape) > MAX_DIMENSIONS:
         raise WireError(
-            f"an array has {len(shape)} dimensions, at most {bounds.dimensions} are accepted"
+            f"an array has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are accepted"
         )
-    sizes = [size for size in shape if type(size) is int and 0 <= size <= bounds.message_bytes]
+    sizes = [size for size in shape if type(size) is int and 0 <= size <= MAX_NUMBERS]
     if len(sizes) != len(shape):
         raise WireError(f"an array's shape must hold sizes, found {shown(list(shape))}")
     expected = math.prod(sizes) * dtype.itemsize
-    if expected != len(data):
+    most = math.prod(max(size, 1) for size in sizes)
+    if expected != len(data) or most > MAX_NUMBERS:
         raise WireError(
             f"an array of {dtype.name} {sizes} takes {expected} bytes, its data has {len(data)}"
         )
@@ -136,7 +133,7 @@ _NPY_HEADER = re.compile(
 )
 
 
-def _npy_array(parts: list[Value], bounds: Bounds) -> Array:
+def _npy_array(parts: list[Value]) -> Array:
     """The array of a ``.npy`` file, version 1.0, with the header numpy writes and no other."""
     (file,) = parts
     if not isinstance(file, bytes) or file[:8] != _NPY_MAGIC + b"\x01\x00" or len(file) < 10:
@@ -148,8 +145,8 @@ def _npy_array(parts: list[Value], bounds: Bounds) -> Array:
     spelling, fortran, sizes = (group.decode("ascii") for group in header.groups())
     shape = [int(size) for size in sizes.split(", ")] if sizes else []
     if fortran == "True":
-        return _array(file[end:], _dtype(spelling), shape[::-1], bounds).T
-    return _array(file[end:], _dtype(spelling), shape, bounds)
+        return _array(file[end:], _dtype(spelling), shape[::-1]).T
+    return _array(file[end:], _dtype(spelling), shape)
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -167,9 +164,6 @@ def openpi_array(array: Array) -> dict[Any, Any]:
 
 def gr00t_array(array: Array) -> dict[Any, Any]:
     """An array as GR00T N1.5 writes it."""
-    shape = ", ".join(map(str, array.shape)) + ("," if array.ndim == 1 else "")
-    text = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': ({shape}), }}"
-    padding = -(len(_NPY_MAGIC) + 4 + len(text) + 1) % 64
-    header = text.encode("ascii") + b" " * padding + b"\n"
-    start = _NPY_MAGIC + b"\x01\x00" + len(header).to_bytes(2, "little")
-    return {"__ndarray_class__": True, "as_npy": start + header + array.tobytes()}
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.asarray(array, order="C"), (1, 0), allow_pickle=False)
+    return {"__ndarray_class__": True, "as_npy": file.getvalue()}

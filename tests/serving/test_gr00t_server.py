@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_serving import ARTIFACT, FakeEngine, make_core, running
+from fake_serving import ARTIFACT, FakeEngine, make_scheduler, running
 from pydantic import BaseModel, ConfigDict
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.serving.server.protocol_server import metadata
-from omega_qvla.serving.server.scheduler import Core
+from omega_qvla.serving.server.protocol_server import Listening, metadata
+from omega_qvla.serving.server.scheduler import BatchScheduler
 from omega_qvla.serving.wire import Bounds
 
 zmq = pytest.importorskip("zmq", reason="the extra serve is not installed")
 msgpack = pytest.importorskip("msgpack", reason="the client's serializer is in the dev extra")
 
-from omega_qvla.serving.server.protocols.gr00t import Gr00tFront  # noqa: E402 - needs what is checked above
+from omega_qvla.serving.server.protocols.gr00t import Gr00tServer  # noqa: E402 - needs what is checked above
 
 
 def pack(value: Any) -> bytes:
@@ -66,16 +66,16 @@ def connected(port: int, kind: int) -> Iterator[Any]:
 
 
 @pytest.fixture
-def core() -> Core:
-    core = make_core(FakeEngine())
-    core.start()
-    return core
+def scheduler() -> BatchScheduler:
+    scheduler = make_scheduler(FakeEngine())
+    scheduler.start()
+    return scheduler
 
 
 @pytest.fixture
-def client(core: Core) -> Iterator[Any]:
-    front = Gr00tFront(core, port=0, bounds=Bounds(message_bytes=1 << 20))
-    with running(front) as service, connected(service.port, zmq.REQ) as socket:
+def client(scheduler: BatchScheduler) -> Iterator[Any]:
+    server = Gr00tServer(scheduler, Listening(bounds=Bounds(message_bytes=1 << 20)))
+    with running(server) as service, connected(service.port, zmq.REQ) as socket:
         yield socket
 
 
@@ -105,9 +105,11 @@ def test_ping_and_get_action_answer_as_the_client_expects(client: Any) -> None:
     assert np.all(actions["action.gripper"] == 0.5)
 
 
-def test_ping_tells_the_metadata_that_the_websocket_sends_first(core: Core, client: Any) -> None:
+def test_ping_tells_the_metadata_that_the_websocket_sends_first(
+    scheduler: BatchScheduler, client: Any
+) -> None:
     told = call(client, {"endpoint": "ping"})["metadata"]
-    assert told == metadata(core) and told["artifact"] == ARTIFACT
+    assert told == metadata(scheduler) and told["artifact"] == ARTIFACT
     assert told["specification"]["state_parts"] == [["arm", 3], ["gripper", 1]]
 
 
@@ -150,19 +152,19 @@ def test_an_observation_past_its_deadline_is_a_named_error(client: Any) -> None:
 
 def test_draining_finishes_refuses_and_says_so() -> None:
     engine = FakeEngine()
-    core = make_core(engine)
-    core.start()
+    scheduler = make_scheduler(engine)
+    scheduler.start()
     engine.gate.clear()
-    front = Gr00tFront(core, port=0)
+    server = Gr00tServer(scheduler, Listening())
     with (
-        running(front) as service,
+        running(server) as service,
         connected(service.port, zmq.REQ) as early,
         connected(service.port, zmq.REQ) as late,
     ):
         early.send(pack({"endpoint": "get_action", "data": observation()}))
         assert engine.started.wait(5)
         service.stop()
-        while not core.draining:
+        while not scheduler.draining:
             time.sleep(0.01)
         assert call(late, {"endpoint": "ping"})["status"] == "draining"
         refused = call(late, {"endpoint": "get_action", "data": observation()})
@@ -225,15 +227,15 @@ def test_a_message_over_the_limit_ends_that_connection_only(client: Any) -> None
         assert call(other, {"endpoint": "ping"})["status"] == "ok"
 
 
-def test_an_envelope_of_another_kind_of_socket_is_ignored(core: Core) -> None:
-    front = Gr00tFront(core, port=0)
-    with running(front) as service, connected(service.port, zmq.DEALER) as dealer:
+def test_an_envelope_of_another_kind_of_socket_is_ignored(scheduler: BatchScheduler) -> None:
+    server = Gr00tServer(scheduler, Listening())
+    with running(server) as service, connected(service.port, zmq.DEALER) as dealer:
         dealer.send_multipart([b"x"] * 20)
         dealer.send_multipart([b"", pack({"endpoint": "ping"})])
         assert unpack(dealer.recv_multipart()[1])["status"] == "ok"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "*", "10.0.0.1"])
-def test_it_listens_on_loopback_only(core: Core, host: str) -> None:
+def test_it_listens_on_loopback_only(scheduler: BatchScheduler, host: str) -> None:
     with pytest.raises(PolicyError, match="ssh -L"):
-        Gr00tFront(core, host)
+        Gr00tServer(scheduler, Listening(host))

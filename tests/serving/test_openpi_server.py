@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_serving import ARTIFACT, FakeEngine, Service, make_core, observation, running
+from fake_serving import ARTIFACT, FakeEngine, Service, make_scheduler, observation, running
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.serving.server.access import authorized, is_loopback, read_token, require_token
-from omega_qvla.serving.server.scheduler import Core, Rules
+from omega_qvla.serving.server.scheduler import BatchingConfig, BatchScheduler
 from omega_qvla.serving.wire import Bounds, decode_map, encode
 from omega_qvla.serving.wire.specification import LAYOUTS, Specification
 
@@ -31,8 +31,8 @@ pytest.importorskip("websockets", reason="the extra serve is not installed")
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from omega_qvla.serving.server.door import Listening
-from omega_qvla.serving.server.protocols.openpi import WebsocketFront
+from omega_qvla.serving.server.protocol_server import Listening
+from omega_qvla.serving.server.protocols.openpi import OpenpiServer
 
 TOKEN = b"0123456789abcdef0123"
 
@@ -43,20 +43,20 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def core(engine: FakeEngine) -> Core:
-    core = make_core(engine)
-    core.start()
-    return core
+def scheduler(engine: FakeEngine) -> BatchScheduler:
+    scheduler = make_scheduler(engine)
+    scheduler.start()
+    return scheduler
 
 
 @pytest.fixture
-def serve(core: Core) -> Iterator[Callable[..., Service]]:
-    """Starts a front on the core."""
+def serve(scheduler: BatchScheduler) -> Iterator[Callable[..., Service]]:
+    """Starts a server on the scheduler."""
     with contextlib.ExitStack() as stack:
 
         def start(**options: Any) -> Service:
-            front = WebsocketFront(core, Listening(port=0, **options))
-            return stack.enter_context(running(front))
+            server = OpenpiServer(scheduler, Listening(**options))
+            return stack.enter_context(running(server))
 
         yield start
 
@@ -83,7 +83,7 @@ def get(port: int, path: str, **headers: str) -> tuple[int, str]:
     return response.status, response.read().decode()
 
 
-def exchange(client: Any, message: bytes | str) -> dict[str, Any]:
+def exchange(client: Any, message: bytes | str | list[Any]) -> dict[str, Any]:
     """One message and its answer; errors as their JSON."""
     client.send(message)
     answer = client.recv(10)
@@ -130,10 +130,10 @@ def test_openpis_own_observation_formats_are_read(layout: str, keys: dict[str, A
     specification = Specification(
         ("base_0_rgb", "left_wrist_0_rgb"), 8, 5, 3, (5, 3), layout=LAYOUTS[layout]
     )
-    core = make_core(specification=specification)
-    core.start()
+    scheduler = make_scheduler(specification=specification)
+    scheduler.start()
     images = dict.fromkeys(LAYOUTS[layout].images, np.zeros((24, 24, 3), np.uint8))
-    with running(WebsocketFront(core, Listening(port=0))) as service:
+    with running(OpenpiServer(scheduler, Listening())) as service:
         reply = openpi_client(service.port).infer({**images, **keys, "prompt": "press"})
     assert np.all(reply["actions"] == 0.5)
     with pytest.raises(PolicyError, match="--layout"):
@@ -287,7 +287,7 @@ def test_health_answers_while_the_policy_computes(
 
 
 def test_draining_finishes_refuses_and_ends(
-    serve: Callable[..., Service], engine: FakeEngine, core: Core
+    serve: Callable[..., Service], engine: FakeEngine, scheduler: BatchScheduler
 ) -> None:
     service = serve()
     engine.gate.clear()
@@ -296,7 +296,7 @@ def test_draining_finishes_refuses_and_ends(
         assert engine.started.wait(5)
         service.stop()
         deadline = time.monotonic() + 5
-        while not core.draining and time.monotonic() < deadline:
+        while not scheduler.draining and time.monotonic() < deadline:
             time.sleep(0.01)
         assert exchange(second, encode(observation()))["error"] == "draining"
         assert get(service.port, "/healthz")[0] == 503
@@ -404,9 +404,11 @@ def test_tls_protects_what_is_said(
         tls_context(certificate, certificate)
 
 
-def test_silent_connections_give_way_to_a_robot(serve: Callable[..., Service], core: Core) -> None:
+def test_silent_connections_give_way_to_a_robot(
+    serve: Callable[..., Service], scheduler: BatchScheduler
+) -> None:
     """Three times more half-open sockets than are kept: the oldest go, a good client is served."""
-    service = serve(silent=20, handshake_s=1.0)
+    service = serve(silent=20)
     sockets = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(60)]
     with plain_client(service.port) as client:
         assert "actions" in exchange(client, encode(observation()))
@@ -416,21 +418,7 @@ def test_silent_connections_give_way_to_a_robot(serve: Callable[..., Service], c
         with contextlib.suppress(ConnectionError):
             assert one.recv(1) == b""
         one.close()
-    assert core.metrics.counted("connections_total", "silent") >= 40
-
-
-def test_a_message_that_does_not_arrive_is_not_waited_for(
-    serve: Callable[..., Service], core: Core
-) -> None:
-    service = serve(message_s=0.5)
-    with plain_client(service.port) as slow, plain_client(service.port) as idle:
-        slow.socket.sendall(
-            b"\x82\xff\x00\x00\x00\x00\x00\xff\x00\x00\x00\x00\x00\x00" + bytes(999)
-        )
-        with pytest.raises(ConnectionClosed):
-            slow.recv(5)
-        assert "actions" in exchange(idle, encode(observation()))
-    assert core.metrics.counted("connections_total", "slow_message") == 1
+    assert scheduler.metrics.counted("connections_total", "silent") >= 40
 
 
 HALF_A_MESSAGE = b"\x82\xfe\x7f\xff\x00\x00\x00\x00" + bytes(1000)
@@ -440,46 +428,62 @@ ENDLESS_FRAGMENTS = b"\x02\x81\x00\x00\x00\x00\x00" + b"\x00\x81\x00\x00\x00\x00
 
 @pytest.mark.parametrize("sent", [HALF_A_MESSAGE, WHOLE_AND_HALF, ENDLESS_FRAGMENTS])
 def test_half_a_message_is_not_waited_for_wherever_the_segments_are_cut(
-    serve: Callable[..., Service], core: Core, sent: bytes
+    serve: Callable[..., Service], sent: bytes
 ) -> None:
     """In one segment with the handshake, behind a whole message, and as fragments without end."""
-    service = serve(message_s=0.5)
+    service = serve(ping_s=0.25)
     handshake = (
         b"GET / HTTP/1.1\r\nHost: robot\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as slow:
+    with (
+        socket.create_connection(("127.0.0.1", service.port), timeout=10) as slow,
+        plain_client(service.port) as idle,
+    ):
         slow.sendall(handshake + sent)
         with contextlib.suppress(ConnectionError):
             while slow.recv(4096):
                 pass
-    assert core.metrics.counted("connections_total", "slow_message") == 1
+        assert "actions" in exchange(idle, encode(observation()))
 
 
-def test_fragments_are_part_of_the_common_bound(serve: Callable[..., Service], core: Core) -> None:
-    service = serve(unfinished_bytes=200_000)
-    fragment = b"\x00\xfe\x7f\xff\x00\x00\x00\x00" + bytes(0x7FFF)
-    with plain_client(service.port) as greedy, plain_client(service.port) as good:
-        with contextlib.suppress(OSError):
-            greedy.socket.sendall(b"\x02" + fragment[1:])
-            for _ in range(20):
-                greedy.socket.sendall(fragment)
-        with pytest.raises(ConnectionClosed):
-            greedy.recv(5)
+def test_messages_in_fragments_are_whole(serve: Callable[..., Service]) -> None:
+    message = encode(observation())
+    with plain_client(serve().port) as client:
+        pieces = [message[at : at + 1000] for at in range(0, len(message), 1000)]
+        assert "actions" in exchange(client, pieces)
+        assert exchange(client, ["te", "xt"])["error"] == "malformed"
+
+
+def test_a_flood_of_tiny_messages_is_answered_one_by_one_and_keeps_nobody_out(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve()
+    with plain_client(service.port) as flood, plain_client(service.port) as good:
+        flood.socket.sendall(b"\x82\x81\x00\x00\x00\x00\xc0" * 1000)
         assert "actions" in exchange(good, encode(observation()))
-    assert core.metrics.counted("connections_total", "unfinished_bytes") == 1
+        answers = [json.loads(flood.recv(10)) for _ in range(1000)]
+    assert {answer["error"] for answer in answers} == {"malformed"}
 
 
-def test_unfinished_messages_have_a_common_bound(serve: Callable[..., Service], core: Core) -> None:
-    service = serve(unfinished_bytes=200_000)
-    head = b"\x82\xff\x00\x00\x00\x00\x00\xff\x00\x00\x00\x00\x00\x00"
-    with plain_client(service.port) as greedy, plain_client(service.port) as good:
-        with contextlib.suppress(OSError):
-            greedy.socket.sendall(head + bytes(1_000_000))
-        with pytest.raises(ConnectionClosed):
-            greedy.recv(5)
-        assert "actions" in exchange(good, encode(observation()))
-    assert core.metrics.counted("connections_total", "unfinished_bytes") == 1
+def test_a_robot_that_leaves_with_many_requests_on_their_way_leaves_nothing_behind(
+    serve: Callable[..., Service], engine: FakeEngine, scheduler: BatchScheduler
+) -> None:
+    service = serve()
+    engine.gate.clear()
+    with plain_client(service.port) as leaving:
+        for _ in range(12):
+            leaving.send(encode(observation()))
+        assert engine.started.wait(5)
+        leaving.socket.close()
+    engine.gate.set()
+    deadline = time.monotonic() + 5
+    while "omega_qvla_open_connections 0" not in scheduler.metrics.render():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert scheduler.waiting == 0
+    with plain_client(service.port) as client:
+        assert "actions" in exchange(client, encode(observation()))
 
 
 def test_connections_have_a_bound(serve: Callable[..., Service]) -> None:
@@ -499,8 +503,10 @@ def test_overload_is_refused_without_waiting_for_the_engine() -> None:
 
     One request runs and one waits.  A refusal that stood in that line would take as long as they.
     """
-    core = make_core(FakeEngine(seconds=0.05), rules=Rules(batch=1, waiting=1, deadline_s=5.0))
-    core.start()
+    scheduler = make_scheduler(
+        FakeEngine(seconds=0.05), batching=BatchingConfig(batch=1, waiting=1, deadline_s=5.0)
+    )
+    scheduler.start()
     admitted: list[float] = []
     refused: list[float] = []
     until = time.monotonic() + 2.0
@@ -517,7 +523,7 @@ def test_overload_is_refused_without_waiting_for_the_engine() -> None:
                     assert answer["error"] == "overloaded"
                     time.sleep(0.02)
 
-    with running(WebsocketFront(core, Listening(port=0))) as service:
+    with running(OpenpiServer(scheduler, Listening())) as service:
         robots = [threading.Thread(target=robot, args=(service.port,)) for _ in range(16)]
         for one in robots:
             one.start()
