@@ -277,7 +277,7 @@ def raising_at(number: int, error: type[BaseException]) -> Callable[..., Any]:
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.endswith(("session.py", "remote_policy.py", "client.py", "connection.py")):
+        if not name.endswith(("session.py", "remote_policy.py", "connection.py")):
             return None
         if event == "line" and next(passed) == number:
             raise error
