@@ -89,8 +89,8 @@ class Simulation(Execution):
     workers: Annotated[
         int | None,
         tyro.conf.arg(
-            help="simulators of a policy, whose episodes advance together and share its passes; 8, "
-            "or 2 of LIBERO"
+            help="simulators of a policy; 8 of Meta-World, whose episodes advance together and "
+            "share its passes, else 2"
         ),
         PROCESSES,
     ] = None

@@ -25,7 +25,7 @@ from omega_qvla.evaluation.execution.placing import place
 from omega_qvla.evaluation.execution.plan import ClosedLoop, OpenLoop, SweepRow
 from omega_qvla.evaluation.footprints import artifact_footprint
 from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
-from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.extras import require

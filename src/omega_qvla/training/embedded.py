@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from omega_qvla.calibration.observations import FILE as OBSERVATIONS
-from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 from omega_qvla.policies.checkpoints.openpi import CONFIG
 from omega_qvla.policies.checkpoints.shards import WEIGHTS
 from omega_qvla.policies.gr00t_policy import Gr00tN15Policy

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 from omega_qvla.policies.checkpoints.openpi import write_openpi
 from omega_qvla.policies.checkpoints.own import write_own
 from omega_qvla.policies.gr00t_n15 import Gr00tN15Config, Gr00tN15Module
