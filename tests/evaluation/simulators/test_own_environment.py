@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("gymnasium", reason="the simulator is an optional extra")
 
 from omega_qvla.cli import main
+from omega_qvla.environments import action_limits, begin, carry_out
 
 MODULE = '''
 import gymnasium
@@ -97,3 +99,17 @@ def test_an_environment_of_the_users_own_is_evaluated_and_resumed(here, capsys):
 def test_what_cannot_be_evaluated_is_refused_by_name(here, capsys, arguments, status, told):
     assert run(["eval", POLICY, "--episodes", "1", "--workers", "1", *arguments]) == status
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_environment_of_the_documentation_is_one():
+    text = (Path(__file__).parents[3] / "docs" / "evaluate-your-robot.md").read_text("utf-8")
+    example = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], example)
+    env = example["Reach"]("open")
+    low, _ = action_limits(env)
+    for _ in range(2):
+        first = begin(env, 3)["state"]
+        assert np.abs(first[:3]).max() <= 0.3
+    steps = [np.clip(-first, -0.05, 0.05)] * 3 + [np.zeros(4, np.float32)] * 300
+    assert len(low) == 4 and carry_out(env, steps).steps <= 200
+    assert np.array_equal(begin(env, 3)["state"], first)
