@@ -18,17 +18,15 @@ import yaml
 
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
 from omega_qvla.evaluation.rollout import rollout
-from omega_qvla.evaluation.simulators.libero import (
+from omega_qvla.evaluation.simulators.libero import LiberoEnv, axis_angle, robot_action
+from omega_qvla.evaluation.simulators.libero_suites import (
     CONVENTIONS,
     FACTORY,
     PROTOCOLS,
     SUITES,
-    LiberoEnv,
-    axis_angle,
     chosen_tasks,
     environment_options,
     per_suite,
-    robot_action,
     suite_tasks,
 )
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
@@ -194,7 +192,7 @@ def test_a_policy_of_another_robot_is_refused():
 
 def test_an_episode_settles_from_its_recorded_state_with_the_familys_seed(stand_in):
     env = LiberoEnv("goal:3", "pi05", CAMERAS)
-    observation = env.reset(7)
+    observation, _ = env.reset(seed=7)
     assert log()[1:4] == [("seed", 7), ("reset",), ("state", 307.0)]
     assert log()[4:] == [("step", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)] * 10
     assert env.max_steps == 300 and observation["prompt"] == "do 3 of libero_goal"
@@ -205,20 +203,20 @@ def test_an_episode_settles_from_its_recorded_state_with_the_familys_seed(stand_
     expected = np.float32([0, 2, 3, 0, 0, np.pi, 0.04, -0.04])
     np.testing.assert_array_equal(observation["state"], expected)
     before = len(log())
-    env.reset(7)
+    env.reset(seed=7)
     assert log()[before : before + 3] == log()[1:4]  # whatever ran in between
     for bad in (-1, 50):
         with pytest.raises(ValueError, match=f"initial state {bad} of 50"):
-            env.reset(bad)
+            env.reset(seed=bad)
 
 
 def test_groot_opens_with_one_and_long_episodes_end_with_the_simulator(stand_in):
     env = LiberoEnv("long:0", "gr00t_n15", CAMERAS)
-    env.reset(0)
+    env.reset(seed=0)
     assert ("seed", 0) in log()
     assert env.max_steps == 990  # robosuite's 1000 less the settling
     closing = [1.0, 0, 0, 0, 0, 0, 0.2]
-    assert [env.step(closing) for _ in range(4)] == [False, False, False, True]
+    assert [env.advance(closing)[0] for _ in range(4)] == [False, False, False, True]
     assert log()[-1][-1] == 1.0
     assert {suite: LiberoEnv(f"{suite}:0", "gr00t_n15", CAMERAS).max_steps for suite in SUITES} == {
         **CONVENTIONS["gr00t_n15"].max_steps,
@@ -281,7 +279,7 @@ def test_the_real_simulator_repeats_an_episode_to_the_bit():
         env = LiberoEnv("spatial:0", "pi05", CAMERAS)
     except SimulatorUnavailable as error:
         pytest.skip(str(error))
-    first, second = env.reset(3), env.reset(3)
+    first, second = env.reset(seed=3)[0], env.reset(seed=3)[0]
     np.testing.assert_array_equal(first["state"], second["state"])
     np.testing.assert_array_equal(first["images"]["base"], second["images"]["base"])
     env.close()

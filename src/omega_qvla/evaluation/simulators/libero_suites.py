@@ -1,0 +1,135 @@
+"""LIBERO's suites, and the conventions by which a family's policies are evaluated on them.
+
+Known without the simulator; ``libero.py`` has the table of conventions and their sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from omega_qvla.errors import PolicyError
+
+FACTORY = "omega_qvla.evaluation.simulators.libero:LiberoEnv"
+SUITES = {
+    "spatial": "libero_spatial",
+    "object": "libero_object",
+    "goal": "libero_goal",
+    "long": "libero_10",
+}
+"""The paper's names of the suites and LIBERO's."""
+TASKS_PER_SUITE, INITIAL_STATES = 10, 50
+PROTOCOLS = {"paper": 10, "full": INITIAL_STATES}
+"""Trials per task; each starts from the recorded initial state of its number."""
+
+IMAGE_SIZE, ACTION_DIM, STATE_DIM = 256, 7, 8
+SETTLING_STEPS, SIMULATOR_STEPS = 10, 1000
+VIEWS = ("agentview_image", "robot0_eye_in_hand_image")
+"""LIBERO's names of the fixed and the wrist view, in the order of the policies' cameras."""
+
+
+Gripper = Literal["signed", "opening"]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How the policies of one family are evaluated.
+
+    Attributes:
+        execute: actions carried out of each chunk.
+        max_steps: by suite, settling not included.
+        gripper: ``signed`` is LIBERO's own action, ``opening`` 1 for open and 0 for closed.
+        seed: of the simulator.
+    """
+
+    execute: int
+    max_steps: Mapping[str, int]
+    gripper: Gripper
+    seed: int
+
+
+CONVENTIONS = {
+    "pi05": Convention(5, {"spatial": 220, "object": 280, "goal": 300, "long": 520}, "signed", 7),
+    "gr00t_n15": Convention(
+        1, {"spatial": 220, "object": 280, "goal": 600, "long": 1000}, "opening", 0
+    ),
+}
+"""By policy family."""
+
+
+def convention_of(family: str) -> Convention:
+    """The convention of a policy family.
+
+    Raises:
+        PolicyError: none is published.
+    """
+    if family not in CONVENTIONS:
+        raise PolicyError(
+            f"no LIBERO convention is known for policies of family {family!r}; known: "
+            f"{', '.join(CONVENTIONS)}"
+        )
+    return CONVENTIONS[family]
+
+
+def suite_tasks(suites: str) -> list[str]:
+    """Task names ``suite:number`` of one suite, several (with commas) or ``all``.
+
+    Raises:
+        PolicyError: there is no such suite.
+    """
+    names = list(SUITES) if suites == "all" else [name.strip() for name in suites.split(",")]
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        raise PolicyError(
+            f"LIBERO has no suite {', '.join(map(repr, unknown))}: give {', '.join(SUITES)} or all"
+        )
+    return [f"{name}:{index}" for name in names for index in range(TASKS_PER_SUITE)]
+
+
+def chosen_tasks(names: Sequence[str] | None) -> list[str]:
+    """The tasks that a user named; empty if none were.
+
+    Raises:
+        PolicyError: LIBERO has no such task.
+    """
+    known = suite_tasks("all")
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise PolicyError(
+            f"LIBERO has no task {', '.join(map(repr, unknown))}: tasks are SUITE:NUMBER, from "
+            f"{known[0]} to {known[-1]}"
+        )
+    return list(names or ())
+
+
+def per_suite(success: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """[successes, episodes] of each suite, from those of its tasks."""
+    suites: dict[str, list[int]] = {}
+    for task, (solved, episodes) in success.items():
+        count = suites.setdefault(task.partition(":")[0], [0, 0])
+        count[0] += solved
+        count[1] += episodes
+    return suites
+
+
+def environment_options(
+    family: str, cameras: Sequence[str], state_dim: int, action_dim: int
+) -> dict[str, Any]:
+    """Keyword arguments of ``libero.LiberoEnv`` for a policy, as JSON values.
+
+    Args:
+        cameras: the policy's names for the fixed and the wrist view.
+        state_dim, action_dim: numbers of its state and its actions.
+
+    Raises:
+        PolicyError: the policy was not made for LIBERO's robot.
+    """
+    if (len(cameras), state_dim, action_dim) != (len(VIEWS), STATE_DIM, ACTION_DIM):
+        raise PolicyError(
+            f"LIBERO gives {len(VIEWS)} views and {STATE_DIM} state numbers and takes {ACTION_DIM} "
+            f"action numbers; the policy has {len(cameras)} ({', '.join(cameras)}), {state_dim} "
+            f"and {action_dim}"
+        )
+    convention_of(family)
+    return {"family": family, "cameras": list(cameras)}
