@@ -8,6 +8,8 @@ TRITON ?= triton==3.7.1
 OUT    ?= out
 # How many episodes per task and method `make demo` runs; empty is the command's own default.
 EPISODES ?=
+# More options of pytest, for `make test`.
+PYTEST ?=
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -20,7 +22,7 @@ export OMP_NUM_THREADS ?= 2
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup gpu demo test slow test-scale test-lerobot golden-lerobot lint format bench bench-gpu soak fuzz train clean
+.PHONY: setup gpu demo test check slow test-scale test-lerobot golden-lerobot lint format bench bench-gpu soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -62,8 +64,15 @@ demo: $(STAMP)
 	$(BIN)/omega-qvla demo --out $(OUT)/demo $(if $(EPISODES),--episodes $(EPISODES))
 
 # Two files at a time, one thread each; tests of threads ask for theirs by number.
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP) $(EMULATOR)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) $(PYTEST)
+
+# For a developer at work: what tells in a minute.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) \
+	  -m "not long and not slow and not scale and not lerobot"
 
 # Ray is 80 MB to fetch, 240 MB installed, and slow to start: its tests are not part of `make test`.
 test-scale: $(STAMP)
@@ -112,6 +121,7 @@ lint: $(STAMP)
 	$(BIN)/python tools/forbidden_calls.py src
 	$(BIN)/python tools/results_table.py --check
 	$(BIN)/python tools/speed_table.py --check
+	$(BIN)/python tools/json_page.py --check
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 	$(BIN)/pyright -p pyright-strict.json

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.evaluation.speed.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.kernels import cpu
 
 LAYERS = {"qkv": (2560, 1024), "o": (1024, 2048), "gate_up": (8192, 1024), "down": (1024, 4096)}

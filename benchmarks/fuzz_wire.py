@@ -48,15 +48,15 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from omega_qvla.errors import ServingError
-from omega_qvla.evaluation.sweep import write_json
-from omega_qvla.serving.core import Core, Rules
-from omega_qvla.serving.door import Listening
-from omega_qvla.serving.gr00t import Gr00tFront
-from omega_qvla.serving.gr00t_messages import parse_observation
-from omega_qvla.serving.safety import ActionLimits
-from omega_qvla.serving.specification import Specification, parse_request
-from omega_qvla.serving.websocket import WebsocketFront
+from omega_qvla.results.writing import write_json
+from omega_qvla.serving.server.door import Listening
+from omega_qvla.serving.server.protocols.gr00t import Gr00tFront
+from omega_qvla.serving.server.protocols.gr00t_messages import parse_observation
+from omega_qvla.serving.server.protocols.openpi import WebsocketFront
+from omega_qvla.serving.server.safety import ActionLimits
+from omega_qvla.serving.server.scheduler import Core, Rules
 from omega_qvla.serving.wire import DEFAULT_BOUNDS, decode_map, encode, gr00t_array
+from omega_qvla.serving.wire.specification import Specification, parse_request
 
 TIME_LIMIT_S = 1.0
 MEMORY_LIMIT_BYTES = 256 << 20

@@ -33,10 +33,10 @@ from random_artifact import random_artifact
 from omega_qvla.devices import EXPERIMENTAL
 from omega_qvla.errors import OmegaError, ResourceError
 from omega_qvla.evaluation.speed.kernel_speed import SHAPES
-from omega_qvla.evaluation.sweep import write_json
-from omega_qvla.policies.loading import stream_policy
+from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.report.roofline import roofline_figure
+from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.bfloat16 import bfloat16_pass, in_bfloat16
 from omega_qvla.runtime.kernels import triton_gpu as gpu
 from omega_qvla.runtime.loading import load

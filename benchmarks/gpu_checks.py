@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.errors import OmegaError
-from omega_qvla.policies.elementwise import RMS_EPS, TORCH, Gate
+from omega_qvla.policies.layers.elementwise import RMS_EPS, TORCH, Gate
 from omega_qvla.runtime.kernels import reference
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_elementwise import gated_product, normalize, rotate

@@ -14,7 +14,7 @@ from torch import Tensor
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import RecipeError
-from omega_qvla.policies.loading import load_policy, stream_policy
+from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.gpu_memory import gpu_bytes
 from omega_qvla.quantization.pipeline import work_shares

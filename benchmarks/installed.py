@@ -32,8 +32,8 @@ import torch
 import tyro
 
 from omega_qvla.evaluation.speed.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.openmp import THE_USERS
+from omega_qvla.results.writing import write_json
 from omega_qvla.threads import available_cores
 
 INSTALLED, TORCH_FIRST, ONE, ALL = "installed", "torch first", "passive, one", "passive, all"

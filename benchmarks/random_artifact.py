@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from omega_qvla.checkpoints.weight_store import hold
 from omega_qvla.policies.base import QuantizationSite, euler_times, linears_of, sites_of
-from omega_qvla.policies.loading import stream_policy
+from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.weight_store import hold
 from omega_qvla.quantization.embedding import quantize_rows
 from omega_qvla.quantization.pipeline import Quantization
 from omega_qvla.quantization.site import QuantizedSite

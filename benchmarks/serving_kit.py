@@ -27,7 +27,7 @@ import numpy as np
 
 import omega_qvla as oq
 from omega_qvla.evaluation.speed.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.results.writing import write_json
 
 POLICY = "builtin:tiny-pi05"
 Bar = dict[str, Any]

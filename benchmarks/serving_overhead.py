@@ -44,7 +44,7 @@ from serving_kit import (
 import omega_qvla as oq
 from omega_qvla.errors import ServingError
 from omega_qvla.serving.client import RemotePolicy
-from omega_qvla.serving.engine import PolicyEngine
+from omega_qvla.serving.server.policy_engine import PolicyEngine
 
 SIDE = 224
 CLIENTS = (1, 2, 4, 8)

@@ -22,9 +22,9 @@ import tyro
 
 import omega_qvla as oq
 from omega_qvla.evaluation.openloop import NOISES, Array, draw_noises, relative_error
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
+from omega_qvla.results.writing import write_json
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import numpy as np
 
 from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
 from omega_qvla.evaluation.simulators.metaworld_tasks import ACTION_DIM
-from omega_qvla.serving.action_queue import Blending
 from omega_qvla.serving.client import RemotePolicy, drive
+from omega_qvla.serving.client.action_queue import Blending
 
 GRIPPER = ACTION_DIM - 1
 """Opens or closes: a decision, not a quantity to average."""

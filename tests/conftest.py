@@ -10,22 +10,23 @@ import pytest
 import torch
 
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.policies.gr00t_n15 import (
+from omega_qvla.policies.gr00t_n15.network import (
     PLAIN_PROMPT,
     Gr00tN15Config,
     Gr00tN15Module,
     QwenConfig,
     TransformerConfig,
 )
-from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
-from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
-from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles
-from omega_qvla.policies.pi05 import GemmaConfig, Pi05Config, Pi05Module, VisionConfig
-from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
-from omega_qvla.policies.processing import WordTokenizer
+from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
+from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor, identity_statistics
+from omega_qvla.policies.pi05.network import GemmaConfig, Pi05Config, Pi05Module, VisionConfig
+from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.processing.normalization import NormalizationStatistics, Quantiles
+from omega_qvla.policies.processing.observations import WordTokenizer
 from omega_qvla.recipe import Recipe
 
 pytest.register_assert_rewrite("embedded_checks")
+pytest_plugins = ["checkpoint_directories"]
 
 INSTRUCTION = "press the button"
 STEPS = 4

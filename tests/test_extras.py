@@ -73,8 +73,8 @@ except errors.MissingPackageError as error:
     ("package", "extra", "code"),
     [
         ("websockets", "serve", "import omega_qvla.serving.client"),
-        ("websockets", "serve", "import omega_qvla.serving.door"),
-        ("zmq", "serve", "import omega_qvla.serving.gr00t"),
+        ("websockets", "serve", "import omega_qvla.serving.server.door"),
+        ("zmq", "serve", "import omega_qvla.serving.server.protocols.gr00t"),
         (
             "pyarrow",
             "data",
@@ -91,12 +91,13 @@ except errors.MissingPackageError as error:
         (
             "sentencepiece",
             "hub",
-            "from omega_qvla.policies.tokenizers import SentencePieceTokenizer as t; t(b'', 'x')",
+            "from omega_qvla.policies.processing.tokenizers import SentencePieceTokenizer as t;"
+            " t(b'', 'x')",
         ),
         (
             "tokenizers",
             "hub",
-            "from omega_qvla.policies.tokenizers import QwenTokenizer as t; t({}, 'x')",
+            "from omega_qvla.policies.processing.tokenizers import QwenTokenizer as t; t({}, 'x')",
         ),
         ("matplotlib", "report", "from omega_qvla.report.style import new_figure as f; f(1.0)"),
         (

@@ -15,9 +15,15 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.cli import entry, main
 from omega_qvla.cli.options import Range
+from omega_qvla.evaluation.comparison_folder import (
+    Planned,
+    require_free_comparison,
+    sign,
+)
+from omega_qvla.results.rows import Comparison, Row
 
 POLICY = "builtin:tiny-pi05"
 COMMANDS: dict[str, Any] = {
@@ -248,14 +254,22 @@ def test_a_reader_that_leaves_is_no_traceback(arguments: tuple[str, ...]) -> Non
     assert process.wait(timeout=120) == 141 and words == ""
 
 
-def compare_saved(folder: Path, *recipes: str) -> None:
+def saved_row(recipe: str, episodes: int = 0, noises: int = 1, observations: int = 2) -> Row:
+    """A row of that size; its figures are invented."""
+    unmeasured = {name: None for name, field in Row.model_fields.items() if field.is_required()}
+    size = {"success": {"open": [0, episodes]} if episodes else {}, "episodes": episodes}
+    size |= {"noises": noises, "action_errors": [0.1] * observations}
+    cell = {"policy": POLICY, "recipe": recipe, "condition": "plain", "scope": "all"}
+    labels = {"realizable": True, "seeds": [], "smoke": True}
+    return Row.model_validate({**unmeasured, **size, **cell, **labels})
+
+
+def compare_saved(folder: Path, *recipes: str, **changes: int) -> None:
     """A folder as a comparison leaves it."""
     folder.mkdir(parents=True)
-    rows = [
-        {"policy": POLICY, "recipe": recipe, "condition": "plain", "scope": "all"}
-        for recipe in ("fp32", *recipes)
-    ]
-    (folder / "results.json").write_text(json.dumps({"schema": 1, "rows": rows}))
+    rows = [saved_row(recipe, **changes) for recipe in ("fp32", *recipes)]
+    document = Comparison(policy=POLICY, rows=rows)
+    (folder / "results.json").write_text(json.dumps(document.to_json()))
 
 
 def test_a_comparison_keeps_its_rows(
@@ -281,11 +295,46 @@ def test_a_comparison_keeps_its_rows(
 
 
 def test_a_demonstration_may_replace_a_demonstration(tmp_path: Path) -> None:
-    from omega_qvla.cli.outputs import require_free_comparison, sign
-
     compare_saved(tmp_path / "demo", "rtn")
     sign(tmp_path / "demo", "demo")
-    require_free_comparison(tmp_path / "demo", [], "demo", resume=False, overwrite=False)
+    nothing = Planned([], episodes=0, noises=1)
+    require_free_comparison(tmp_path / "demo", nothing, "demo", resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        ({"episodes": 80}, "80 episodes, where this command runs 0"),
+        ({"noises": 8}, "8 noises, where this command draws 1"),
+        ({"observations": 96}, "96 held-out observations, where this command takes 2"),
+    ],
+)
+def test_what_is_resumed_with_less_does_not_replace_what_has_more(
+    there: dict[str, int],
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compare_saved(Path("out/compare"), "rtn", **there)
+    before = Path("out/compare/results.json").read_bytes()
+    less = ("--episodes", "0", "--held-out", "2", "--noises", "1", "--resume")
+    assert run("compare", POLICY, "--recipes", "rtn", *less) == 2
+    message = capsys.readouterr().err
+    assert "2 row(s)" in message and told in message and "--overwrite" in message
+    assert Path("out/compare/results.json").read_bytes() == before
+
+
+def test_results_that_cannot_be_read_are_not_replaced_by_a_comparison_that_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out/compare").mkdir(parents=True)
+    Path("out/compare/results.json").write_text('{"schema": 1, "policy": "p", "rows": [{')
+    assert run("compare", POLICY, "--recipes", "rtn", "--episodes", "0", "--resume") == 2
+    message = capsys.readouterr().err
+    assert "not JSON" in message and "--overwrite" in message
 
 
 class _Without:

@@ -16,7 +16,7 @@ from omega_qvla import threads
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli import main
 from omega_qvla.errors import ResourceError, ResumeError
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.threads import (
     WORTH_SHARING,
     available_cores,

@@ -20,12 +20,12 @@ from omega_qvla.report.benchmark_table import (
 )
 from omega_qvla.report.table import (
     Table,
-    comparison_table,
     markdown,
-    per_task_table,
     results_table,
+    task_table,
 )
-from omega_qvla.results.rows import load_results, parse_results
+from omega_qvla.results.reading import load_comparison
+from omega_qvla.results.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -99,10 +99,15 @@ def _rate(measured: dict[str, Any] | None) -> str:
     return f"{solved}/{episodes} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
+def rows_of(name: str) -> list[Row]:
+    """The rows of a saved comparison."""
+    return load_comparison(RESULTS / name).rows
+
+
 def benchmark_section() -> list[str]:
     """The benchmark on one page, a table per policy."""
     parts: list[str] = []
-    for name, table in benchmark_tables(RESULTS / BENCHMARK).items():
+    for name, table in benchmark_tables(rows_of(BENCHMARK)).items():
         parts += [BENCHMARK_TEXT.format(name.removeprefix("builtin:")), "", markdown(table)]
     link = f"[`benchmarks/results/{BENCHMARK}`](benchmarks/results/{BENCHMARK})"
     return [
@@ -117,38 +122,44 @@ def readme_section() -> str:
     parts = [ADMISSION, "", markdown(admission_table(POLICIES)), *benchmark_section()]
     for policy in POLICIES:
         name = f"{policy}-paper-scope.json"
-        parts += [PAPER_SCOPE.format(policy), "", markdown(comparison_table(RESULTS / name))]
+        parts += [
+            PAPER_SCOPE.format(policy),
+            "",
+            markdown(results_table(rows_of(name))),
+        ]
         parts += [f"Data: [`benchmarks/results/{name}`](benchmarks/results/{name}).", ""]
     return "\n".join(parts)
 
 
 def details() -> str:
     """docs/results.md: every row with its intervals."""
-    document = json.loads((RESULTS / BENCHMARK).read_text("utf-8"))
-    parts = [DETAILS.format(name=BENCHMARK, **document["benchmark"])]
-    if missing := document["benchmark"]["missing"]:
-        parts.append(f"**Not measured**: {'; '.join(missing)}.\n")
-    rows = parse_results(document["rows"], BENCHMARK)
+    found = load_comparison(RESULTS / BENCHMARK)
+    run, rows = found.benchmark, found.rows
+    assert run is not None
+    parts = [DETAILS.format(name=BENCHMARK, **run.model_dump())]
+    if run.missing:
+        parts.append(f"**Not measured**: {'; '.join(run.missing)}.\n")
     for policy in POLICIES:
         kept = [row for row in rows if row.policy == f"builtin:{policy}"]
         parts += [f"## {policy}\n", markdown(results_table(kept))]
         parts += ["### Action error\n", markdown(error_table(kept))]
         parts += ["### Drift of the hand\n", markdown(drift_table(kept))]
-        parts += ["### Successes per task\n", markdown(per_task_table(kept))]
+        parts += ["### Successes per task\n", markdown(task_table(kept))]
     for policy in POLICIES:
         name = f"{policy}-omega3.json"
         parts += [SUCCESSOR.format(policy=policy, name=name)]
-        parts += [markdown(error_table(load_results(RESULTS / name)))]
+        parts += [markdown(error_table(rows_of(name)))]
     for policy in POLICIES:
         name = f"{policy}-unseen.json"
-        made = json.loads((RESULTS / name).read_text("utf-8"))["unseen"]
-        parts += [UNSEEN.format(policy=policy, name=name, command=made["command"])]
-        parts += [markdown(unseen_table(RESULTS / name))]
+        found = load_comparison(RESULTS / name)
+        assert found.unseen is not None
+        parts += [UNSEEN.format(policy=policy, name=name, command=found.unseen.command)]
+        parts += [markdown(unseen_table(found.rows))]
     for policy in POLICIES:
         for kind, text in (("many-observations", MANY), ("ablations", ABLATIONS)):
             name = f"{policy}-{kind}.json"
             parts += [text.format(policy=policy, name=name)]
-            parts += [markdown(error_table(load_results(RESULTS / name)))]
+            parts += [markdown(error_table(rows_of(name)))]
     return "\n".join(parts)
 
 

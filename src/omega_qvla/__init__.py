@@ -22,8 +22,12 @@ from omega_qvla.api import quantize
 from omega_qvla.calibration.mismatch import CalibrationWarning
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError
+from omega_qvla.evaluation.benchmark_run import benchmark
+from omega_qvla.evaluation.closed_loop import Episodes, Resources
+from omega_qvla.evaluation.comparison import compare
+from omega_qvla.evaluation.evaluation import evaluate
 from omega_qvla.policies.base import FlowClock
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
@@ -31,13 +35,18 @@ from omega_qvla.runtime.loading import load
 
 __all__ = [
     "CalibrationWarning",
+    "Episodes",
     "FlowClock",
     "Observations",
     "OmegaError",
     "QuantizedPolicy",
     "Recipe",
+    "Resources",
     "SimulatedPolicy",
     "TorchPolicy",
+    "benchmark",
+    "compare",
+    "evaluate",
     "load",
     "load_policy",
     "quantize",

@@ -51,6 +51,10 @@ class ResumeError(OmegaError):
     """Interrupted work cannot be continued: its inputs changed, or a part of it is gone."""
 
 
+class ResultError(OmegaError):
+    """A saved result cannot be read, or a report cannot be made from it."""
+
+
 class UsageError(OmegaError):
     """An option has a value that it cannot have."""
 

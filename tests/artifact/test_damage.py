@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from omega_qvla.artifact import read_artifact, verify_artifact, write_artifact
-from omega_qvla.artifact.files import ContainedDirectory, DamageError
 from omega_qvla.errors import ArtifactError, NotAnArtifactError
+from omega_qvla.files import ContainedDirectory, DamageError
 
 CONFIG, MANIFEST, CARD = "omega_config.json", "manifest.json", "README.md"
 
@@ -356,7 +356,7 @@ def test_a_file_replaced_while_opening_is_refused(
 ) -> None:
     other = os.stat(tmp_path)
     regular = os.stat_result((stat.S_IFREG | 0o644, *tuple(other)[1:]))
-    monkeypatch.setattr("omega_qvla.artifact.files.os.stat", lambda *_, **__: regular)
+    monkeypatch.setattr("omega_qvla.files.os.stat", lambda *_, **__: regular)
     with ContainedDirectory(saved) as folder, pytest.raises(DamageError, match="was replaced"):
         folder.open(CARD)
 

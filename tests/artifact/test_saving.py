@@ -9,21 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from omega_qvla.artifact import (
-    files,
-    preflight_disk,
-    read_artifact,
-    verify_artifact,
-    write_artifact,
-)
-from omega_qvla.errors import NotAnArtifactError, OmegaError, ResourceError
+from omega_qvla import files
+from omega_qvla.artifact import preflight_disk, read_artifact, verify_artifact, write_artifact
+from omega_qvla.claims import Claim
+from omega_qvla.errors import NotAnArtifactError, OmegaError, OutputError, ResourceError
 
 
 @pytest.fixture
@@ -113,7 +111,7 @@ def test_preflight_asks_for_at_least_what_is_written(
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(
-        "omega_qvla.artifact.checkpoint.preflight_disk", lambda _, needed: asked.append(needed)
+        "omega_qvla.artifact.directory.preflight_disk", lambda _, needed: asked.append(needed)
     )
     many = {f"layer.{i}.mlp.gate_up_proj.weight_scale": torch.ones(1) for i in range(500)}
     for tensors in ({}, example["tensors"], many):
@@ -202,7 +200,8 @@ import json, os, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from omega_qvla.artifact import files, read_artifact, verify_artifact, write_artifact
+from omega_qvla import files
+from omega_qvla.artifact import read_artifact, verify_artifact, write_artifact
 
 folder, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
 target = folder / "out"
@@ -296,3 +295,34 @@ def test_kill_from_outside_at_random_times(tmp_path: Path, example: dict[str, An
         read_artifact(target)
     write_artifact(target, **example)
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_artifact_is_not_written_where_another_is_at_work(
+    tmp_path: Path, example: dict[str, Any]
+) -> None:
+    write_artifact(tmp_path / "out", **example)
+    changed = {**example, "card": "another"}
+    with Claim(tmp_path / "out") as claim:
+        with pytest.raises(OutputError, match=f"process {os.getpid()} "):
+            write_artifact(tmp_path / "out", **changed)
+        assert (tmp_path / "out" / "README.md").read_text() == example["card"]
+        written = write_artifact(tmp_path / "out", **changed, claim=claim)
+    assert read_artifact(tmp_path / "out").content_hash == written
+
+
+def test_artifacts_saved_at_once_are_one_of_them_and_whole(
+    tmp_path: Path, example: dict[str, Any]
+) -> None:
+    start = Barrier(4)
+
+    def save(number: int) -> str | None:
+        start.wait()
+        try:
+            return write_artifact(tmp_path / "out", **{**example, "card": f"{number}"})
+        except OutputError:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        hashes = [one for one in pool.map(save, range(4)) if one is not None]
+    assert read_artifact(tmp_path / "out").content_hash in hashes
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

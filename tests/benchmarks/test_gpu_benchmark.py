@@ -24,7 +24,7 @@ from graph_recorder import Recorder
 
 from omega_qvla.errors import ResourceError
 from omega_qvla.evaluation.speed.policy_speed import PARTS
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy, Pass
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.bfloat16 import bfloat16_pass, in_bfloat16

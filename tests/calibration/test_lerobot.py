@@ -19,8 +19,8 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.calibration.sampling import Span, plan_frames
 from omega_qvla.errors import ObservationError, ResourceError
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.normalization import Part, Parts, Unchanged
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.processing.normalization import Part, Parts, Unchanged
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "robot_sim.PickNPlace"
 

@@ -21,7 +21,7 @@ from omega_qvla.calibration.streamed import SourceReport
 from omega_qvla.cli import main
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.normalization import (
+from omega_qvla.policies.processing.normalization import (
     Binary,
     MeanStd,
     Normalization,

@@ -17,7 +17,8 @@ from checkpoint_formats import (
 
 import omega_qvla as oq
 from omega_qvla.cli import main
-from omega_qvla.policies.checkpoints import gr00t_sizes, shapes
+from omega_qvla.policies.gr00t_n15.checkpoints import sizes as gr00t_sizes
+from omega_qvla.policies.layers import siglip_checkpoints
 
 # Within the statistics of these policies.
 STATES = {(e, f): [f / 30 - e / 4, e / 2 - f / 20, 1 + e / 2] for e in range(3) for f in range(30)}
@@ -27,7 +28,7 @@ CAMERAS = ("observation.images.front", "observation.images.wrist")
 @pytest.fixture(autouse=True)
 def _heads_of_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their shapes do not tell them, and they were never published."""
-    monkeypatch.setitem(shapes.VISION_HEADS, (64, 72), 2)
+    monkeypatch.setitem(siglip_checkpoints.VISION_HEADS, (64, 72), 2)
     monkeypatch.setitem(gr00t_sizes.FEATURE_HEADS, 64, 2)
     monkeypatch.setitem(gr00t_sizes.HEAD_HEADS, 32, 4)
 

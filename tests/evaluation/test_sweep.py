@@ -9,9 +9,10 @@ from omega_qvla.errors import RecipeError, ResourceError
 from omega_qvla.evaluation.execution.blueprint import Built, Footprint
 from omega_qvla.evaluation.execution.plan import ClosedLoop, OpenLoop, SweepRow
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.evaluation.sweep import run_sweep, write_json
+from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.results.statistics import wilson_interval
+from omega_qvla.results.writing import write_json
 
 CONTRACT = {
     "policy",
@@ -44,7 +45,7 @@ def rows(point_policy):
             "halved",
             lambda _: Built(point_policy(gain=0.1), Footprint(100, 100)),
             realizable=False,
-            extra={"scope": "paper"},
+            scope="paper",
         ),
         SweepRow("point", "fp32", built(point_policy)),
         SweepRow("point", "halved", built(point_policy, gain=0.2), condition="stress:30"),
@@ -67,7 +68,7 @@ def test_rows_follow_the_contract_and_are_paired_with_full_precision(rows, envir
             closed_loop=closed_loop,
             open_loop=open_loop,
             progress=lambda label, done, total: lines.append((label, done, total)),
-        )
+        ).to_json()
     json.dumps(document, allow_nan=False)
     assert (document["schema"], document["policy"]) == (1, "point")
     halved, reference, _, twin = document["rows"]
@@ -102,7 +103,7 @@ def test_rows_follow_the_contract_and_are_paired_with_full_precision(rows, envir
 
 
 def test_without_a_simulator_the_open_loop_half_still_runs(rows, open_loop):
-    document = run_sweep(rows, closed_loop=None, open_loop=open_loop)
+    document = run_sweep(rows, closed_loop=None, open_loop=open_loop).to_json()
     row = document["rows"][0]
     assert row["action_error"] > 0.1
     assert (row["success"], row["success_mean"], row["success_ci95"]) == ({}, None, None)
@@ -143,8 +144,9 @@ def test_an_interrupted_sweep_continues(rows, environment, open_loop, tmp_path):
         )
     assert ("point, fp32, plain", 0) not in episodes
     assert ("point, twin, stress:30", 3) in episodes
-    for ours, theirs in zip(resumed["rows"], fresh["rows"], strict=True):
-        assert {**ours, "ms_per_chunk": 0} == {**theirs, "ms_per_chunk": 0}
+    untimed = {"ms_per_chunk": 0}
+    for ours, theirs in zip(resumed.rows, fresh.rows, strict=True):
+        assert ours.model_copy(update=untimed) == theirs.model_copy(update=untimed)
 
 
 def test_a_comparison_that_cannot_be_made_is_refused(point_policy, open_loop):
@@ -184,7 +186,8 @@ def test_errors_have_an_interval_and_are_paired_with_the_omega_recipe(
     ]
     with SimulatorPool(1, environment) as pool:
         closed = ClosedLoop(pool, ["near"], range(2))
-        full, ours, other = run_sweep(double, closed_loop=closed, open_loop=open_loop)["rows"]
+        document = run_sweep(double, closed_loop=closed, open_loop=open_loop).to_json()
+        full, ours, other = document["rows"]
     assert sum(ours["action_errors"]) == pytest.approx(ours["action_error"], rel=1e-3)
     low, high = ours["action_error_ci95"]
     assert low <= ours["action_error"] <= high

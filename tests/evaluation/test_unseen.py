@@ -25,10 +25,11 @@ from omega_qvla.evaluation.unseen import (
     condition_shares,
     measure_unseen,
 )
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import unseen_table
-from omega_qvla.results.rows import parse_results
+from omega_qvla.results.reading import load_comparison
+from omega_qvla.results.rows import Comparison
 
 TASKS = ("a", "b", "c", "d")
 
@@ -89,7 +90,7 @@ def test_a_run_is_continued_and_gives_rows_of_a_comparison(
         asked.append(recipe.name)
         return quantized
 
-    def run(name: str, *, resume: bool) -> dict[str, Any]:
+    def run(name: str, *, resume: bool) -> Comparison:
         return measure_unseen(
             small_policy,
             "small",
@@ -101,6 +102,8 @@ def test_a_run_is_continued_and_gives_rows_of_a_comparison(
             partial=tmp_path / "partial.json",
             resume=resume,
             progress=lambda _label, _done, _total: None,
+            machine="m",
+            command="c",
         )
 
     monkeypatch.setattr(unseen, "quantize", counted)
@@ -113,13 +116,15 @@ def test_a_run_is_continued_and_gives_rows_of_a_comparison(
     assert len(asked) == 6  # of nine
     again = run("quarot", resume=False)
     assert document == again and not (tmp_path / "partial.json").exists()
-    rows = parse_results(document["rows"], "document")
+    path = tmp_path / "small-unseen.json"
+    path.write_text(json.dumps(document.to_json()))
+    rows = load_comparison(path).rows
+    assert rows == document.rows
     assert [(row.recipe, row.condition) for row in rows] == [
         (name, condition) for condition in CONDITIONS for name in ("rtn", "quarot")
     ]
     rtn = [row for row in rows if row.recipe == "rtn"]
     assert len({row.action_error for row in rtn}) == 1
-    assert rtn[1].unseen_ratio == pytest.approx(1.0)
-    path = tmp_path / "small-unseen.json"
-    path.write_text(json.dumps(document))
-    assert unseen_table(path).header == ("recipe", *CONDITIONS, "unseen over seen")
+    assert rtn[1].unseen_over_seen is not None
+    assert rtn[1].unseen_over_seen.ratio == pytest.approx(1.0)
+    assert unseen_table(rows).header == ("recipe", *CONDITIONS, "unseen over seen")

@@ -28,10 +28,11 @@ from checkpoint_formats import (
 )
 from safetensors.torch import save_file
 
+from omega_qvla.checkpoints.options import Choices
 from omega_qvla.errors import OmegaError
-from omega_qvla.policies.checkpoints import gr00t_sizes, shapes
-from omega_qvla.policies.checkpoints.choices import Choices
-from omega_qvla.policies.loading import stream_policy
+from omega_qvla.policies.full_precision import stream_policy
+from omega_qvla.policies.gr00t_n15.checkpoints import sizes as gr00t_sizes
+from omega_qvla.policies.layers import siglip_checkpoints
 
 ROUNDS = 120
 VALUES: tuple[Any, ...] = (None, True, -1, 0, 10**30, 0.5, "", "../x", [], {}, [[]], {"a": 1}, "é")
@@ -107,7 +108,7 @@ def test_a_damaged_directory_is_refused_with_an_error_of_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("tokenizers", reason="the extra hub is not installed")
-    monkeypatch.setitem(shapes.VISION_HEADS, (64, 72), 2)
+    monkeypatch.setitem(siglip_checkpoints.VISION_HEADS, (64, 72), 2)
     monkeypatch.setitem(gr00t_sizes.FEATURE_HEADS, 64, 2)
     monkeypatch.setitem(gr00t_sizes.HEAD_HEADS, 32, 4)
     whole = write(tmp_path / "whole")

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from omega_qvla.policies.checkpoints.pi05_sizes import EMBEDDING, GEMMA_VARIANTS, TIED_HEAD
-from omega_qvla.policies.gr00t_n15 import (
+from omega_qvla.policies.gr00t_n15.network import (
     CHAT_PROMPT,
     Gr00tN15Config,
     Gr00tN15Module,
     QwenConfig,
     TransformerConfig,
 )
-from omega_qvla.policies.gr00t_n15 import dropped_shapes as gr00t_dropped_shapes
-from omega_qvla.policies.layers import VisionConfig
-from omega_qvla.policies.pi05 import Pi05Config, Pi05Module, dropped_shapes
+from omega_qvla.policies.gr00t_n15.network import dropped_shapes as gr00t_dropped_shapes
+from omega_qvla.policies.layers.gemma import VisionConfig
+from omega_qvla.policies.pi05.checkpoints.sizes import EMBEDDING, GEMMA_VARIANTS, TIED_HEAD
+from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module, dropped_shapes
 
 VOCABULARY = 600
 TRAINING = {

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from omega_qvla.errors import ObservationError, ServingError
-from omega_qvla.serving.core import Core, Rules
-from omega_qvla.serving.safety import ActionLimits
-from omega_qvla.serving.specification import Specification, parse_request
+from omega_qvla.serving.server.safety import ActionLimits
+from omega_qvla.serving.server.scheduler import Core, Rules
+from omega_qvla.serving.wire.specification import Specification, parse_request
 
 SPECIFICATION = Specification(
     cameras=("base", "wrist"),

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omega_qvla.policies.elementwise import Gate, use_elementwise
+from omega_qvla.policies.layers.elementwise import Gate, use_elementwise
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels import triton_elementwise

@@ -13,9 +13,9 @@ import torch
 from lerobot_cases import MIDDLE, OLD, Case, noise, observations
 from safetensors import safe_open
 
-from omega_qvla.policies.checkpoints import shapes
-from omega_qvla.policies.checkpoints.choices import Choices
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.checkpoints.options import Choices
+from omega_qvla.policies.full_precision import load_policy
+from omega_qvla.policies.layers import siglip_checkpoints
 
 TOKENIZER = Path(__file__).parents[1] / "parity" / "golden" / "tokenizer.model"
 PIXELS, VALUES = 1e-6, 1e-5
@@ -74,7 +74,7 @@ def choices_of(case: Case) -> Choices:
 
 def know_small_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     """The heads of the shrunken vision tower, which its shapes do not tell."""
-    monkeypatch.setitem(shapes.VISION_HEADS, (64, 72), 2)
+    monkeypatch.setitem(siglip_checkpoints.VISION_HEADS, (64, 72), 2)
 
 
 def compare(

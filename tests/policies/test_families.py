@@ -10,11 +10,11 @@ import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import HasEmbedding, linears_of, sites_of
-from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
-from omega_qvla.policies.gr00t_processing import Gr00tProcessor, identity_statistics
-from omega_qvla.policies.loading import RANDOM, policy_skeleton, policy_structure
+from omega_qvla.policies.full_precision import RANDOM, policy_skeleton, policy_structure
+from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
+from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor, identity_statistics
+from omega_qvla.policies.layers.step_table import HasStepTable
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.step_table import HasStepTable
 
 TINY = ("tiny-pi05", "tiny-gr00t")
 

@@ -12,8 +12,8 @@ import torch
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import HasHeadAttention
-from omega_qvla.policies.layers import attend, attention_logits
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.layers.gemma import attend, attention_logits
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.quantization.attention import (
     AttentionFactors,
     match_attention,

@@ -22,7 +22,7 @@ from omega_qvla import api, devices
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.devices import Gpu, find_gpu
 from omega_qvla.errors import PolicyError, ResourceError, ResumeError
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.quantization import pipeline
 from omega_qvla.quantization.journal import HEADER
 from omega_qvla.recipe import Recipe

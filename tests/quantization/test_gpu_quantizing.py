@@ -29,14 +29,14 @@ import omega_qvla as oq
 from omega_qvla import api, devices
 from omega_qvla.calibration import capture
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.checkpoints.weight_store import hold
 from omega_qvla.devices import CPU, Gpu, full_float32
 from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage
-from omega_qvla.policies.loading import stream_policy
+from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.pi05 import GemmaConfig
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.network import GemmaConfig
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.placement import moved, on_device
-from omega_qvla.policies.weight_store import hold
 from omega_qvla.quantization import pipeline
 from omega_qvla.quantization.gpu_memory import WORKSPACE, gpu_bytes
 from omega_qvla.quantization.pipeline import quantize_policy

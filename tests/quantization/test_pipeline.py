@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import omega_qvla as oq
-from omega_qvla.artifact.claims import Claim
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.claims import Claim
 from omega_qvla.errors import (
     NonFiniteError,
     ObservationError,
@@ -29,14 +29,14 @@ from omega_qvla.errors import (
     ResumeError,
 )
 from omega_qvla.policies.base import sites_of
-from omega_qvla.policies.checkpoints.openpi import write_openpi
-from omega_qvla.policies.loading import (
+from omega_qvla.policies.full_precision import (
     load_policy,
     random_policy,
     random_structure,
     stream_policy,
 )
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.checkpoints.openpi import write_openpi
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.quantization import pipeline
 from omega_qvla.quantization.journal import HEADER, Journal, discard_journal
 from omega_qvla.quantization.pipeline import quantize_policy, work_shares

@@ -25,13 +25,13 @@ spec = importlib.util.spec_from_file_location("conftest", kit)
 kit = importlib.util.module_from_spec(spec); spec.loader.exec_module(kit)
 from pathlib import Path
 from omega_qvla.evaluation.benchmark import METHODS
-from omega_qvla.evaluation.comparison import Comparison, comparison_rows
+from omega_qvla.evaluation.comparison import Compared, comparison_rows
 from omega_qvla.evaluation.openloop import offers_normalized
-from omega_qvla.policies.checkpoints.choices import Choices
+from omega_qvla.checkpoints.options import Choices
 from omega_qvla.quantization.pipeline import weights_fingerprint
 name = METHODS[-1]
 policy, observations = kit.build_policy(), kit.build_observations()
-comparison = Comparison(
+comparison = Compared(
     label="small",
     policy=policy,
     choices=Choices(),

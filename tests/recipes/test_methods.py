@@ -12,7 +12,7 @@ import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.policies.base import sites_of
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.quantization.pipeline import quantize_policy
 from omega_qvla.recipe import Recipe, ablation_names, recipe_names
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy

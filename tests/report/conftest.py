@@ -4,28 +4,49 @@ import json
 
 import pytest
 
+from omega_qvla.results.reading import load_comparison
+
 
 def make_row(recipe, condition="plain", successes=90, **changes):
     """An invented row; such numbers exist only in these tests' temporary files."""
+    success = {"a": [successes // 2, 50], "b": [successes - successes // 2, 50]}
+    counts = changes.get("success", success)
     return {
         "policy": "invented",
         "recipe": recipe,
         "condition": condition,
         "realizable": True,
-        "success": {"a": [successes // 2, 50], "b": [successes - successes // 2, 50]},
+        "success": success,
         "success_mean": successes / 100,
         "success_ci95": [max(0.0, successes / 100 - 0.06), min(1.0, successes / 100 + 0.05)],
         "action_error": 0.004,
         "noise_floor": 0.3,
+        "action_error_ci95": None,
+        "action_errors": None,
+        "error_vs_default": None,
+        "noises": 8,
         "smoothness": 1.05,
+        "drift": None,
         "checkpoint_bytes": 3_900_000,
         "resident_bytes": 4_400_000,
         "ms_per_chunk": 31.25,
         "seeds": list(range(50)),
+        "episodes": sum(pair[-1] for pair in counts.values()) if isinstance(counts, dict) else 0,
         "smoke": True,
         "paired_vs_reference": None,
         **changes,
     }
+
+
+def make_paired(difference, interval, p_value):
+    """An invented comparison of 100 episodes with full precision."""
+    counts = {"episodes": 100, "only_row": 1, "only_reference": 3}
+    return {**counts, "difference": difference, "ci95": interval, "mcnemar_p": p_value}
+
+
+@pytest.fixture(scope="session")
+def paired():
+    return make_paired
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +66,14 @@ def save(tmp_path):
 
 
 @pytest.fixture
+def read(save):
+    """Saves rows and gives back what a report is made of."""
+    return lambda *rows: load_comparison(save(*rows)).rows
+
+
+@pytest.fixture
 def saved(row, save):
-    paired = {"difference": -0.02, "ci95": [-0.05, 0.01], "mcnemar_p": 0.25, "episodes": 100}
+    paired = make_paired(-0.02, [-0.05, 0.01], 0.25)
     return save(
         row("fp32", successes=95, action_error=0.0, checkpoint_bytes=20_100_000),
         row("omega-w4a4", successes=93, paired_vs_reference=paired),
@@ -153,10 +180,22 @@ def make_diagnostics(recipe="omega-w4a4", condition="plain", **changes):
 
 def make_bench():
     """An invented ``bench policy``."""
-    row = {"policy": "invented", "kernel": "torch", "vision_ms": 1.0, "prefix_ms": 2.0}
-    row |= {"denoise_ms": 3.0, "total_ms": 6.0}
+    row = {"policy": "invented", "source": "invented", "kernel": "torch", "threads": 1}
+    row |= {"vision_ms": 1.0, "prefix_ms": 2.0, "denoise_ms": 3.0, "total_ms": 6.0, "rounds": 5}
+    row |= {"load_s": 1.0, "weight_bytes_read": 5, "checkpoint_bytes": 5, "peak_rss_bytes": None}
+    row |= {"prefix_tokens": 8, "horizon": 4, "steps": 2}
     rows = [{**row, "precision": "fp32"}, {**row, "precision": "w4a4", "total_ms": 2.0}]
-    return {"schema": 1, "machine": "invented", "threads": 1, "library": "0.1.0", "rows": rows}
+    head = {"schema": 1, "machine": "invented", "threads": 1, "torch": "2", "library": "0.1.0"}
+    return {**head, "rows": rows}
+
+
+def make_kernels():
+    """An invented ``bench kernels`` of no rows."""
+    head = {name: make_bench()[name] for name in ("schema", "machine", "threads", "torch")}
+    head |= {"library": "0.1.0", "peak_gmacs": {"avx2": 100.0}, "memory_gbytes": 20.0}
+    summary = {"site": "s", "gmacs": 1, "vs_fp32": 2, "vs_int8_dynamic": 1}
+    more = {"int8_engine": "x86", "llama_cpp": None, "rows": [], "contention": []}
+    return {**head, **more, "summary": [summary]}
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +211,11 @@ def site():
 @pytest.fixture(scope="session")
 def bench():
     return make_bench
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    return make_kernels
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from omega_qvla.report.benchmark_table import benchmark_tables, drift_table, error_table
-from omega_qvla.results.rows import load_results
+from omega_qvla.results.reading import load_comparison
 
 
 @pytest.fixture
 def cells(row, save):
     def measured(recipe, error, *, bits=4.16, ratio=None, **changes):
-        versus = None if ratio is None else {"ratio": sum(ratio) / 2, "ci95": list(ratio)}
+        typical = {"typical_ratio": None, "typical_ci95": None}
+        versus = ratio and {"ratio": sum(ratio) / 2, "ci95": list(ratio), **typical}
         return row(
             recipe,
             action_error=error,
@@ -31,7 +32,7 @@ def cells(row, save):
         measured("omega-w4a4", 0.011, condition="stress:30"),
         row("fp32", policy="other", action_error=0.0, success={}, success_mean=None),
     )
-    tables = benchmark_tables(path)
+    tables = benchmark_tables(load_comparison(path).rows)
     assert set(tables) == {"invented", "other"}
     return {
         name: {line[0]: dict(zip(table.header, line, strict=True)) for line in table.rows}
@@ -57,7 +58,7 @@ def test_what_was_not_measured_is_a_dash(cells):
     assert cells["other"]["fp32"]["plain"] == "– · 0"
 
 
-def test_errors_and_drift_have_their_intervals(row, save):
+def test_errors_and_drift_have_their_intervals(row, read):
     measured = row(
         "rtn",
         action_error=0.02,
@@ -71,7 +72,7 @@ def test_errors_and_drift_have_their_intervals(row, save):
         action_errors=[0.015, 0.001, 0.004],
         drift={"25": {"median_m": 0.0123, "p90_m": 0.05, "episodes": 90}},
     )
-    results = load_results(save(row("fp32", action_error=0.0), measured, row("gptq", drift=None)))
+    results = read(row("fp32", action_error=0.0), measured, row("gptq", drift=None))
     errors, drift = error_table(results), drift_table(results)
     assert errors.rows[0][:4] == ("rtn", "plain", "0.02", "[0.01, 0.04]")
     assert errors.rows[0][4:] == ("2.50", "[1.5, 4]", "0.012", "3.50", "[2.5, 5]")

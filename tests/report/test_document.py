@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from omega_qvla.errors import MissingPackageError
+from omega_qvla.errors import MissingPackageError, ResourceError, ResultError
 from omega_qvla.report.document import write_report
-from omega_qvla.results.rows import ReportError
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -93,20 +92,18 @@ def whole(everything, tmp_path_factory):
 
 def test_everything_measured_has_its_figure_and_nothing_is_left_over(whole):
     summary, page, _ = whole
-    names = [
-        re.sub(r"-\d+\.png$", "", figure.split("report-")[-1]) for figure in summary["figures"]
-    ]
+    names = [re.sub(r"-\d+\.png$", "", figure.split("report-")[-1]) for figure in summary.figures]
     kinds = ["success", "error", "memory", "sites", "ranges", "outliers", "path", "latency"]
     assert list(dict.fromkeys(names)) == kinds
-    assert summary["gaps"] == []
-    written = sorted(str(path) for path in Path(summary["report"]).parent.iterdir())
-    assert written == sorted([*summary["figures"], summary["report"]])
-    for figure in summary["figures"]:
+    assert summary.gaps == []
+    written = sorted(str(path) for path in Path(summary.report).parent.iterdir())
+    assert written == sorted([*summary.figures, summary.report])
+    for figure in summary.figures:
         with open(figure, "rb") as file:
             head = file.read(24)
         assert head[:8] == b"\x89PNG\r\n\x1a\n"
         assert struct.unpack(">II", head[16:24])[0] == 840  # 4.2 inches at 200 dpi
-    assert page.tags["svg"] == len(summary["figures"])
+    assert page.tags["svg"] == len(summary.figures)
     assert page.tags["img"] == 4  # full precision and the recipe, under two conditions
 
 
@@ -119,7 +116,7 @@ def test_the_page_needs_nothing_but_itself(whole):
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     assert "@import" not in text
     assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", text))
-    assert summary["bytes"] == len(text.encode()) < 3_000_000
+    assert summary.bytes == len(text.encode()) < 3_000_000
 
 
 def test_ids_are_unique_and_every_reference_leads_somewhere(whole):
@@ -148,8 +145,8 @@ def test_everything_seen_can_also_be_heard(whole):
 
 def test_the_same_files_give_the_same_bytes(everything, whole, tmp_path):
     first, second = whole[0], write_report(everything, tmp_path / "report.html")
-    ours = [first["report"], *first["figures"]]
-    theirs = [second["report"], *second["figures"]]
+    ours = [first.report, *first.figures]
+    theirs = [second.report, *second.figures]
     for one, other in zip(ours, theirs, strict=True):
         assert Path(one).read_bytes() == Path(other).read_bytes()
 
@@ -162,13 +159,15 @@ def test_words_come_from_the_numbers(saved, report):
     )
     assert "smoke test" in page.text
     digest = hashlib.sha256(saved.read_bytes()).hexdigest()
-    assert summary["files"] == [{"file": "run.json", "kind": "comparison", "sha256": digest}]
+    assert summary.to_json()["files"] == [
+        {"file": "run.json", "kind": "comparison", "sha256": digest}
+    ]
     assert digest[:16] in page.text
 
 
-def test_a_loss_is_called_a_loss(row, save, report):
-    paired = {"difference": -0.4, "ci95": [-0.5, -0.3], "mcnemar_p": 1e-9, "episodes": 100}
-    worse = row("bad", successes=55, action_error=0.9, paired_vs_reference=paired)
+def test_a_loss_is_called_a_loss(row, save, report, paired):
+    loss = paired(-0.4, [-0.5, -0.3], 1e-9)
+    worse = row("bad", successes=55, action_error=0.9, paired_vs_reference=loss)
     _, page = report(save(row("fp32", successes=95, action_error=0.0), worse))
     assert "a loss that chance does not explain" in page.text
     assert "0.9, 3.0 times the policy's own spread" in page.text
@@ -180,7 +179,7 @@ def test_what_was_not_measured_is_a_gap_that_says_how_to_fill_it(row, save, repo
     summary, page = report(
         save(row("fp32", action_error=0.0, **open_loop), row("rtn", **open_loop))
     )
-    assert set(summary["gaps"]) == {
+    assert set(summary.gaps) == {
         "Memory",
         "Error site by site",
         "Activation range over denoising steps",
@@ -189,7 +188,7 @@ def test_what_was_not_measured_is_a_gap_that_says_how_to_fill_it(row, save, repo
         "Film strip",
         "Latency",
     }
-    assert page.text.count("Nothing to show:") == len(summary["gaps"])
+    assert page.text.count("Nothing to show:") == len(summary.gaps)
     assert "omega-qvla diagnose" in page.text
     assert "rtn: action error 0.004" in page.text
 
@@ -204,7 +203,7 @@ def test_diagnostics_alone_make_a_report(put, diagnostics, report):
     bare = diagnostics(memory=None, rollouts=None, profiles=[])
     bare["sites"] = bare["sites"][:1]
     summary, page = report(put("d.json", bare))
-    assert [figure.split("report-")[-1] for figure in summary["figures"]] == ["sites-1.png"]
+    assert [figure.split("report-")[-1] for figure in summary.figures] == ["sites-1.png"]
     assert "Inside omega-w4a4 on invented" in page.text
     assert "75 times below the policy's own spread" in page.text
 
@@ -216,7 +215,7 @@ def test_zeros_and_missing_errors_leave_gaps_not_crashes(put, diagnostics, site,
     document = diagnostics(sites=[dead, site("unnumbered", "backbone", local_error=[0.0])])
     document["profiles"][0] |= {"before": [0.0], "after": [0.0]}
     summary, _ = report(put("d.json", document))
-    assert any("ranges" in figure for figure in summary["figures"])
+    assert any("ranges" in figure for figure in summary.figures)
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", '"><img src=x>', "$\\frac{1}$ & co"])
@@ -233,7 +232,7 @@ def test_names_are_text_wherever_they_appear(row, save, put, diagnostics, report
 def test_full_precision_is_shown_once_however_often_it_was_run(put, diagnostics, report):
     files = [put("a.json", diagnostics()), put("b.json", diagnostics("rtn"))]
     summary, page = report(*files)
-    assert sum("path" in figure for figure in summary["figures"]) == 1
+    assert sum("path" in figure for figure in summary.figures) == 1
     assert page.tags["img"] == 3
     alt = next(
         g["aria-label"] for _, g in page.attributes if "Path of the hand" in g.get("aria-label", "")
@@ -252,11 +251,11 @@ def test_many_rows_make_longer_figures_not_fuller_ones(row, save, report):
         for number, recipe in enumerate(recipes)
     ]
     summary, page = report(save(*rows))
-    assert len(summary["figures"]) == 2 + 2 * len(conditions)
+    assert len(summary.figures) == 2 + 2 * len(conditions)
     assert "recipe-0 on one: 90.0 % solved" in page.text
     rivals = "Beside it, stress 30×: 13 recipes from recipe-1 0.003 to recipe-13 0.015"
     assert f"{rivals}, none of them smaller." in page.text
-    assert summary["bytes"] < 1_500_000
+    assert summary.bytes < 1_500_000
 
 
 def test_a_deep_network_still_fits(put, diagnostics, site, report):
@@ -270,11 +269,11 @@ def test_a_deep_network_still_fits(put, diagnostics, site, report):
         for kind in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.fc1", "mlp.fc2")
     ]
     summary, _ = report(put("d.json", diagnostics(sites=sites)))
-    assert summary["bytes"] < 1_000_000
+    assert summary.bytes < 1_000_000
 
 
 def test_bad_input_leaves_nothing_behind(saved, put, tmp_path):
-    with pytest.raises(ReportError, match="is not JSON"):
+    with pytest.raises(ResultError, match="is not JSON"):
         write_report([saved, put("bad.json", "{")], tmp_path / "out" / "report.html")
     assert not (tmp_path / "out").exists()
 
@@ -282,21 +281,21 @@ def test_bad_input_leaves_nothing_behind(saved, put, tmp_path):
 def test_an_earlier_report_survives_a_failed_one(saved, put, tmp_path):
     target = tmp_path / "report.html"
     target.write_text("earlier")
-    with pytest.raises(ReportError):
+    with pytest.raises(ResultError):
         write_report([put("bad.json", "{")], target)
     assert target.read_text() == "earlier"
 
 
 @pytest.mark.parametrize("name", ["report.pdf", "report", "run.json"])
 def test_only_html_is_written(saved, tmp_path, name):
-    with pytest.raises(ReportError, match=r"NAME\.html"):
+    with pytest.raises(ResultError, match=r"NAME\.html"):
         write_report([saved], tmp_path / name)
 
 
 def test_inputs_are_not_overwritten(saved, tmp_path):
     page = tmp_path / "run.html"
     page.write_bytes(saved.read_bytes())
-    with pytest.raises(ReportError, match="would be overwritten"):
+    with pytest.raises(ResultError, match="would be overwritten"):
         write_report([page], page)
 
 
@@ -309,5 +308,5 @@ def test_a_missing_extra_is_named(saved, tmp_path, monkeypatch, module):
 
 
 def test_a_place_that_cannot_be_written_is_named(saved):
-    with pytest.raises(ReportError, match="cannot write"):
+    with pytest.raises(ResourceError, match="cannot write"):
         write_report([saved], saved / "below-a-file.html")

@@ -8,10 +8,10 @@ import json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from omega_qvla.errors import ResultError
 from omega_qvla.report.sources import read_sources
 from omega_qvla.report.summary import summarise
 from omega_qvla.report.table import markdown, results_table
-from omega_qvla.results.rows import ReportError
 
 STRANGE = (None, True, -1, 0, 1e300, "", "text", "$x^", [], [[]], [1], {}, {"ci95": [1]})
 
@@ -45,9 +45,11 @@ def mutated(document, path, value):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_any_change_gives_a_report_or_one_of_our_errors(data, row, diagnostics, bench, tmp_path):
-    paired = {"difference": -0.02, "ci95": [-0.05, 0.01], "mcnemar_p": 0.25, "episodes": 100}
-    rows = [row("fp32"), row("rtn", paired_vs_reference=paired), row("gptq", "stress:30")]
+def test_any_change_gives_a_report_or_one_of_our_errors(
+    data, row, paired, diagnostics, bench, tmp_path
+):
+    loss = paired(-0.02, [-0.05, 0.01], 0.25)
+    rows = [row("fp32"), row("rtn", paired_vs_reference=loss), row("gptq", "stress:30")]
     documents = [{"schema": 1, "policy": "invented", "rows": rows}, diagnostics(), bench()]
     document = data.draw(st.sampled_from(documents))
     path = data.draw(st.sampled_from([path for path in places(document) if path]))
@@ -56,7 +58,7 @@ def test_any_change_gives_a_report_or_one_of_our_errors(data, row, diagnostics, 
     file.write_text(json.dumps(mutated(document, path, value)))
     try:
         sources = read_sources([file])
-    except ReportError as error:
+    except ResultError as error:
         assert "changed.json" in str(error)
         return
     assert summarise(sources).headline
@@ -73,7 +75,7 @@ def test_bytes_that_are_no_result_are_refused(content, cut, diagnostics, tmp_pat
         file.write_bytes(whole)
         try:
             read_sources([file])
-        except ReportError as error:
+        except ResultError as error:
             assert "bytes.json" in str(error)
         else:
             raise AssertionError("a torn file was taken for a result")

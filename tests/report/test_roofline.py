@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from omega_qvla.errors import ResultError
 from omega_qvla.report.roofline import roofline_figure
-from omega_qvla.results.rows import ReportError
 
 DOCUMENT = {
+    "schema": 1,
     "machine": "a processor",
     "threads": 1,
     "peak_gmacs": {"avx2": 100.0, "generic": 4.0},
@@ -23,6 +24,7 @@ DOCUMENT = {
 
 
 GPU_DOCUMENT = {
+    "schema": 1,
     "machine": "a GPU",
     "peak_gmacs": {"int8": 990_000.0},
     "memory_gbytes": 4000.0,
@@ -48,8 +50,8 @@ def test_what_is_not_a_kernel_benchmark_is_refused(tmp_path: Path, missing: str)
     (tmp_path / "k.json").write_text(
         json.dumps({k: v for k, v in DOCUMENT.items() if k != missing})
     )
-    with pytest.raises(ReportError, match="bench kernels"):
+    with pytest.raises(ResultError, match="bench kernels"):
         roofline_figure(tmp_path / "k.json", tmp_path / "k.png")
     (tmp_path / "k.json").write_text("[")
-    with pytest.raises(ReportError, match="cannot read"):
+    with pytest.raises(ResultError, match="not JSON"):
         roofline_figure(tmp_path / "k.json", tmp_path / "k.png")

@@ -113,7 +113,7 @@ def test_paired_interval_refuses_impossible_counts(counts):
 
 def test_comparison_counts_who_won_alone():
     compared = compare_paired([True, True, False, False, True], [True, False, False, True, False])
-    assert (compared.only_method, compared.only_reference, compared.episodes) == (2, 1, 5)
+    assert (compared.only_row, compared.only_reference, compared.episodes) == (2, 1, 5)
     assert compared.difference == pytest.approx(0.2)
     assert compared.mcnemar_p == 1.0
     with pytest.raises(ValueError):

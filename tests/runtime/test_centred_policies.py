@@ -14,7 +14,7 @@ import omega_qvla as oq
 from omega_qvla.artifact import read_artifact, write_artifact
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ArtifactError
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.quantization.pipeline import quantize_policy, simulate
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy, build

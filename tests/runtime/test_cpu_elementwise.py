@@ -16,14 +16,14 @@ from torch import Tensor
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, ResourceError
-from omega_qvla.policies.elementwise import (
+from omega_qvla.policies.layers.elementwise import (
     TORCH,
     Elementwise,
     ElementwiseModule,
     Gate,
     use_elementwise,
 )
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.fused import CpuElementwise
 from omega_qvla.runtime.kernels import cpu, cpu_elementwise

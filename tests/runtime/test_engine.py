@@ -25,8 +25,8 @@ from omega_qvla.errors import (
     ResourceError,
 )
 from omega_qvla.policies.base import euler_times, linears_of, sites_of
-from omega_qvla.policies.checkpoints.openpi import write_openpi
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.pi05.checkpoints.openpi import write_openpi
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.embedding import QuantizedEmbedding
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy

@@ -21,7 +21,7 @@ from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies.base import FlowClock
-from omega_qvla.policies.elementwise import ElementwiseModule
+from omega_qvla.policies.layers.elementwise import ElementwiseModule
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import loading
 from omega_qvla.runtime.fused import FusedElementwise
@@ -126,7 +126,7 @@ def test_a_module_of_the_users_own_stays_on_the_cpu(
 
 
 def test_memory_counts_every_tensor_once_and_widened_ones_twice(artifact: Path) -> None:
-    from omega_qvla.artifact.checkpoint import read_artifact
+    from omega_qvla.artifact.directory import read_artifact
 
     found = read_artifact(artifact)
     names = {site["name"] for site in found.config["sites"]}

@@ -16,9 +16,9 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ArtifactError, PolicyError
 from omega_qvla.evaluation.outlier_injection import outlier_injected
 from omega_qvla.policies.base import sites_of
-from omega_qvla.policies.gr00t_policy import Gr00tN15Policy, KeptRows
-from omega_qvla.policies.gr00t_stages import BLOCKS
-from omega_qvla.policies.loading import load_policy, policy_structure, stream_policy
+from omega_qvla.policies.full_precision import load_policy, policy_structure, stream_policy
+from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy, KeptRows
+from omega_qvla.policies.gr00t_n15.stages import BLOCKS
 from omega_qvla.quantization.pipeline import quantize_policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy

@@ -26,7 +26,7 @@ from torch import Tensor
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, ResourceError
-from omega_qvla.policies.elementwise import Elementwise
+from omega_qvla.policies.layers.elementwise import Elementwise
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import graph as module
 from omega_qvla.runtime import loading

@@ -10,7 +10,7 @@ import pytest
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.evaluation.footprints import directory_bytes
-from omega_qvla.policies.loading import policy_structure, stream_policy
+from omega_qvla.policies.full_precision import policy_structure, stream_policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.prediction import predict_directory

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.elementwise import (
+from omega_qvla.policies.layers.elementwise import (
     TORCH,
     Elementwise,
     ElementwiseModule,

@@ -16,8 +16,8 @@ from fake_serving import FakeEngine, make_core, observation, running
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omega_qvla.serving.backlog import MESSAGE_BYTES, Backlog, Inbox, Message
-from omega_qvla.serving.core import Core, Rules
+from omega_qvla.serving.server.backlog import MESSAGE_BYTES, Backlog, Inbox, Message
+from omega_qvla.serving.server.scheduler import Core, Rules
 from omega_qvla.serving.wire import decode_map, encode, gr00t_array
 
 BODY = bytes(10_000)
@@ -161,8 +161,8 @@ def test_many_connections_hold_no_more_than_the_bound_and_all_are_answered(
 ) -> None:
     """Thirty robots send twelve large observations each while nothing is computed."""
     pytest.importorskip("websockets", reason="the extra serve is not installed")
-    from omega_qvla.serving.door import Listening
-    from omega_qvla.serving.websocket import WebsocketFront
+    from omega_qvla.serving.server.door import Listening
+    from omega_qvla.serving.server.protocols.openpi import WebsocketFront
 
     robots, messages, limit = 30, 12, 1 << 20
     rules = Rules(batch=1, waiting=4, deadline_s=60.0)
@@ -205,8 +205,8 @@ def test_many_connections_hold_no_more_than_the_bound_and_all_are_answered(
 def test_a_full_backlog_is_told_and_the_newest_is_computed() -> None:
     """One robot's ten messages with room for three: unread ones make room, the last is answered."""
     pytest.importorskip("websockets", reason="the extra serve is not installed")
-    from omega_qvla.serving.door import Listening
-    from omega_qvla.serving.websocket import WebsocketFront
+    from omega_qvla.serving.server.door import Listening
+    from omega_qvla.serving.server.protocols.openpi import WebsocketFront
 
     engine = FakeEngine()
     core = make_core(engine, rules=Rules(batch=1, waiting=1, deadline_s=60.0))
@@ -239,8 +239,8 @@ def test_a_full_backlog_is_told_and_the_newest_is_computed() -> None:
 
 def test_a_robot_that_leaves_takes_its_messages_with_it() -> None:
     pytest.importorskip("websockets", reason="the extra serve is not installed")
-    from omega_qvla.serving.door import Listening
-    from omega_qvla.serving.websocket import WebsocketFront
+    from omega_qvla.serving.server.door import Listening
+    from omega_qvla.serving.server.protocols.openpi import WebsocketFront
 
     engine = FakeEngine()
     core = make_core(engine)
@@ -264,8 +264,8 @@ def test_messages_in_fragments_are_whole_and_a_flood_of_tiny_ones_ends_its_conne
     pytest.importorskip("websockets", reason="the extra serve is not installed")
     from websockets.exceptions import ConnectionClosed
 
-    from omega_qvla.serving.door import Listening
-    from omega_qvla.serving.websocket import WebsocketFront
+    from omega_qvla.serving.server.door import Listening
+    from omega_qvla.serving.server.protocols.openpi import WebsocketFront
 
     core = make_core()
     core.start()
@@ -289,7 +289,7 @@ def test_messages_in_fragments_are_whole_and_a_flood_of_tiny_ones_ends_its_conne
 
 def test_groots_robots_share_the_bound_too() -> None:
     zmq = pytest.importorskip("zmq", reason="the extra serve is not installed")
-    from omega_qvla.serving.gr00t import Gr00tFront
+    from omega_qvla.serving.server.protocols.gr00t import Gr00tFront
 
     images = {f"video.{name}": np.zeros((1, 24, 32, 3), np.uint8) for name in ("base", "wrist")}
     state = {"state.arm": np.zeros((1, 3)), "state.gripper": np.zeros((1, 1))}

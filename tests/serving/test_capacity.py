@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omega_qvla.errors import ServingError
-from omega_qvla.serving.admission import Admission, Ticket
-from omega_qvla.serving.core import Core, Rules
-from omega_qvla.serving.forecast import Forecast
-from omega_qvla.serving.specification import parse_request
+from omega_qvla.serving.server.forecast import Forecast
+from omega_qvla.serving.server.request_queue import Admission, Ticket
+from omega_qvla.serving.server.scheduler import Core, Rules
+from omega_qvla.serving.wire.specification import parse_request
 
 
 def outcomes(core: Core, robots: int, requests: int) -> Counter[str]:

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 import omega_qvla as oq
 from omega_qvla.errors import PolicyError, ServingError
-from omega_qvla.serving.action_queue import ActionQueue, Blending
+from omega_qvla.serving.client.action_queue import ActionQueue, Blending
 
 pytest.importorskip("websockets", reason="the extra serve is not installed")
 
 from omega_qvla.serving.client import Patience, RemotePolicy, drive
-from omega_qvla.serving.door import Listening
-from omega_qvla.serving.websocket import WebsocketFront
+from omega_qvla.serving.server.door import Listening
+from omega_qvla.serving.server.protocols.openpi import WebsocketFront
 
 
 def chunk(first: float, length: int = 6, width: int = 2) -> np.ndarray:

@@ -11,9 +11,9 @@ from fake_serving import ARTIFACT, FakeEngine, ask, code_of, make_core, submit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omega_qvla.serving.admission import Admission, Ticket
-from omega_qvla.serving.core import Reply, Rules
-from omega_qvla.serving.safety import ActionLimits
+from omega_qvla.serving.server.request_queue import Admission, Ticket
+from omega_qvla.serving.server.safety import ActionLimits
+from omega_qvla.serving.server.scheduler import Reply, Rules
 
 
 @pytest.fixture

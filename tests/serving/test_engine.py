@@ -10,9 +10,9 @@ import pytest
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.gr00t_processing import Gr00tProcessor
+from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.normalization import (
+from omega_qvla.policies.processing.normalization import (
     Binary,
     MeanStd,
     NormalizationStatistics,
@@ -21,9 +21,9 @@ from omega_qvla.policies.normalization import (
     Range,
     Unchanged,
 )
-from omega_qvla.policies.processing import ByteTokenizer
-from omega_qvla.serving.engine import PolicyEngine
-from omega_qvla.serving.specification import LAYOUTS
+from omega_qvla.policies.processing.observations import ByteTokenizer
+from omega_qvla.serving.server.policy_engine import PolicyEngine
+from omega_qvla.serving.wire.specification import LAYOUTS
 
 ARM = Part(name="arm", normalization=Range(low=(0.0, -1.0), high=(2.0, 1.0)))
 WRIST = Part(name="wrist", normalization=MeanStd(mean=(1.0,), std=(0.5,)))

@@ -15,14 +15,14 @@ from fake_serving import ARTIFACT, FakeEngine, make_core, running
 from pydantic import BaseModel, ConfigDict
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.serving.core import Core
-from omega_qvla.serving.front import metadata
+from omega_qvla.serving.server.protocol_server import metadata
+from omega_qvla.serving.server.scheduler import Core
 from omega_qvla.serving.wire import Bounds
 
 zmq = pytest.importorskip("zmq", reason="the extra serve is not installed")
 msgpack = pytest.importorskip("msgpack", reason="the client's serializer is in the dev extra")
 
-from omega_qvla.serving.gr00t import Gr00tFront  # noqa: E402 - needs what is checked above
+from omega_qvla.serving.server.protocols.gr00t import Gr00tFront  # noqa: E402 - needs what is checked above
 
 
 def pack(value: Any) -> bytes:

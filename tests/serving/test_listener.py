@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omega_qvla.serving.arrivals import Pace, Turnstile
-from omega_qvla.serving.listener import Doorstep, DoorstepSocket, bind
+from omega_qvla.serving.server.arrivals import Pace, Turnstile
+from omega_qvla.serving.server.listener import Doorstep, DoorstepSocket, bind
 
 ONLY_WITH_EPOLL = pytest.mark.skipif(not hasattr(select, "epoll"), reason="needs epoll")
 HEAD = b"GET / HTTP/1.1\r\nHost: robot\r\n\r\n"

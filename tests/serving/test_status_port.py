@@ -17,7 +17,7 @@ import pytest
 
 import omega_qvla as oq
 from omega_qvla.errors import PolicyError
-from omega_qvla.serving.service import Service, Settings
+from omega_qvla.serving.server.service import Service, Settings
 from omega_qvla.serving.wire import decode_map, encode, gr00t_array
 
 pytest.importorskip("websockets", reason="the extra serve is not installed")

@@ -21,18 +21,18 @@ import pytest
 from fake_serving import ARTIFACT, FakeEngine, Service, make_core, observation, running
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.serving.access import authorized, is_loopback, read_token, require_token
-from omega_qvla.serving.core import Core, Rules
-from omega_qvla.serving.specification import LAYOUTS, Specification
+from omega_qvla.serving.server.access import authorized, is_loopback, read_token, require_token
+from omega_qvla.serving.server.scheduler import Core, Rules
 from omega_qvla.serving.wire import Bounds, decode_map, encode
+from omega_qvla.serving.wire.specification import LAYOUTS, Specification
 
 pytest.importorskip("websockets", reason="the extra serve is not installed")
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from omega_qvla.serving.door import Listening
-from omega_qvla.serving.websocket import WebsocketFront
+from omega_qvla.serving.server.door import Listening
+from omega_qvla.serving.server.protocols.openpi import WebsocketFront
 
 TOKEN = b"0123456789abcdef0123"
 
@@ -217,7 +217,7 @@ def test_a_failed_allocation_while_parsing_is_an_error_reply(
         raise MemoryError
 
     with plain_client(serve().port) as client:
-        monkeypatch.setattr("omega_qvla.serving.websocket.parse_request", exhausted)
+        monkeypatch.setattr("omega_qvla.serving.server.protocols.openpi.parse_request", exhausted)
         assert exchange(client, encode(observation()))["error"] == "out_of_memory"
         monkeypatch.undo()
         assert "actions" in exchange(client, encode(observation()))
@@ -385,7 +385,7 @@ def test_the_header_must_carry_the_token(header: str | None, right: bool) -> Non
 def test_tls_protects_what_is_said(
     serve: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from omega_qvla.serving.access import tls_context
+    from omega_qvla.serving.server.access import tls_context
 
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]

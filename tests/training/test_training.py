@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
-from omega_qvla.policies.loading import load_policy
-from omega_qvla.policies.pi05 import Pi05Module
-from omega_qvla.policies.pi05_policy import Pi05Policy
+from omega_qvla.policies.full_precision import load_policy
+from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
+from omega_qvla.policies.pi05.network import Pi05Module
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.training.dataset import TrainingSet, load_demonstrations
 from omega_qvla.training.demonstrations import CAMERAS, HORIZON, Demonstrations
 from omega_qvla.training.families import FAMILIES, fit_quantiles, fit_range

@@ -1,6 +1,6 @@
 """The disk format: packing of 4-bit integers, and directories that are complete or not there."""
 
-from omega_qvla.artifact.checkpoint import (
+from omega_qvla.artifact.directory import (
     Artifact,
     VerifyReport,
     planned_bytes,
@@ -9,9 +9,9 @@ from omega_qvla.artifact.checkpoint import (
     verify_artifact,
     write_artifact,
 )
-from omega_qvla.artifact.files import Failure, preflight_disk
 from omega_qvla.artifact.memory import ComponentMemory, MemorySummary, summarise
 from omega_qvla.artifact.packing import pack_int4, packed_width, unpack_int4
+from omega_qvla.files import Failure, preflight_disk
 
 __all__ = [
     "Artifact",

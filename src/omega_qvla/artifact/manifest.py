@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omega_qvla.artifact.files import DamageError
-from omega_qvla.artifact.shards import TensorSpec, parse_spec
 from omega_qvla.artifact.strict_json import JsonError, canonical, parse_object
+from omega_qvla.artifact.tensors import TensorSpec, parse_spec
+from omega_qvla.files import DamageError
 
 FORMAT_VERSION = 1
 MANIFEST, CONFIG, CARD, PROCESSOR = "manifest.json", "omega_config.json", "README.md", "processor"

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omega_qvla.calibration.parquet import read_columns
 from omega_qvla.errors import ObservationError
-from omega_qvla.policies.normalization import numbered
+from omega_qvla.policies.processing.normalization import numbered
 
 INFO = "meta/info.json"
 VERSIONS = ("v2.0", "v2.1", "v3.0")

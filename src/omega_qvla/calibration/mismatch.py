@@ -38,7 +38,7 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.normalization import (
+from omega_qvla.policies.processing.normalization import (
     Binary,
     MeanStd,
     Normalization,
@@ -48,7 +48,11 @@ from omega_qvla.policies.normalization import (
     SineCosine,
     dimension_names,
 )
-from omega_qvla.policies.processing import require_images, require_prompt, require_state
+from omega_qvla.policies.processing.observations import (
+    require_images,
+    require_prompt,
+    require_state,
+)
 
 MOST = 0.5
 """The part of the states' numbers, or of a camera's images, that refuses a set."""

@@ -26,9 +26,9 @@ from omega_qvla.calibration.streamed import SourceReport, Streamed
 from omega_qvla.environments import Environment, action_limits, begin, carry_out
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.base import Observation, Policy
-from omega_qvla.policies.loading import BUILTIN, builtin_directory
+from omega_qvla.policies.full_precision import BUILTIN, builtin_directory
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.normalization import dimension_names
+from omega_qvla.policies.processing.normalization import dimension_names
 
 FILE = "observations.npz"
 _TEXT = ("prompt", "task", "split")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from omega_qvla.artifact.claims import Claim
 from omega_qvla.cli.options import (
     COUNT,
     COUNT_OR_NONE,
@@ -19,49 +17,30 @@ from omega_qvla.cli.options import (
     Common,
     Positional,
     Simulation,
+    chosen_tasks,
     magnitudes,
     names_of,
     save,
 )
-from omega_qvla.cli.outputs import MADE_BY, RESULTS, require_free_comparison, sign
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sources import (
-    admit,
-    checkpoint_bytes,
-    default_calibration,
-    observations_of,
-    resident_bytes,
-)
-from omega_qvla.cli.sweeps import (
-    Journals,
-    chosen_tasks,
-    closed_loop_possible,
-    require_cluster,
-    sweep,
-)
-from omega_qvla.evaluation.benchmark import expand_recipes
-from omega_qvla.evaluation.comparison import (
-    FULL_PRECISION,
-    Comparison,
-    comparison_rows,
-    discard_simulations,
-)
-from omega_qvla.evaluation.execution.plan import OpenLoop
+from omega_qvla.cli.sources import observations_of
+from omega_qvla.evaluation.closed_loop import Episodes
+from omega_qvla.evaluation.comparison import RECIPES, Observed, compare
+from omega_qvla.evaluation.comparison_folder import MADE_BY, RESULTS
 from omega_qvla.evaluation.openloop import NOISES
-from omega_qvla.evaluation.outlier_injection import condition_name
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.extras import require
-from omega_qvla.policies.loading import load_policy
-from omega_qvla.quantization.pipeline import weights_fingerprint
-from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
+from omega_qvla.policies.native import NativePolicy
+from omega_qvla.recipe import DEFAULT_RECIPE, Scope
 from omega_qvla.report.figure import comparison_figure
-from omega_qvla.report.table import comparison_table, task_table
+from omega_qvla.report.table import results_table, task_table
+from omega_qvla.results.rows import Comparison
 
 _WIDE_COLUMNS = ("vs full precision", "noise floor", "resident")
 """Columns that are left to the JSON and the picture, so that the table fits a terminal."""
 
 DEMO_NOISES = 2
-DEMO_RECIPES = f"rtn,omega-paper,{DEFAULT_RECIPE}"
+DEMO_RECIPES = ",".join(RECIPES)
 
 
 @dataclass(frozen=True)
@@ -97,11 +76,11 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
 
     def run(self, screen: Screen, command: str = "compare") -> int:
         require("the picture of a comparison", "report", "matplotlib")
-        document, target = self.measure(screen, command), self.out / RESULTS
-        screen.table(comparison_table(target), without=_WIDE_COLUMNS)
-        if document["rows"][0]["success"]:
-            screen.table(task_table(target))
-        picture = comparison_figure(target, self.out / "comparison.png")
+        rows, target = self.measure(screen, command).rows, self.out / RESULTS
+        screen.table(results_table(rows), without=_WIDE_COLUMNS)
+        if rows[0].success:
+            screen.table(task_table(rows))
+        picture = comparison_figure(rows, self.out / "comparison.png")
         screen.say(f"\nresults {target}\npicture {picture}")
         return 0
 
@@ -109,92 +88,50 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
         begun = (self.out / MADE_BY).exists()
         return f"finished episodes and artifacts are kept in {self.out}" if begun else None
 
-    def require_free(self, command: str) -> None:
-        """Refuse an output folder whose content would be lost.
-
-        Args:
-            command: what writes it.
-
-        Raises:
-            OutputError: names what is there.
-        """
-        recipes = [Recipe.load(name).name for name in expand_recipes(names_of(self.recipes) or ())]
-        cells = [
-            (self.policy, recipe, condition_name(magnitude), self.scope)
-            for magnitude in magnitudes(self.stress)
-            for recipe in (FULL_PRECISION, *recipes)
-        ]
-        require_free_comparison(
-            self.out, cells, command, resume=self.resume, overwrite=self.overwrite
-        )
-
-    def measure(self, screen: Screen, command: str) -> dict[str, Any]:
+    def measure(self, screen: Screen, command: str) -> Comparison:
         """The comparison's document, which is in ``results.json`` then.
 
         Args:
             command: what the user typed.
         """
-        require_cluster(self)
-        tasks = chosen_tasks(self.tasks)
-        with Claim(self.out):
-            self.require_free(command)
-            simulated = closed_loop_possible(screen, self.episodes)
-            options = self if simulated else replace(self, episodes=0)
-            return options._measured(screen, command, tasks)
-
-    def _measured(
-        self, screen: Screen, command: str, tasks: Sequence[str] | None
-    ) -> dict[str, Any]:
-        torch.set_num_threads(self.threads)
-        policy = load_policy(self.policy, self.choices)
-        source = self.calibration or default_calibration(self.policy)
-        comparison = Comparison(
-            label=self.policy,
-            policy=policy,
-            choices=self.choices,
-            weights=weights_fingerprint(policy),
-            checkpoint_bytes=checkpoint_bytes(self.policy),
-            calibration=observations_of(source, policy, self),
-            recipes=names_of(self.recipes) or (),
-            magnitudes=magnitudes(self.stress),
-            scope=self.scope,
-            artifacts=self.out / "artifacts",
-            reference=self.reference,
-            resume=self.resume,
-        )
-        held_out = observations_of(source, policy, self, split="heldout")
-        if self.held_out is not None:
-            held_out = held_out.spread(self.held_out)
-        for observations in (comparison.calibration, held_out):
-            screen.report(observations)
-            admit(policy, observations, len(observations), self, screen)
-        journals = Journals(
-            self.out / "journals",
-            {
-                "weights": comparison.weights,
-                "calibration": comparison.calibration.fingerprint,
-            },
-        )
-        sign(self.out, command)
-        if not self.resume:
-            journals.discard()
         with screen.bars() as bars:
-            rows = comparison_rows(comparison)
-            document = sweep(
-                screen,
-                rows,
-                self,
-                OpenLoop(held_out, noises=self.noises),
-                tasks,
+            document = compare(
                 self.policy,
-                resident_bytes(policy),
-                bars,
-                journals,
+                names_of(self.recipes) or (),
+                observations=partial(self._observations, screen),
+                episodes=Episodes(self.episodes, chosen_tasks(self.tasks), self.seed),
+                stress=magnitudes(self.stress),
+                scope=self.scope,
+                held_out=self.held_out,
+                noises=self.noises,
+                reference=self.reference,
+                out=self.out,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                choices=self.choices,
+                resources=self.resources,
+                command=command,
+                say=screen.say,
+                progress=bars,
             )
-        discard_simulations(comparison)
-        write_json(document, self.out / RESULTS)
-        save(self.json, document)
+        save(self.json, document.to_json())
         return document
+
+    def _observations(self, screen: Screen, policy: NativePolicy) -> Observed:
+        source = self.calibration or default_calibration(self.policy)
+        calibration = observations_of(source, policy, self)
+        held = observations_of(source, policy, self, split="heldout")
+        found = calibration, held if self.held_out is None else held.spread(self.held_out)
+        for observations in found:
+            screen.report(observations)
+            admit(
+                policy,
+                observations,
+                len(observations),
+                allow=self.allow_mismatch,
+                say=screen.say,
+            )
+        return found
 
 
 @dataclass(frozen=True)

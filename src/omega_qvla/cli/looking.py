@@ -22,23 +22,26 @@ from omega_qvla.cli.options import (
     Common,
     Positional,
     Simulation,
+    chosen_tasks,
     save,
 )
 from omega_qvla.cli.screen import Bars, Screen
-from omega_qvla.cli.sources import admit, default_calibration, observations_of
-from omega_qvla.cli.sweeps import chosen_tasks, closed_loop_possible
+from omega_qvla.cli.sources import observations_of
 from omega_qvla.errors import OutputError, SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
+from omega_qvla.evaluation.closed_loop import simulated
 from omega_qvla.evaluation.diagnostics import diagnose
 from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
 from omega_qvla.evaluation.simulators.metaworld_tasks import METAWORLD
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.extras import require
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 from omega_qvla.report.document import write_report
 from omega_qvla.report.table import site_table
+from omega_qvla.results.diagnostics import Diagnostics
+from omega_qvla.results.writing import write_json
 
 FILM_SIZE = 112
 """Width and height in pixels of a film's pictures; the policy's own are smaller."""
@@ -65,7 +68,7 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
 
     def run(self, screen: Screen) -> int:
         tasks = chosen_tasks(self.tasks)
-        simulated = closed_loop_possible(screen, self.episodes)
+        episodes = simulated(self.episodes, screen.say)
         torch.set_num_threads(self.threads)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         policy = load_policy(self.policy, self.choices)
@@ -73,7 +76,13 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
         calibration = observations_of(source, policy, self)
         held_out = observations_of(source, policy, self, split="heldout")
         for observations in (calibration, held_out):
-            admit(policy, observations, len(observations), self, screen)
+            admit(
+                policy,
+                observations,
+                len(observations),
+                allow=self.allow_mismatch,
+                say=screen.say,
+            )
         full = outlier_injected(policy, self.stress, probe=calibration[0])
         with screen.bars() as bars:
             quantized = quantize(
@@ -83,8 +92,7 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
                 progress=lambda done, total, _: bars(f"quantizing with {recipe.name}", done, total),
                 allow_mismatch=self.allow_mismatch,
             )
-            document = {
-                "schema": 1,
+            content = {
                 "kind": "diagnostics",
                 "library": version("omega-qvla"),
                 "policy": self.policy,
@@ -101,12 +109,13 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
                 ),
                 "memory": quantized.memory_report() if recipe.realizable else None,
                 "rollouts": None
-                if not simulated
+                if not episodes
                 else self._rollouts(screen, {"fp32": full, recipe.name: quantized}, tasks, bars),
             }
-        write_json(document, self.out)
-        save(self.json, document)
-        screen.table(site_table(document))
+        found = Diagnostics.model_validate(content)
+        write_json(found.to_json(), self.out)
+        save(self.json, found.to_json())
+        screen.table(site_table(found))
         screen.say(f"\ndiagnostics {self.out}; make them visible: omega-qvla report {self.out}")
         return 0
 
@@ -150,8 +159,8 @@ class Report(Common):
         if self.json is not None and self.json.resolve() in [run.resolve() for run in self.runs]:
             raise OutputError(f"{self.json} would be overwritten by its own report's summary")
         summary = write_report(self.runs, self.out, overwrite=self.overwrite)
-        for note in summary["notes"]:
+        for note in summary.notes:
             screen.say(f"note: {note}")
-        save(self.json, summary)
-        screen.say(f"report {summary['report']} and {len(summary['figures'])} figures beside it")
+        save(self.json, summary.to_json())
+        screen.say(f"report {summary.report} and {len(summary.figures)} figures beside it")
         return 0

@@ -28,6 +28,7 @@ from omega_qvla.evaluation.speed.policy_speed import Subject, measure_policies
 from omega_qvla.extras import require
 from omega_qvla.report.roofline import roofline_figure
 from omega_qvla.report.table import bound_table, kernel_table, policy_table
+from omega_qvla.results.speed import KernelBench, PolicyBench, Roofline
 from omega_qvla.threads import available_cores
 
 
@@ -76,9 +77,10 @@ class Bench(Common):
     def _roofline(self, screen: Screen, device: str) -> int:
         if self.what != "policy":
             raise RecipeError("--roofline is for `bench policy`; `bench kernels` draws --figure")
-        found = roofline(device, policy=self.policy, artifact=self.artifact)
+        calculated = roofline(device, policy=self.policy, artifact=self.artifact)
+        found = Roofline(library=version("omega-qvla"), **calculated)
         screen.table(bound_table(found))
-        save(self.json, {"schema": 1, "library": version("omega-qvla"), **found})
+        save(self.json, found.to_json())
         return 0
 
     def _kernels(self, screen: Screen) -> int:
@@ -102,28 +104,28 @@ class Bench(Common):
                     kernel=self.kernel,
                     llama_cpp=ggml,
                 )
-        summary = summarise(rows)
-        document = {
-            **_measurement(self.threads),
-            "peak_gmacs": {name: rate / 1e9 for name, rate in peaks.items()},
-            "memory_gbytes": measure_bandwidth(self.threads) / 1e9,
-            "int8_engine": torch.backends.quantized.engine,
-            "llama_cpp": None if ggml is None else ggml.version,
-            "rows": rows,
-            "summary": summary,
-            "contention": [
-                measure_contention(calls=400, threads=threads, kernel=self.kernel)
-                for threads in range(1, available_cores() + 1)
-            ],
-        }
-        screen.table(kernel_table(summary))
-        for entry in document["contention"]:
+        found = KernelBench.model_validate(
+            {
+                **_measurement(self.threads),
+                "peak_gmacs": {name: rate / 1e9 for name, rate in peaks.items()},
+                "memory_gbytes": measure_bandwidth(self.threads) / 1e9,
+                "int8_engine": torch.backends.quantized.engine,
+                "llama_cpp": None if ggml is None else ggml.version,
+                "rows": rows,
+                "summary": summarise(rows),
+                "contention": [
+                    measure_contention(calls=400, threads=threads, kernel=self.kernel)
+                    for threads in range(1, available_cores() + 1)
+                ],
+            }
+        )
+        screen.table(kernel_table(found.summary))
+        for entry in found.contention:
             screen.say(
-                f"{entry['threads']} thread(s), a call of {entry['idle_p50_us']:.0f} µs: p99 "
-                f"{entry['idle_p99_us']:.0f} µs idle, {entry['busy_p99_us']:.0f} µs with every "
-                "core busy"
+                f"{entry.threads} thread(s), a call of {entry.idle_p50_us:.0f} µs: p99 "
+                f"{entry.idle_p99_us:.0f} µs idle, {entry.busy_p99_us:.0f} µs with every core busy"
             )
-        save(self.json, document)
+        save(self.json, found.to_json())
         if self.figure is not None and self.json is not None:
             roofline_figure(self.json, self.figure)
         return 0
@@ -135,15 +137,15 @@ class Bench(Common):
             subjects.append(Subject(self.policy, "w4a4", source, self.threads, self.kernel))
         with screen.bars() as bars:
             rows = measure_policies(subjects, rounds=self.rounds, progress=bars)
-        screen.table(policy_table(rows))
-        save(self.json, {**_measurement(self.threads), "rows": rows})
+        found = PolicyBench.model_validate({**_measurement(self.threads), "rows": rows})
+        screen.table(policy_table(found.rows))
+        save(self.json, found.to_json())
         return 0
 
 
 def _measurement(threads: int) -> dict[str, Any]:
     """What every benchmark says of itself."""
     return {
-        "schema": 1,
         "machine": machine_name(),
         "threads": threads,
         "torch": torch.__version__,

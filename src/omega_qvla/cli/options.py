@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from omega_qvla.checkpoints.options import Choices, WrittenBy
+from omega_qvla.checkpoints.tied import TiedHalf
 from omega_qvla.errors import ResourceError, UsageError
-from omega_qvla.evaluation.sweep import write_json
-from omega_qvla.policies.checkpoints.choices import Choices
-from omega_qvla.policies.checkpoints.lerobot_writer import WrittenBy
-from omega_qvla.policies.checkpoints.tied import TiedHalf
+from omega_qvla.evaluation.closed_loop import Resources
+from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
+from omega_qvla.results.writing import write_json
 
 EVALUATION_SEED = 0
 """First seed of evaluation episodes; demonstrations use seeds far above."""
@@ -81,6 +82,11 @@ class Execution:
         tyro.conf.arg(help="run on a Ray cluster: local, auto, or HOST:PORT of its head node"),
     ] = None
 
+    @property
+    def resources(self) -> Resources:
+        """Where policies compute."""
+        return Resources(self.threads, self.processes, self.ray)
+
 
 @dataclass(frozen=True)
 class Simulation(Execution):
@@ -95,6 +101,11 @@ class Simulation(Execution):
         PROCESSES,
     ] = None
     seed: Annotated[int, tyro.conf.arg(help="first episode seed"), SEED] = EVALUATION_SEED
+
+    @property
+    def resources(self) -> Resources:
+        """Where policies compute, and how many simulators each has."""
+        return replace(super().resources, workers=self.workers)
 
 
 @dataclass(frozen=True)
@@ -207,6 +218,19 @@ def require_number(option: str, value: float, allowed: Range) -> None:
 def names_of(text: str | None) -> list[str] | None:
     """The parts of ``a, b,c``; None stays None."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def chosen_tasks(text: str | None) -> list[str] | None:
+    """The tasks of Meta-World that were named; None leaves the choice to the policy.
+
+    Raises:
+        UsageError: one is unknown, or none is named.
+    """
+    names = names_of(text)
+    unknown = [name for name in names or () if name not in TASKS]
+    if unknown or names == []:
+        raise UsageError(f"--tasks {text!r}: the tasks are {', '.join(TASKS)}")
+    return names
 
 
 def magnitudes(text: str) -> list[float]:

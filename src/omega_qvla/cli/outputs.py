@@ -2,32 +2,22 @@
 
 One rule for every command: an output that is there already is refused unless ``--overwrite`` was
 given; interrupted work is refused unless it is continued (``--resume``) or discarded by name
-(``--overwrite``).  While a command runs it has a claim on its outputs (``artifact/claims.py``), so
+(``--overwrite``).  While a command runs it has a claim on its outputs (``claims.py``), so
 a second one is refused at its start.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from omega_qvla.artifact import preflight
-from omega_qvla.artifact.checkpoint import read_description
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.artifact.directory import read_description
+from omega_qvla.claims import Claim
 from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import OmegaError, OutputError
-from omega_qvla.evaluation.sweep import write_json
 from omega_qvla.quantization.journal import discard_journal, finished_sites
-
-RESULTS, MADE_BY = "results.json", "made-by.json"
-
-Cell = tuple[str, str, str, str]
-"""Policy, recipe, condition and scope: what a row of a comparison is of."""
 
 
 @contextmanager
@@ -112,79 +102,3 @@ def prepare_journal(screen: Screen, journal: Path, *, resume: bool, overwrite: b
         )
     else:
         discard_journal(journal)
-
-
-def require_free_comparison(
-    out: Path, cells: Iterable[Cell], command: str, *, resume: bool, overwrite: bool
-) -> None:
-    """Refuse the folder of another comparison, unless it may be replaced or is continued.
-
-    Args:
-        cells: what the new comparison will have a row of.
-        command: what writes it; a demonstration may replace one.
-
-    Raises:
-        OutputError: names the rows, or the files, that would be lost.
-    """
-    if overwrite or not out.exists():
-        return
-    if not out.is_dir():
-        raise OutputError(f"{out} is not a folder; give another --out")
-    there = sorted(path.name for path in out.iterdir())
-    rows = known_cells(out / RESULTS)
-    if resume:
-        require_kept(out / RESULTS, rows, cells)
-    elif there and not (command == "demo" and _made_by(out) == "demo"):
-        what = _sentence(rows) if rows else f"{', '.join(there[:4])}, perhaps interrupted work"
-        raise OutputError(
-            f"{out} holds {what}; continue the same comparison with --resume, replace it with "
-            "--overwrite, or give another --out"
-        )
-
-
-def require_kept(path: Path, rows: Sequence[Cell], cells: Iterable[Cell]) -> None:
-    """Refuse to replace a document by one that lacks some of its rows.
-
-    Raises:
-        OutputError: names them.
-    """
-    planned = set(cells)
-    lost = [row for row in rows if row not in planned]
-    if lost:
-        raise OutputError(
-            f"{path} has rows that this command does not measure: {_sentence(lost)}. Name these "
-            "recipes and conditions too, replace it with --overwrite, or give another --out"
-        )
-
-
-def known_cells(path: Path) -> list[Cell]:
-    """What a saved comparison has rows of; nothing where there is none that can be read."""
-    try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["rows"]
-        return [
-            (row["policy"], row["recipe"], row["condition"], row.get("scope") or "all")
-            for row in rows
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-
-
-def _sentence(rows: Sequence[Cell]) -> str:
-    names = [f"{recipe} ({condition})" for _, recipe, condition, _ in rows]
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    policies = ", ".join(dict.fromkeys(row[0] for row in rows))
-    return f"{len(names)} row(s) of {policies}: {', '.join(names[:4])}{more}"
-
-
-def sign(out: Path, command: str) -> None:
-    """Leave a note of what writes to a folder, before anything else is in it."""
-    begun = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    note = {"schema": 1, "command": command, "begun": begun, "library": version("omega-qvla")}
-    write_json(note, out / MADE_BY)
-
-
-def _made_by(out: Path) -> str | None:
-    try:
-        return str(json.loads((out / MADE_BY).read_text("utf-8"))["command"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

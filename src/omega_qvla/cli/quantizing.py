@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from omega_qvla.api import quantize
 from omega_qvla.artifact import preflight, verify_artifact
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.cli.options import (
     PROCESSES,
     STEPS,
@@ -23,15 +22,17 @@ from omega_qvla.cli.options import (
 )
 from omega_qvla.cli.outputs import prepare_journal, require_free_artifact
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sources import admit, calibration_of, default_calibration
+from omega_qvla.cli.sources import calibration_of
 from omega_qvla.devices import EXPERIMENTAL, find_gpu
 from omega_qvla.errors import RecipeError
 from omega_qvla.evaluation.footprints import directory_bytes
-from omega_qvla.policies.loading import load_policy, policy_structure, stream_policy
+from omega_qvla.evaluation.subjects import admit, default_calibration
+from omega_qvla.policies.full_precision import load_policy, policy_structure, stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal, finished_sites
 from omega_qvla.quantization.pipeline import planned_sites, work_shares
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
+from omega_qvla.results.memory import Inspection, Verification
 from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.inspection import inspect_artifact
 from omega_qvla.runtime.linear import best_kernel
@@ -74,11 +75,16 @@ class Quantize(Calibrated, Checkpoint, Common):
         if self.dry_run:
             policy = _with_steps(policy_structure(self.policy, self.choices), self.steps)
             screen.decisions(policy.decisions)
-            sites = [{"name": site.name} for site in planned_sites(policy, recipe)]
-            content = recipe.model_dump(mode="json")
-            report = _inspection(predict_directory(policy, recipe), content, sites, best_kernel())
-            screen.memory(report, f"{self.policy} with {recipe.name}, predicted")
-            save(self.json, report)
+            found = Inspection.model_validate(
+                {
+                    **predict_directory(policy, recipe),
+                    "recipe": recipe.model_dump(mode="json"),
+                    "kernel": best_kernel(),
+                    "sites": [{"name": site.name} for site in planned_sites(policy, recipe)],
+                }
+            )
+            screen.memory(found, f"{self.policy} with {recipe.name}, predicted")
+            save(self.json, found.to_json())
             return 0
         if not recipe.realizable:
             raise RecipeError(
@@ -108,7 +114,13 @@ class Quantize(Calibrated, Checkpoint, Common):
         source = self.calibration or default_calibration(self.policy)
         observations = calibration_of(source, policy, self, recipe.observations)
         screen.report(observations)
-        admit(policy, observations, recipe.observations, self, screen)
+        admit(
+            policy,
+            observations,
+            recipe.observations,
+            allow=self.allow_mismatch,
+            say=screen.say,
+        )
         threads = fitting_threads(widest_linear(policy.module), self.threads)
         screen.say(f"computing with {threads} thread(s)")
         preflight(self.out, predict_directory(policy, recipe)["total_bytes"])
@@ -139,13 +151,19 @@ class Inspect(Common):
 
     def run(self, screen: Screen) -> int:
         looked = inspect_artifact(self.directory, directory_bytes=directory_bytes(self.directory))
-        recipe = looked.config["recipe"]
-        sites = looked.config["sites"]
-        report = _inspection(looked.memory, recipe, sites, looked.kernel)
-        report["content_hash"] = looked.content_hash
+        recipe, sites = looked.config["recipe"], looked.config["sites"]
         decisions = looked.config["policy"].get("decisions", {})
-        report["decisions"] = decisions
-        screen.memory(report, str(self.directory))
+        found = Inspection.model_validate(
+            {
+                **looked.memory,
+                "recipe": recipe,
+                "kernel": looked.kernel,
+                "sites": sites,
+                "content_hash": looked.content_hash,
+                "decisions": decisions,
+            }
+        )
+        screen.memory(found, str(self.directory))
         screen.decisions(decisions)
         screen.say(f"recipe   {recipe['name']} ({looked.config['recipe_hash'][:16]})")
         screen.say(f"content  {looked.content_hash}")
@@ -153,7 +171,7 @@ class Inspect(Common):
         notes = [f"{site['name']}: {site['note']}" for site in sites if site["note"]]
         for note in notes:
             screen.say(f"note     {note}")
-        save(self.json, report)
+        save(self.json, found.to_json())
         return 0
 
 
@@ -170,15 +188,9 @@ class Verify(Common):
         for failure in report.failures:
             screen.say(f"FAILED {failure}")
         screen.say(f"{report.checked} checked, {len(report.failures)} failed")
-        save(self.json, report.to_json())
+        save(self.json, Verification.model_validate(report.to_json()).model_dump())
         return 0 if report.ok else 1
 
 
 def _with_steps(policy: NativePolicy, steps: int | None) -> NativePolicy:
     return policy if steps is None else policy.with_steps(steps)
-
-
-def _inspection(
-    memory: Mapping[str, Any], recipe: Mapping[str, Any], sites: Sequence[Any], kernel: str
-) -> dict[str, Any]:
-    return {"schema": 1, **memory, "recipe": recipe, "kernel": kernel, "sites": list(sites)}

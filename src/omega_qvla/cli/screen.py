@@ -17,6 +17,7 @@ from rich.table import Table
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.report.table import Table as TextTable
 from omega_qvla.report.table import human_bytes
+from omega_qvla.results.memory import Memory
 
 _PLAIN_WIDTH = 160
 
@@ -66,23 +67,23 @@ class Screen:
         for note in content.notes:
             self.say(note)
 
-    def memory(self, report: Mapping[str, Any], title: str) -> None:
+    def memory(self, found: Memory, title: str) -> None:
         """The memory table of ``inspect``."""
         table = Table("component", "parameters", "bits each", "bytes", "16-bit bytes", title=title)
-        for row in report["components"]:
+        for row in found.components:
             table.add_row(
-                row["name"],
-                f"{row['params']:,}",
-                "–" if not row["params"] else f"{row['bits']:.2f}",
-                human_bytes(row["bytes"]),
-                human_bytes(row["reference_bytes"]),
+                row.name,
+                f"{row.params:,}",
+                "–" if not row.params else f"{row.bits:.2f}",
+                human_bytes(row.bytes),
+                human_bytes(row.reference_bytes),
             )
         table.add_section()
-        whole = human_bytes(report["total_bytes"]), human_bytes(report["reference_bytes"])
+        whole = human_bytes(found.total_bytes), human_bytes(found.reference_bytes)
         table.add_row("whole checkpoint", "", "", *whole)
         self.console.print(table)
-        self.say(f"whole checkpoint {report['reduction']:.1%} smaller than in 16 bits")
-        narrow = report["paper_scope_reduction"]
+        self.say(f"whole checkpoint {found.reduction:.1%} smaller than in 16 bits")
+        narrow = found.paper_scope_reduction
         if narrow is not None:
             self.say(f"the paper's count (linears of backbone and action head only): {narrow:.1%}")
 

@@ -28,6 +28,7 @@ from omega_qvla.cli.options import (
 )
 from omega_qvla.cli.screen import Screen
 from omega_qvla.extras import require
+from omega_qvla.results.summaries import Served
 
 _SWITCH_S = 0.0005
 """How long a thread may keep Python's lock while others wait.  The policy's thread takes it again
@@ -91,7 +92,7 @@ class Serve(Checkpoint, Common):
 
     def run(self, screen: Screen) -> int:
         require("serving", "serve", "zmq" if self.protocol == "gr00t" else "websockets")
-        from omega_qvla.serving.service import Service, Settings, run_until_signal
+        from omega_qvla.serving.server.service import Service, Settings, run_until_signal
 
         sys.setswitchinterval(_SWITCH_S)
         service = Service.build(
@@ -125,7 +126,7 @@ class Serve(Checkpoint, Common):
         gc.collect()
         gc.freeze()
         finished = run_until_signal(service)
-        save(self.json, {"schema": 1, **service.totals(), "drained": finished})
+        save(self.json, Served(**service.totals(), drained=finished).to_json())
         if not finished:
             # A forward pass is still running, and nothing can interrupt it: leave without it.
             sys.stdout.flush()

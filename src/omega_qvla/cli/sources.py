@@ -9,14 +9,11 @@ import torch
 
 from omega_qvla.calibration.lerobot import state_names
 from omega_qvla.calibration.lerobot_metadata import is_dataset
-from omega_qvla.calibration.mismatch import examine
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli.options import Calibrated, names_of
-from omega_qvla.cli.screen import Screen
-from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.loading import builtin_directory
+from omega_qvla.errors import ObservationError
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.normalization import dimension_names
+from omega_qvla.policies.processing.normalization import dimension_names
 
 
 def calibration_of(
@@ -70,25 +67,6 @@ def observations_of(
     return observations
 
 
-def admit(
-    policy: NativePolicy,
-    observations: Observations,
-    limit: int,
-    options: Calibrated,
-    screen: Screen,
-) -> None:
-    """Print how observations compare with the policy's training.
-
-    Raises:
-        ObservationError: they are mostly unlike it, and that was not allowed.
-    """
-    found = examine(policy, observations, limit)
-    if found.facts:
-        screen.say(found.facts)
-    for text in found.admit(allow=options.allow_mismatch):
-        screen.say(f"warning  {text}")
-
-
 def _camera_choice(text: str | None, cameras: Sequence[str]) -> dict[str, str | None]:
     """The policy's cameras → what the dataset calls them, from ``NAME=FEATURE,..``."""
     choice: dict[str, str | None] = {name: name for name in cameras}
@@ -100,30 +78,3 @@ def _camera_choice(text: str | None, cameras: Sequence[str]) -> dict[str, str | 
             )
         choice[name] = None if feature == "none" else feature
     return choice
-
-
-def default_calibration(policy: str) -> str:
-    """The observations that a policy brings.
-
-    Raises:
-        PolicyError: it brings none.
-    """
-    if policy.startswith("builtin:"):
-        return policy
-    raise PolicyError(
-        f"{policy} brings no calibration data; give some with --calibration DATASET (a LeRobot "
-        "dataset, or FILE.npz), or random:8 to measure speed and memory only"
-    )
-
-
-def checkpoint_bytes(source: str) -> int | None:
-    """Size of a local policy's weights, in one file or in shards."""
-    scheme, _, name = source.partition(":")
-    directory = builtin_directory(name) if scheme == "builtin" else Path(source)
-    sizes = [path.stat().st_size for path in directory.glob("model*.safetensors")]
-    return sum(sizes) if sizes else None
-
-
-def resident_bytes(policy: NativePolicy) -> int:
-    """Of its parameters, in memory."""
-    return sum(parameter.nbytes for parameter in policy.module.parameters())

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, save
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.sweeps import require_simulator
 from omega_qvla.errors import OutputError
 from omega_qvla.evaluation.benchmark import PROVENANCE
+from omega_qvla.evaluation.closed_loop import require_simulator
 from omega_qvla.threads import torch_threads
 from omega_qvla.training.embedded import rebuild
 

@@ -10,17 +10,18 @@ import torch
 import tyro
 
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.cli.options import PROCESSES, Common, Positional, names_of, save
+from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, names_of, save
 from omega_qvla.cli.screen import Screen
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.speed.kernel_speed import machine_name
-from omega_qvla.evaluation.sweep import write_json
+from omega_qvla.evaluation.subjects import default_calibration
 from omega_qvla.evaluation.unseen import Unseen as Definition
 from omega_qvla.evaluation.unseen import measure_unseen
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
 from omega_qvla.report.benchmark_table import unseen_table
+from omega_qvla.results.writing import write_json
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ class Unseen(Common):
     out: Annotated[Path, tyro.conf.arg(help="the JSON goes here, and what is done until then")] = (
         Path("out/unseen")
     )
+    calibration: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="npz file of observations with their tasks; the policy's own by default"
+        ),
+    ] = None
+    held_out: Annotated[int, tyro.conf.arg(help="held-out observations, evenly spread"), COUNT] = (
+        Definition.heldout
+    )
     resume: Annotated[bool, tyro.conf.arg(help="keep what was measured of the same")] = False
     threads: Annotated[int, tyro.conf.arg(help="threads of the policy"), PROCESSES] = 1
 
@@ -41,28 +51,31 @@ class Unseen(Common):
         torch.set_num_threads(self.threads)
         recipes = [Recipe.load(name) for name in expand_recipes(names_of(self.recipes) or ())]
         policy = load_policy(self.policy)
+        source = self.calibration or default_calibration(self.policy)
         name = self.policy.rpartition(":")[2].rpartition("/")[2]
+        command = f"omega-qvla unseen {self.policy} --recipes {self.recipes}"
+        if self.calibration is not None:
+            command += f" --calibration {self.calibration}"
+        if self.held_out != Definition.heldout:
+            command += f" --held-out {self.held_out}"
         with screen.bars() as bars:
             document = measure_unseen(
                 policy,
                 self.policy,
                 recipes,
-                Observations.load(self.policy),
-                Observations.load(self.policy, split="heldout"),
-                definition=Definition(),
+                Observations.load(source),
+                Observations.load(source, split="heldout"),
+                definition=Definition(heldout=self.held_out),
                 weights=weights_fingerprint(policy),
                 partial=self.out / f".{name}-partial.json",
                 resume=self.resume,
                 progress=bars,
+                machine=machine_name(),
+                command=command,
             )
-        made = {
-            "machine": machine_name(),
-            "command": f"omega-qvla unseen {self.policy} --recipes {self.recipes}",
-        }
-        document["unseen"] |= made
         target = self.out / f"{name}-unseen.json"
-        write_json(document, target)
-        save(self.json, document)
-        screen.table(unseen_table(target))
+        write_json(document.to_json(), target)
+        save(self.json, document.to_json())
+        screen.table(unseen_table(document.rows))
         screen.say(f"\nresults {target}")
         return 0

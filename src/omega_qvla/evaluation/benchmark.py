@@ -13,12 +13,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.outlier_injection import condition_name
-from omega_qvla.policies.loading import builtin_directory
+from omega_qvla.policies.full_precision import builtin_directory
 from omega_qvla.recipe import DEFAULT_RECIPE, ablation_names
+from omega_qvla.results.rows import BenchmarkRun, Comparison, Row
 
 PROVENANCE = "provenance.json"
 
@@ -141,13 +141,13 @@ BENCHMARK = Definition(
 
 def benchmark_document(
     definition: Definition,
-    documents: Sequence[Mapping[str, Any]],
+    documents: Sequence[Comparison],
     *,
     methods: Sequence[str] = METHODS,
     machine: str,
     library: str,
     command: str,
-) -> dict[str, Any]:
+) -> Comparison:
     """Comparisons of one policy each as one document.
 
     Args:
@@ -156,35 +156,32 @@ def benchmark_document(
         machine, library, command: what made them.
 
     Returns:
-        ``{"schema": 1, "policy": ..., "rows": [...], "benchmark": {...}}``; the last names version
-        and fingerprint of the definition, ``machine``, ``library``, ``command``, and lists under
-        ``missing`` what the definition has and the rows do not.
+        Their rows, with what the run says of itself.
     """
-    rows = [row for document in documents for row in document["rows"]]
-    return {
-        "schema": 1,
-        "policy": ", ".join(dict.fromkeys(row["policy"] for row in rows)),
-        "rows": rows,
-        "benchmark": {
-            "version": definition.version,
-            "definition": definition.fingerprint,
-            "machine": machine,
-            "library": library,
-            "command": command,
-            "missing": missing_cells(definition, rows, methods),
-        },
-    }
+    rows = [row for document in documents for row in document.rows]
+    return Comparison(
+        policy=", ".join(dict.fromkeys(row.policy for row in rows)),
+        rows=rows,
+        benchmark=BenchmarkRun(
+            version=definition.version,
+            definition=definition.fingerprint,
+            machine=machine,
+            library=library,
+            command=command,
+            missing=missing_cells(definition, rows, methods),
+        ),
+    )
 
 
 def missing_cells(
-    definition: Definition, rows: Sequence[Mapping[str, Any]], methods: Sequence[str] = METHODS
+    definition: Definition, rows: Sequence[Row], methods: Sequence[str] = METHODS
 ) -> list[str]:
     """What is not measured, or not over all episodes: whole conditions, else single methods."""
     episodes = definition.episodes * len(definition.tasks)
     whole = {
-        (row["policy"], row["condition"], row["recipe"])
+        (row.policy, row.condition, row.recipe)
         for row in rows
-        if row["episodes"] == episodes and row["noises"] == definition.noises
+        if row.episodes == episodes and row.noises == definition.noises
     }
     missing: list[str] = []
     for name in definition.policies:

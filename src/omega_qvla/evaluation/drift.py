@@ -16,11 +16,11 @@ shows against the plain one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from omega_qvla.results.episodes import EpisodeRecord
+from omega_qvla.results.rows import HandDrift
 
 DRIFT_STEPS = (25, 50, 100)
 """Control steps after which the hands are compared."""
@@ -29,7 +29,7 @@ _POSITION = 3
 
 def hand_drift(
     ours: Sequence[EpisodeRecord], theirs: Sequence[EpisodeRecord], execute: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, HandDrift]:
     """Drift over paired episodes.
 
     Args:
@@ -37,15 +37,14 @@ def hand_drift(
         execute: control steps between two recorded states.
 
     Returns:
-        Control steps, as a string → ``{"median_m", "p90_m", "episodes"}``; steps that no pair
-        reached are left out.
+        By control steps, as a string; steps that no pair reached are left out.
 
     Raises:
         ValueError: not the same episodes.
     """
     if [record.key for record in ours] != [record.key for record in theirs]:
         raise ValueError("drift compares the same episodes in the same order")
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, HandDrift] = {}
     for steps in DRIFT_STEPS:
         index, off = divmod(steps, execute)
         distances = [
@@ -55,5 +54,6 @@ def hand_drift(
         ]
         if distances:
             median, high = np.quantile(distances, (0.5, 0.9)).round(5).tolist()
-            found[str(steps)] = {"median_m": median, "p90_m": high, "episodes": len(distances)}
+            count = len(distances)
+            found[str(steps)] = HandDrift(median_m=median, p90_m=high, episodes=count)
     return found

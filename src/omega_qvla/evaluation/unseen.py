@@ -29,6 +29,7 @@ import numpy as np
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError
+from omega_qvla.evaluation.measured_rows import ActionError, error_ratio
 from omega_qvla.evaluation.openloop import (
     Array,
     Measurement,
@@ -36,12 +37,12 @@ from omega_qvla.evaluation.openloop import (
     measure_reference,
     measure_row,
 )
-from omega_qvla.evaluation.sweep import SCHEMA, error_ratios, write_json
 from omega_qvla.policies.base import Observation
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.site import needs_statistics
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
-from omega_qvla.results.statistics import bootstrap_total
+from omega_qvla.results.rows import Comparison, Row, UnseenRun
+from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.memory import weight_storage
 
 SEEN, UNSEEN = "seen tasks", "unseen tasks"
@@ -150,7 +151,9 @@ def measure_unseen(
     partial: Path,
     resume: bool,
     progress: Progress,
-) -> dict[str, Any]:
+    machine: str,
+    command: str,
+) -> Comparison:
     """Every recipe in every condition.
 
     Args:
@@ -160,10 +163,10 @@ def measure_unseen(
         partial: what was measured so far is kept here until all is.
         resume: take what is there, if it was measured of the same.
         progress: called with (label, calibrations done, all of them) for each recipe.
+        machine, command: what made them.
 
     Returns:
-        The rows of a comparison (docs/json.md), one per recipe and condition.  Rows of unseen tasks
-        have ``unseen_over_seen`` beside, keys as in ``error_vs_default``.
+        One row per recipe and condition; those of unseen tasks have ``unseen_over_seen``.
 
     Raises:
         ObservationError: observations do not tell their tasks.
@@ -200,7 +203,9 @@ def measure_unseen(
         for recipe in recipes
     ]
     partial.unlink(missing_ok=True)
-    return {"schema": SCHEMA, "policy": label, "rows": rows, "unseen": identity}
+    return Comparison(
+        policy=label, rows=rows, unseen=UnseenRun(**identity, machine=machine, command=command)
+    )
 
 
 def _measured(
@@ -219,37 +224,41 @@ def _row(
     found: Mapping[str, Mapping[str, Array]],
     reference: Measurement,
     definition: Unseen,
-) -> dict[str, Any]:
-    shares, versus = found[recipe.name][condition], None
-    if DEFAULT_RECIPE in found and recipe.name != DEFAULT_RECIPE:
-        versus = error_ratios(shares, found[DEFAULT_RECIPE][condition])
-    unmeasured = (
-        *("success_mean", "success_ci95", "smoothness", "drift", "checkpoint_bytes"),
-        *("resident_bytes", "ms_per_chunk", "paired_vs_reference"),
+) -> Row:
+    shares, of_default = found[recipe.name][condition], None
+    if recipe.name != DEFAULT_RECIPE and DEFAULT_RECIPE in found:
+        of_default = found[DEFAULT_RECIPE][condition]
+    error = ActionError.of(shares, of_default)
+    return Row(
+        policy=label,
+        recipe=recipe.name,
+        condition=condition,
+        realizable=recipe.realizable,
+        success={},
+        success_mean=None,
+        success_ci95=None,
+        action_error=error.action_error,
+        noise_floor=reference.floor,
+        action_error_ci95=error.action_error_ci95,
+        action_errors=error.action_errors,
+        error_vs_default=error.error_vs_default,
+        noises=definition.noises,
+        smoothness=None,
+        drift=None,
+        checkpoint_bytes=None,
+        resident_bytes=None,
+        ms_per_chunk=None,
+        seeds=[],
+        episodes=0,
+        smoke=True,
+        paired_vs_reference=None,
+        scope="all",
+        recipe_hash=recipe.content_hash,
+        bits_per_weight=weight_storage(policy, recipe).bits_per_weight,
+        unseen_over_seen=(
+            error_ratio(shares, found[recipe.name][SEEN]) if condition == UNSEEN else None
+        ),
     )
-    row: dict[str, Any] = {
-        "policy": label,
-        "recipe": recipe.name,
-        "condition": condition,
-        "realizable": recipe.realizable,
-        "success": {},
-        **dict.fromkeys(unmeasured),
-        "seeds": [],
-        "episodes": 0,
-        "smoke": True,
-        "scope": "all",
-        "recipe_hash": recipe.content_hash,
-        "bits_per_weight": weight_storage(policy, recipe).bits_per_weight,
-        "action_error": float(shares.sum()),
-        "action_error_ci95": list(bootstrap_total(shares)),
-        "action_errors": [float(f"{share:.4g}") for share in shares],
-        "error_vs_default": versus,
-        "noise_floor": reference.floor,
-        "noises": definition.noises,
-    }
-    if condition == UNSEEN:
-        row["unseen_over_seen"] = error_ratios(shares, found[recipe.name][SEEN])
-    return row
 
 
 class _Partial:

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.slots import LinearSlot
-from omega_qvla.policies.weight_store import WeightStore
 
 Observation = Mapping[str, Any]
 """One observation as the robot (or the user's own module) provides it."""

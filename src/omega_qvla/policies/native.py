@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omega_qvla.checkpoints.weight_store import WeightStore, hold
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
-from omega_qvla.policies.processing import Encoded
-from omega_qvla.policies.step_table import StepTable
-from omega_qvla.policies.weight_store import WeightStore, hold
+from omega_qvla.policies.layers.step_table import StepTable
+from omega_qvla.policies.processing.observations import Encoded
 from omega_qvla.threads import fitting_threads, torch_threads, widest_linear
 
 if TYPE_CHECKING:

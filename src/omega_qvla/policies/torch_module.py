@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import (
     FlowClock,
@@ -23,7 +24,6 @@ from omega_qvla.policies.base import (
 from omega_qvla.policies.denoising_calls import RecordingClock, step_of, steps_by_calls
 from omega_qvla.policies.linear_matching import match_sites
 from omega_qvla.policies.slots import forget_shared
-from omega_qvla.policies.weight_store import WeightStore
 
 Sampler = Callable[[nn.Module, Any, Any, FlowClock], Any]
 """(module, observation, noise, clock) → actions."""

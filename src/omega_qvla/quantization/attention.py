@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omega_qvla.checkpoints.weight_store import hold
 from omega_qvla.devices import CPU
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import AttentionLayer, HasHeadAttention, Observation, Policy
-from omega_qvla.policies.weight_store import hold
 
 NEUTRAL = 0.03
 """|log factor| below which nothing is changed."""

@@ -8,7 +8,7 @@ recipes or two checkpoints would give an artifact nobody asked for.  The device 
 inputs: two of them round sums differently, and sites of both would make an artifact that no run
 from start to end gives.  A header without one is of the CPU, which was once the only one.
 
-Whoever computes sites for a journal has claimed its directory (``artifact/claims.py``): a second
+Whoever computes sites for a journal has claimed its directory (``claims.py``): a second
 process is refused before it computes any.  Reading needs no claim: what is there is finished.
 """
 
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.claims import Claim
 from omega_qvla.errors import ResourceError, ResumeError
 from omega_qvla.policies.base import QuantizationSite
 from omega_qvla.quantization.low_rank import LowRankBranch

@@ -8,8 +8,8 @@ it will really see, and its rounding can compensate the errors that already happ
 
 Every finished site goes into the journal before the next one starts.
 
-A policy with a weight store (``policies/weight_store.py``) is quantized in a fraction of its size:
-a stage's parameters are in memory while the stage is at work, and finished sites are on disk, in
+A policy with a weight store (``checkpoints/weight_store.py``) is quantized in a fraction of its
+size: a stage's parameters are in memory while the stage is at work; finished sites are on disk, in
 the journal, from where they are read again one by one.
 
 On a GPU it is the same loop.  A stage's parameters and what is computed of them (statistics,
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from omega_qvla.calibration.capture import SiteStatistics, capture
 from omega_qvla.calibration.observations import as_observations
+from omega_qvla.checkpoints.weight_store import hold, named_values
 from omega_qvla.devices import CPU, Gpu, check_memory, computing_on
 from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.base import (
@@ -46,11 +47,10 @@ from omega_qvla.policies.base import (
     linears_of,
     sites_of,
 )
+from omega_qvla.policies.layers.step_table import HasStepTable, StepTable
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.placement import moved, on_device
-from omega_qvla.policies.step_table import HasStepTable, StepTable
 from omega_qvla.policies.torch_module import TorchPolicy
-from omega_qvla.policies.weight_store import hold, named_values
 from omega_qvla.quantization.attention import (
     AttentionFactors,
     match_attention,

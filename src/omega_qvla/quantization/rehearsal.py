@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omega_qvla.artifact.shards import spec_of
+from omega_qvla.artifact.tensors import spec_of
 from omega_qvla.errors import NonFiniteError, OmegaError, PolicyError
 from omega_qvla.policies.base import Observation, Policy, QuantizationSite, linears_of
 from omega_qvla.policies.denoising_calls import around_method

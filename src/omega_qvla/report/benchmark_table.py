@@ -8,11 +8,16 @@ recipe.  Methods that keep more bits stand in the table with their bits, and out
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from omega_qvla.report.table import MISSING, Table, error_text, human_bytes, simulated_mark
-from omega_qvla.results.rows import Result, load_results
+from omega_qvla.report.table import (
+    MISSING,
+    Table,
+    error_text,
+    human_bytes,
+    simulated_mark,
+)
+from omega_qvla.results.rows import HandDrift, Row
 
 LOWEST, LEVEL = " ◂", " ="
 _NOTES = (
@@ -25,38 +30,26 @@ _NOTES = (
 )
 
 
-def benchmark_tables(path: str | Path) -> dict[str, Table]:
-    """One table per policy of a saved comparison.
-
-    Raises:
-        ReportError: the file cannot be read as a comparison.
-    """
-    results = load_results(path)
+def benchmark_tables(results: Sequence[Row]) -> dict[str, Table]:
+    """One table per policy."""
     policies = dict.fromkeys(result.policy for result in results)
     return {name: _table([r for r in results if r.policy == name]) for name in policies}
 
 
-def unseen_table(path: str | Path) -> Table:
-    """What calibration did not see: methods down, conditions across, one policy.
-
-    Raises:
-        ReportError: the file cannot be read as a comparison.
-    """
-    results = load_results(path)
+def unseen_table(results: Sequence[Row]) -> Table:
+    """What calibration did not see: methods down, conditions across, one policy."""
     conditions = list(dict.fromkeys(result.condition for result in results))
     cells = {(result.recipe, result.condition): result for result in results}
     lowest = {condition: _lowest(results, condition) for condition in conditions}
     rows: list[tuple[str, ...]] = []
     for recipe in dict.fromkeys(result.recipe for result in results):
         found = [cells[recipe, condition] for condition in conditions]
-        ratio = next((result for result in found if result.unseen_ratio is not None), None)
+        ratio = next((result.unseen_over_seen for result in found if result.unseen_over_seen), None)
         rows.append(
             (
                 recipe + simulated_mark(found[0]),
                 *(error_text(result.action_error) + _marks(result, lowest) for result in found),
-                MISSING
-                if ratio is None
-                else f"{ratio.unseen_ratio:.2f} {_interval(ratio.unseen_ci95)}",
+                MISSING if ratio is None else f"{ratio.ratio:.2f} {_interval(ratio.ci95)}",
             )
         )
     notes = (
@@ -66,7 +59,7 @@ def unseen_table(path: str | Path) -> Table:
     return Table(("recipe", *conditions, "unseen over seen"), tuple(rows), notes)
 
 
-def error_table(results: Sequence[Result]) -> Table:
+def error_table(results: Sequence[Row]) -> Table:
     """Action errors with their intervals, alone and against the default recipe."""
     header = (
         "recipe",
@@ -88,22 +81,23 @@ def error_table(results: Sequence[Result]) -> Table:
             result.recipe + simulated_mark(result),
             result.condition,
             error_text(result.action_error),
-            _interval(result.error_ci95),
-            MISSING if result.error_ratio is None else f"{result.error_ratio:.2f}",
-            _interval(result.error_vs_default),
-            MISSING if result.typical_error is None else error_text(result.typical_error),
-            MISSING if result.typical_ratio is None else f"{result.typical_ratio:.2f}",
-            _interval(result.typical_vs_default),
+            _interval(result.action_error_ci95),
+            _ratio(versus and versus.ratio),
+            _interval(versus and versus.ci95),
+            error_text(result.typical_error),
+            _ratio(versus and versus.typical_ratio),
+            _interval(versus and versus.typical_ci95),
         )
         for result in results
         if not result.is_full_precision
+        for versus in [result.error_vs_default]
     ]
     return Table(header, tuple(rows), notes)
 
 
-def drift_table(results: Sequence[Result]) -> Table:
+def drift_table(results: Sequence[Row]) -> Table:
     """How far the hand is from where full precision has it, after so many control steps."""
-    steps = list(dict.fromkeys(step for result in results for step in result.drift))
+    steps = list(dict.fromkeys(step for result in results for step in result.drift or ()))
     header = ("recipe", "condition", *(f"after {step} steps" for step in steps))
     notes = ("median (90 %) in centimetres, over the episodes that both were still running then",)
     rows = [
@@ -122,14 +116,18 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return MISSING if interval is None else f"[{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
-def _drift(entry: Mapping[str, float] | None) -> str:
+def _ratio(ratio: float | None) -> str:
+    return MISSING if ratio is None else f"{ratio:.2f}"
+
+
+def _drift(entry: HandDrift | None) -> str:
     if entry is None:
         return MISSING
-    median, high = 100 * entry["median_m"], 100 * entry["p90_m"]
-    return f"{median:.1f} ({high:.1f}), {entry['episodes']:.0f} episodes"
+    median, high = 100 * entry.median_m, 100 * entry.p90_m
+    return f"{median:.1f} ({high:.1f}), {entry.episodes} episodes"
 
 
-def _table(results: Sequence[Result]) -> Table:
+def _table(results: Sequence[Row]) -> Table:
     conditions = list(dict.fromkeys(result.condition for result in results))
     cells = {(result.recipe, result.condition): result for result in results}
     lowest = {condition: _lowest(results, condition) for condition in conditions}
@@ -148,12 +146,12 @@ def _table(results: Sequence[Result]) -> Table:
     return Table(("recipe", "bits/weight", "checkpoint", *conditions), tuple(rows), _NOTES)
 
 
-def _lowest(results: Sequence[Result], condition: str) -> Result | None:
+def _lowest(results: Sequence[Row], condition: str) -> Row | None:
     contest = [r for r in results if r.condition == condition and in_contest(r)]
     return min(contest, key=lambda r: r.action_error or 0.0, default=None)
 
 
-def in_contest(result: Result) -> bool:
+def in_contest(result: Row) -> bool:
     """Whether a row counts when the lowest error of about four bits is looked for."""
     return (
         result.realizable
@@ -163,17 +161,17 @@ def in_contest(result: Result) -> bool:
     )
 
 
-def _cell(result: Result | None, lowest: dict[str, Result | None]) -> str:
+def _cell(result: Row | None, lowest: dict[str, Row | None]) -> str:
     if result is None:
         return MISSING
     success = MISSING if result.success_mean is None else f"{100 * result.success_mean:.1f} %"
     return f"{success} · {error_text(result.action_error)}{_marks(result, lowest)}"
 
 
-def _marks(result: Result, lowest: dict[str, Result | None]) -> str:
+def _marks(result: Row, lowest: dict[str, Row | None]) -> str:
     """Of the lowest error of a condition, and of those not told apart from the default's."""
     mark = LOWEST if result is lowest[result.condition] else ""
-    interval = result.error_vs_default
-    if interval is not None and interval[0] <= 1 <= interval[1] and in_contest(result):
+    versus = result.error_vs_default
+    if versus is not None and versus.ci95[0] <= 1 <= versus.ci95[1] and in_contest(result):
         mark += LEVEL
     return mark

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from omega_qvla.report.pictures import Picture, draw_picture
-from omega_qvla.report.sources import Memory, PolicySpeed, Sourced
+from omega_qvla.report.sources import Sourced
 from omega_qvla.report.style import (
     CONDITION_COLOURS,
     GREY,
@@ -19,21 +19,23 @@ from omega_qvla.report.style import (
 )
 from omega_qvla.report.table import MISSING, Table, human_bytes
 from omega_qvla.report.words import condition_words, error_words, listing, row_name, share
-from omega_qvla.results.rows import Result
+from omega_qvla.results.memory import Memory
+from omega_qvla.results.rows import Row
+from omega_qvla.results.speed import PolicySpeed
 
 
-def success_pictures(results: Sequence[Result]) -> list[Picture]:
+def success_pictures(results: Sequence[Row]) -> list[Picture]:
     """One figure per policy: success rates with their intervals."""
     found: list[Picture] = []
     for number, policy in enumerate(dict.fromkeys(row.policy for row in results), start=1):
         mine = [row for row in results if row.policy == policy]
-        flown = [row for row in mine if row.success_mean is not None and row.ci95 is not None]
+        flown = [row for row in mine if row.success_mean is not None and row.success_ci95]
         if flown:
             found.append(_success(policy, mine, flown, number))
     return found
 
 
-def _success(policy: str, mine: Sequence[Result], flown: Sequence[Result], number: int) -> Picture:
+def _success(policy: str, mine: Sequence[Row], flown: Sequence[Row], number: int) -> Picture:
     names = list(dict.fromkeys(row_name(row) for row in flown))
     conditions = list(dict.fromkeys(row.condition for row in flown))
     gaps = [row for row in mine if row not in flown and row.condition in conditions]
@@ -44,8 +46,8 @@ def _success(policy: str, mine: Sequence[Result], flown: Sequence[Result], numbe
         for row in flown:
             place = conditions.index(row.condition)
             y = _offset(names.index(row_name(row)), place, len(conditions))
-            assert row.success_mean is not None and row.ci95 is not None
-            mean, (low, high) = 100 * row.success_mean, row.ci95
+            assert row.success_mean is not None and row.success_ci95 is not None
+            mean, (low, high) = 100 * row.success_mean, row.success_ci95
             spread = [[max(0.0, mean - 100 * low)], [max(0.0, 100 * high - mean)]]
             axes.errorbar(
                 mean,
@@ -97,7 +99,7 @@ def _success(policy: str, mine: Sequence[Result], flown: Sequence[Result], numbe
     )
 
 
-def _task_table(rows: Sequence[Result]) -> Table:
+def _task_table(rows: Sequence[Row]) -> Table:
     tasks = list(dict.fromkeys(task for row in rows for task in row.success))
     lines = tuple(
         (
@@ -110,7 +112,7 @@ def _task_table(rows: Sequence[Result]) -> Table:
     return Table(("recipe", "condition", *tasks), lines)
 
 
-def error_pictures(results: Sequence[Result]) -> list[Picture]:
+def error_pictures(results: Sequence[Row]) -> list[Picture]:
     """One figure per policy and condition: action error against the bytes of the checkpoint."""
     found: list[Picture] = []
     finished = [row for row in results if not row.unfinished]
@@ -146,7 +148,7 @@ class _ErrorPlace:
 
 
 def _error(
-    policy: str, condition: str, rows: Sequence[Result], place: _ErrorPlace, number: int
+    policy: str, condition: str, rows: Sequence[Row], place: _ErrorPlace, number: int
 ) -> Picture:
     measured = [row for row in rows if row.action_error and not row.is_full_precision]
     placed = [(row, size) for row in measured if (size := _size(row)) is not None]
@@ -225,7 +227,7 @@ def _remark(
     )
 
 
-def _size(row: Result) -> float | None:
+def _size(row: Row) -> float | None:
     """Megabytes of the checkpoint; of a simulation, which has none, those it holds in memory."""
     size = row.checkpoint_bytes if row.realizable else row.resident_bytes
     return None if size is None else size / 1e6

@@ -12,22 +12,21 @@ import importlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from omega_qvla.errors import OutputError
+from omega_qvla.errors import OutputError, ResultError
 from omega_qvla.extras import needing
-from omega_qvla.report.files import write_file
 from omega_qvla.report.sections import Section, sections_of
 from omega_qvla.report.sources import Sources, read_sources
 from omega_qvla.report.summary import summarise
-from omega_qvla.results.rows import ReportError
+from omega_qvla.results.summaries import ReportSummary
+from omega_qvla.results.writing import write_file
 
 TEMPLATE = "report.html"
 
 
 def write_report(
     runs: Sequence[str | Path], out: str | Path, *, overwrite: bool = False
-) -> dict[str, Any]:
+) -> ReportSummary:
     """Read saved results and write the report.
 
     Args:
@@ -35,20 +34,18 @@ def write_report(
         out: the HTML file; figures are written beside it as ``<name>-<figure>.png``.
         overwrite: replace files that are there.
 
-    Returns:
-        ``{"schema": 1, "report", "bytes", "figures", "notes", "gaps", "files"}``.
-
     Raises:
         OutputError: the page or one of its figures is there already, and not to be replaced.
-        ReportError: a file cannot be used (all such files are named and nothing is written), there
-            is nothing to report, an extra is not installed, or the report cannot be written.
+        ResultError: a file cannot be used (all such files are named and nothing is written), there
+            is nothing to report.
+        ResourceError: an extra is not installed, or the report cannot be written.
     """
     target = Path(out)
     if target.suffix.lower() not in (".html", ".htm"):
-        raise ReportError(f"{target}: a report is an HTML file; give --out NAME.html")
+        raise ResultError(f"{target}: a report is an HTML file; give --out NAME.html")
     clashing = [str(run) for run in runs if Path(run).resolve() == target.resolve()]
     if clashing:
-        raise ReportError(
+        raise ResultError(
             f"{clashing[0]} would be overwritten by its own report; give another --out"
         )
     sources = read_sources(runs)
@@ -65,17 +62,14 @@ def write_report(
     for path, picture in zip(figures, pictures, strict=True):
         write_file(path, picture.png)
     write_file(target, page)
-    return {
-        "schema": 1,
-        "report": str(target),
-        "bytes": len(page),
-        "figures": [str(path) for path in figures],
-        "notes": sources.notes,
-        "gaps": [section.title for section in sections if section.empty],
-        "files": [
-            {"file": name, "kind": kind, "sha256": digest} for name, kind, digest in sources.files
-        ],
-    }
+    return ReportSummary(
+        report=str(target),
+        bytes=len(page),
+        figures=[str(path) for path in figures],
+        notes=sources.notes,
+        gaps=[section.title for section in sections if section.empty],
+        files=sources.files,
+    )
 
 
 def _render(sources: Sources, sections: Sequence[Section]) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.report.files import write_file
 from omega_qvla.report.style import (
     BYTES_COLOURS,
     CONDITION_COLOURS,
@@ -25,7 +24,8 @@ from omega_qvla.report.style import (
     RC,
     matplotlib_modules,
 )
-from omega_qvla.results.rows import Result, load_results
+from omega_qvla.results.rows import Row
+from omega_qvla.results.writing import write_file
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Layout:
 
     lines: list[str]
     conditions: list[str]
-    results: dict[tuple[str, str], Result]
+    results: dict[tuple[str, str], Row]
 
     def place(self, line: str, condition: str) -> float:
         """Vertical position of a mark."""
@@ -51,21 +51,19 @@ class _Layout:
         }
 
 
-def comparison_figure(json_path: str | Path, png_path: str | Path) -> Path:
+def comparison_figure(results: Sequence[Row], png_path: str | Path) -> Path:
     """Draw a saved comparison.
 
     Args:
-        json_path: what ``compare`` or ``demo`` wrote.
+        results: rows of a comparison.
         png_path: the picture; written atomically.
 
     Returns:
         ``png_path``.
 
     Raises:
-        ReportError: the file cannot be read, matplotlib is not installed, or the picture cannot
-            be written.
+        ResourceError: matplotlib is not installed, or the picture cannot be written.
     """
-    results = load_results(json_path)
     matplotlib, figure_module = matplotlib_modules()
     layout = _arrange(results)
     with matplotlib.rc_context(RC):
@@ -80,14 +78,14 @@ def comparison_figure(json_path: str | Path, png_path: str | Path) -> Path:
     return Path(png_path)
 
 
-def _arrange(results: Sequence[Result]) -> _Layout:
+def _arrange(results: Sequence[Row]) -> _Layout:
     several = len({result.policy for result in results}) > 1
     named = {(_line(result, several), result.condition): result for result in results}
     lines = list(dict.fromkeys(line for line, _ in named))
     return _Layout(lines, list(dict.fromkeys(condition for _, condition in named)), named)
 
 
-def _line(result: Result, several: bool) -> str:
+def _line(result: Row, several: bool) -> str:
     name = f"{result.policy}\n{result.recipe}" if several else result.recipe
     if result.scope not in (None, "all"):
         name += f" ({result.scope})"
@@ -97,10 +95,10 @@ def _line(result: Result, several: bool) -> str:
 def _draw_success(panel: Any, layout: _Layout) -> None:
     counts: set[int] = set()
     for (line, condition), result in layout.results.items():
-        if result.success_mean is None or result.ci95 is None:
+        if result.success_mean is None or result.success_ci95 is None:
             continue
         counts.add(result.episodes)
-        mean, (low, high) = 100 * result.success_mean, result.ci95
+        mean, (low, high) = 100 * result.success_mean, result.success_ci95
         y, style = layout.place(line, condition), layout.style(condition)
         spread = [[max(0.0, mean - 100 * low)], [max(0.0, 100 * high - mean)]]
         panel.errorbar(mean, y, xerr=spread, capsize=3, markersize=6, linestyle="none", **style)

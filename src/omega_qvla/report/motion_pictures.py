@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from omega_qvla.report.pictures import Picture, draw_picture
-from omega_qvla.report.sources import Diagnostics, Film, Track
 from omega_qvla.report.style import GREY, GRID, SERIES, part_of_matplotlib
 from omega_qvla.report.table import MISSING, Table
 from omega_qvla.report.words import condition_words, quantity
-
-_FULL = ("fp32", "bf16")
+from omega_qvla.results.diagnostics import Diagnostics, Film, Track
+from omega_qvla.results.rows import FULL_PRECISION
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Scene:
     def recipes(self) -> list[str]:
         """Full precision first."""
         names = list(dict.fromkeys(track.recipe for track in self.tracks))
-        return sorted(names, key=lambda name: name not in _FULL)
+        return sorted(names, key=lambda name: name not in FULL_PRECISION)
 
 
 def scenes_of(all_found: Sequence[Diagnostics]) -> list[Scene]:
@@ -52,7 +51,7 @@ def films_of(all_found: Sequence[Diagnostics]) -> list[tuple[str, Film]]:
     return [
         film
         for _, film in sorted(
-            films.items(), key=lambda item: (item[0][:4], item[0][4] not in _FULL)
+            films.items(), key=lambda item: (item[0][:4], item[0][4] not in FULL_PRECISION)
         )
     ]
 
@@ -60,11 +59,11 @@ def films_of(all_found: Sequence[Diagnostics]) -> list[tuple[str, Film]]:
 def track_picture(scene: Scene, number: int) -> Picture:
     """The hand from above, and its height over time."""
     colours = {
-        recipe: GREY if recipe in _FULL else SERIES[index % len(SERIES)]
+        recipe: GREY if recipe in FULL_PRECISION else SERIES[index % len(SERIES)]
         for index, recipe in enumerate(
             [
-                *(r for r in scene.recipes if r not in _FULL),
-                *(r for r in scene.recipes if r in _FULL),
+                *(r for r in scene.recipes if r not in FULL_PRECISION),
+                *(r for r in scene.recipes if r in FULL_PRECISION),
             ]
         )
     }
@@ -73,7 +72,7 @@ def track_picture(scene: Scene, number: int) -> Picture:
         above, height = figure.subplots(1, 2)
         for track in scene.tracks:
             x, y, z = zip(*track.positions, strict=True)
-            full = track.recipe in _FULL
+            full = track.recipe in FULL_PRECISION
             style: dict[str, Any] = {
                 "color": colours[track.recipe],
                 "linewidth": 2.6 if full else 1.3,
@@ -134,7 +133,8 @@ def _outcome(track: Track, scene: Scene) -> str:
 
 def _distances(track: Track, scene: Scene) -> list[float]:
     """Millimetres between the hand and full precision's at every step that both made."""
-    reference = next((t for t in scene.tracks if t.recipe in _FULL and t.seed == track.seed), None)
+    full = [one for one in scene.tracks if one.recipe in FULL_PRECISION]
+    reference = next((one for one in full if one.seed == track.seed), None)
     if reference is None or reference is track:
         return []
     pairs = zip(track.positions, reference.positions, strict=False)

@@ -44,7 +44,7 @@ def draw_picture(
     """Make a figure of the page's width and let ``draw`` fill it.
 
     Raises:
-        ReportError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
     matplotlib, _ = matplotlib_modules()
     with matplotlib.rc_context(PAGE_RC):

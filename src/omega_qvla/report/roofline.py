@@ -9,14 +9,14 @@ can do with operands in registers.
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.report.files import write_file
 from omega_qvla.report.style import matplotlib_modules
-from omega_qvla.results.rows import ReportError
+from omega_qvla.results.reading import load_as
+from omega_qvla.results.speed import LayerRate, LayerRates
+from omega_qvla.results.writing import write_file
 
 _BYTES_PER_WEIGHT = {
     "torch fp32": 4.0,
@@ -25,7 +25,7 @@ _BYTES_PER_WEIGHT = {
     "cuBLAS bf16": 2.0,
 }
 _OURS = 0.5
-_NEEDED = ("rows", "peak_gmacs", "memory_gbytes", "machine")
+_WRITER = "`omega-qvla bench kernels --json` or `make bench-gpu`"
 _STYLE = {
     "torch fp32": ("#999999", "s", "torch fp32"),
     "torch int8 dynamic": ("#E69F00", "D", "torch int8 dynamic"),
@@ -47,22 +47,22 @@ def roofline_figure(json_path: str | Path, png_path: str | Path) -> Path:
     """Draw a saved kernel benchmark.
 
     Raises:
-        ReportError: the file is not one, or matplotlib is not installed.
+        ResultError: the file is not one.
+        ResourceError: matplotlib is not installed, or the picture cannot be written.
     """
-    document = _read(Path(json_path))
+    found = load_as(LayerRates, json_path, _WRITER)
     matplotlib, figure_module = matplotlib_modules()
     with matplotlib.rc_context(_RC):
         figure = figure_module.Figure(figsize=(8.5, 5.2), layout="constrained")
         axes = figure.subplots()
-        _draw_roofs(axes, document)
-        _draw_marks(axes, document["rows"])
+        _draw_roofs(axes, found)
+        _draw_marks(axes, found.rows)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("multiply-adds per byte of weight")
         axes.set_ylabel("10⁹ multiply-adds per second")
-        threads = document.get("threads")  # of a processor; a GPU has none to speak of
-        where = document["machine"] + ("" if threads is None else f", {threads} thread(s)")
-        axes.set_title(f"Quantized linears on {where}")
+        threads = "" if found.threads is None else f", {found.threads} thread(s)"
+        axes.set_title(f"Quantized linears on {found.machine}{threads}")
         axes.legend(loc="lower right", frameon=False)
         stream = io.BytesIO()
         figure.savefig(stream, format="png")
@@ -70,22 +70,9 @@ def roofline_figure(json_path: str | Path, png_path: str | Path) -> Path:
     return Path(png_path)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text("utf-8"))
-        complete = all(key in document for key in _NEEDED)
-    except (OSError, ValueError, TypeError) as error:
-        raise ReportError(f"cannot read {path}: {error}") from error
-    if not complete:
-        raise ReportError(
-            f"{path} is not what `omega-qvla bench kernels --json` or `make bench-gpu` writes"
-        )
-    return document
-
-
-def _draw_roofs(axes: Any, document: Mapping[str, Any]) -> None:
-    bandwidth = document["memory_gbytes"]
-    for name, peak in document["peak_gmacs"].items():
+def _draw_roofs(axes: Any, found: LayerRates) -> None:
+    bandwidth = found.memory_gbytes
+    for name, peak in found.peak_gmacs.items():
         if name == "generic":
             continue
         corner = peak / bandwidth
@@ -96,16 +83,16 @@ def _draw_roofs(axes: Any, document: Mapping[str, Any]) -> None:
     )
 
 
-def _draw_marks(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw_marks(axes: Any, rows: Sequence[LayerRate]) -> None:
     # A weight that stays in a cache is not bound by memory, whose roof this is.
-    rows = [row for row in rows if not row.get("weights_in_cache")]
-    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+    rows = [row for row in rows if not row.weights_in_cache]
+    for kernel in dict.fromkeys(row.kernel for row in rows):
         colour, marker, label = _STYLE.get(kernel, (_OUR_COLOUR, "o", f"W4A4 ({kernel})"))
         size = _BYTES_PER_WEIGHT.get(kernel, _OURS)
-        mine = [row for row in rows if row["kernel"] == kernel]
+        mine = [row for row in rows if row.kernel == kernel]
         axes.scatter(
-            [row["M"] / size for row in mine],
-            [row["gmacs"] for row in mine],
+            [row.M / size for row in mine],
+            [row.gmacs for row in mine],
             s=22,
             color=colour,
             marker=marker,

@@ -23,9 +23,11 @@ from omega_qvla.report.site_pictures import (
     outlier_picture,
     range_picture,
 )
-from omega_qvla.report.sources import Film, KernelSpeed, Sources
+from omega_qvla.report.sources import Sources
 from omega_qvla.report.table import Table, results_table
 from omega_qvla.report.words import condition_words
+from omega_qvla.results.diagnostics import Film
+from omega_qvla.results.speed import KernelSummary
 
 _NOT_DIAGNOSED = "not looked into: run `omega-qvla diagnose` and add its JSON"
 
@@ -179,7 +181,7 @@ def sections_of(sources: Sources) -> list[Section]:
     ]
 
 
-def _kernel_table(rows: Sequence[KernelSpeed]) -> Table:
+def _kernel_table(rows: Sequence[KernelSummary]) -> Table:
     return Table(
         ("layers of", "GMAC/s", "vs torch fp32", "vs torch int8"),
         tuple(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from omega_qvla.report.pictures import Picture, draw_picture
-from omega_qvla.report.sources import Diagnostics, Profile, Site
 from omega_qvla.report.style import (
     AFTER,
     BEFORE,
@@ -18,7 +17,7 @@ from omega_qvla.report.style import (
     part_of_matplotlib,
     plain_log_ticks,
 )
-from omega_qvla.report.table import MISSING, Table
+from omega_qvla.report.table import MISSING, Table, crest
 from omega_qvla.report.words import (
     block_words,
     condition_words,
@@ -27,6 +26,7 @@ from omega_qvla.report.words import (
     site_place,
     site_words,
 )
+from omega_qvla.results.diagnostics import Diagnostics, Profile, Site
 
 _COLOURS = "viridis"
 _SMALLEST = 1e-9
@@ -182,8 +182,8 @@ def _site_table(sites: Sequence[Site]) -> Table:
 
 
 def _crest(peaks: Sequence[float], rms: Sequence[float]) -> str:
-    ratios = [peak / mean for peak, mean in zip(peaks, rms, strict=False) if mean > 0]
-    return f"{max(ratios):.1f}" if ratios else MISSING
+    worst = crest(peaks, rms)
+    return f"{worst:.1f}" if worst else MISSING
 
 
 def range_picture(found: Diagnostics, number: int) -> Picture | None:

@@ -68,7 +68,7 @@ def matplotlib_modules() -> tuple[Any, Any]:
     """matplotlib and its figure module, which draws with Agg and needs no display.
 
     Raises:
-        ReportError: not installed; names the extra.
+        MissingPackageError: names the extra.
     """
     with needing("drawing figures", "report"):
         return importlib.import_module("matplotlib"), importlib.import_module("matplotlib.figure")

@@ -23,7 +23,7 @@ from omega_qvla.report.words import (
     share,
     size_words,
 )
-from omega_qvla.results.rows import Result
+from omega_qvla.results.rows import Row
 
 SIGNIFICANT = 0.05
 _FEW = 3
@@ -51,7 +51,7 @@ def summarise(sources: Sources) -> Summary:
     )
 
 
-def _facts(row: Result, sources: Sources) -> list[tuple[str, str]]:
+def _facts(row: Row, sources: Sources) -> list[tuple[str, str]]:
     """The few figures that most readers came for."""
     facts: list[tuple[str, str]] = []
     reference = _reference(row, sources.results)
@@ -77,7 +77,7 @@ def _facts(row: Result, sources: Sources) -> list[tuple[str, str]]:
     return facts
 
 
-def _chosen(results: Sequence[Result]) -> Result | None:
+def _chosen(results: Sequence[Row]) -> Row | None:
     """The row the words are about."""
     rows = [row for row in results if row.realizable and not row.is_full_precision]
     rows = [row for row in rows if row.policy == rows[0].policy]
@@ -92,13 +92,13 @@ def _chosen(results: Sequence[Result]) -> Result | None:
     return min(measured, key=lambda row: _worst(row, finished)) if measured else pool[0]
 
 
-def _worst(row: Result, results: Sequence[Result]) -> float:
+def _worst(row: Row, results: Sequence[Row]) -> float:
     """The largest action error of a row's recipe over the conditions."""
     about = row.recipe, row.scope
     return max(r.action_error or 0.0 for r in results if (r.recipe, r.scope) == about)
 
 
-def _reference(row: Result, results: Sequence[Result]) -> Result | None:
+def _reference(row: Row, results: Sequence[Row]) -> Row | None:
     """Full precision in the same condition, or plain: injected outliers change no function."""
     same = (row.policy, row.scope or "all")
     found = {
@@ -109,7 +109,7 @@ def _reference(row: Result, results: Sequence[Result]) -> Result | None:
     return found.get(row.condition) or found.get("plain")
 
 
-def _headline(row: Result, results: Sequence[Result]) -> str:
+def _headline(row: Row, results: Sequence[Row]) -> str:
     reference = _reference(row, results)
     several = len({other.policy for other in results}) > 1
     name = f"{row_name(row)} on {row.policy}" if several else row_name(row)
@@ -133,7 +133,7 @@ def _headline(row: Result, results: Sequence[Result]) -> str:
     return f"{row_name(row)} on {row.policy}"
 
 
-def _smaller(row: Result, reference: Result) -> str:
+def _smaller(row: Row, reference: Row) -> str:
     if not row.checkpoint_bytes or not reference.checkpoint_bytes:
         return ""
     saved = 1 - row.checkpoint_bytes / reference.checkpoint_bytes
@@ -150,7 +150,7 @@ def _relation(error: float, floor: float) -> str:
     return f"{error / floor:.1f} times the policy's own spread"
 
 
-def _about(chosen: Result, results: Sequence[Result]) -> list[str]:
+def _about(chosen: Row, results: Sequence[Row]) -> list[str]:
     """What was found of the chosen recipe under every condition, and how its rivals did."""
     mine = [
         row
@@ -179,26 +179,25 @@ def _about(chosen: Result, results: Sequence[Result]) -> list[str]:
     return sentences
 
 
-def _closed_loop(row: Result, results: Sequence[Result]) -> list[str]:
-    if row.success_mean is None or row.ci95 is None:
+def _closed_loop(row: Row, results: Sequence[Row]) -> list[str]:
+    if row.success_mean is None or row.success_ci95 is None:
         return []
-    low, high = row.ci95
-    solved = sum(count for count, _ in row.success.values())
+    low, high = row.success_ci95
     text = (
-        f"{row_name(row)} ({condition_words(row.condition)}) solves {solved} of {row.episodes} "
+        f"{row_name(row)} ({condition_words(row.condition)}) solves {row.solved} of {row.episodes} "
         f"episodes, {share(row.success_mean)} (95 % interval {share(low)} to {share(high)})"
     )
     reference = _reference(row, results)
     if reference is not None and reference.success_mean is not None:
-        others = sum(count for count, _ in reference.success.values())
-        text += f"; full precision {others} of {reference.episodes}"
-    if row.paired:
-        low, high = row.paired["ci95"]
-        p_value = row.paired["mcnemar_p"]
+        text += f"; full precision {reference.solved} of {reference.episodes}"
+    paired = row.paired_vs_reference
+    if paired is not None:
+        low, high = paired.ci95
+        p_value = paired.mcnemar_p
         text += (
-            f". On the same seeds that is {points(row.paired['difference'])} points "
+            f". On the same seeds that is {points(paired.difference)} points "
             f"({points(low)} to {points(high)}, McNemar's exact p = {p_value:.2g}): "
-            + _verdict(row.paired["difference"], p_value)
+            + _verdict(paired.difference, p_value)
         )
     return [f"{text}."]
 
@@ -209,7 +208,7 @@ def _verdict(difference: float, p_value: float) -> str:
     return "a loss that chance does not explain" if difference < 0 else "a gain"
 
 
-def _rivals(row: Result, results: Sequence[Result]) -> list[str]:
+def _rivals(row: Row, results: Sequence[Row]) -> list[str]:
     """How the other recipes did under the same condition, best first."""
     others = [
         other

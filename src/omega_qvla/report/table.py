@@ -5,12 +5,12 @@ The caller decides how to print; nothing here knows a terminal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from omega_qvla.results.rows import Result, load_results
+from omega_qvla.results.diagnostics import Diagnostics
+from omega_qvla.results.rows import Row
+from omega_qvla.results.speed import Contention, KernelSummary, PolicySpeed, Roofline
 
 MISSING = "–"
 _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
@@ -25,17 +25,8 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def comparison_table(path: str | Path) -> Table:
-    """One line per recipe and condition: success, error, smoothness, bytes, time.
-
-    Raises:
-        ReportError: the file cannot be read as a comparison.
-    """
-    return results_table(load_results(path))
-
-
-def results_table(results: Sequence[Result]) -> Table:
-    """The same of rows that have been read already."""
+def results_table(results: Sequence[Row]) -> Table:
+    """One line per recipe and condition: success, error, smoothness, bytes, time."""
     names = _names(results)
     header = ("recipe", "condition", "success (95 %)", "vs full precision", "action error")
     header += ("noise floor", "jerk ratio", "checkpoint", "resident", "ms/chunk")
@@ -46,17 +37,8 @@ def results_table(results: Sequence[Result]) -> Table:
     return Table(header, rows, _notes(results))
 
 
-def task_table(path: str | Path) -> Table:
-    """Successes and episodes of every task, one line per recipe and condition.
-
-    Raises:
-        ReportError: the file cannot be read as a comparison.
-    """
-    return per_task_table(load_results(path))
-
-
-def per_task_table(results: Sequence[Result]) -> Table:
-    """The same of rows that have been read already."""
+def task_table(results: Sequence[Row]) -> Table:
+    """Successes and episodes of every task, one line per recipe and condition."""
     tasks = list(dict.fromkeys(task for result in results for task in result.success))
     rows = tuple(
         (name, result.condition, *(_count(result.success.get(task)) for task in tasks))
@@ -87,7 +69,7 @@ def human_bytes(count: int | None) -> str:
     return f"{count} B"
 
 
-def _names(results: Sequence[Result]) -> list[str]:
+def _names(results: Sequence[Row]) -> list[str]:
     """Recipe names, marked when simulated and prefixed with the policy when there are several."""
     several = len({result.policy for result in results}) > 1
     return [
@@ -100,12 +82,12 @@ def _names(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def simulated_mark(result: Result) -> str:
+def simulated_mark(result: Row) -> str:
     """What follows the name of a recipe whose integers cannot be multiplied as stored."""
     return "" if result.realizable else " *"
 
 
-def _measured(result: Result) -> tuple[str, ...]:
+def _measured(result: Row) -> tuple[str, ...]:
     return (
         _success(result),
         _difference(result),
@@ -118,22 +100,21 @@ def _measured(result: Result) -> tuple[str, ...]:
     )
 
 
-def _success(result: Result) -> str:
-    if result.success_mean is None or result.ci95 is None:
+def _success(result: Row) -> str:
+    if result.success_mean is None or result.success_ci95 is None:
         return MISSING
-    low, high = result.ci95
-    total = sum(successes for successes, _ in result.success.values())
+    low, high = result.success_ci95
     interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * result.success_mean:.1f} % {interval} {total}/{result.episodes}"
+    return f"{100 * result.success_mean:.1f} % {interval} {result.solved}/{result.episodes}"
 
 
-def _difference(result: Result) -> str:
-    if not result.paired:
+def _difference(result: Row) -> str:
+    paired = result.paired_vs_reference
+    if paired is None:
         return MISSING
-    low, high = result.paired["ci95"]
-    difference, p_value = result.paired["difference"], result.paired["mcnemar_p"]
+    low, high = paired.ci95
     interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * difference:+.1f} {interval} p={p_value:.2g}"
+    return f"{100 * paired.difference:+.1f} {interval} p={paired.mcnemar_p:.2g}"
 
 
 def error_text(value: float | None) -> str:
@@ -145,11 +126,11 @@ def _count(counts: tuple[int, int] | None) -> str:
     return MISSING if counts is None else f"{counts[0]}/{counts[1]}"
 
 
-def _notes(results: Sequence[Result]) -> tuple[str, ...]:
+def _notes(results: Sequence[Row]) -> tuple[str, ...]:
     notes: list[str] = []
     if any(not result.realizable for result in results):
         notes.append("recipes marked *: simulated, their integers cannot be multiplied as stored")
-    if any(result.paired for result in results):
+    if any(result.paired_vs_reference for result in results):
         notes.append(
             "vs full precision: points on the same seeds, 95 % interval, McNemar's exact p"
         )
@@ -169,44 +150,46 @@ def _join(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(padded) + " |"
 
 
-def kernel_table(summary: Sequence[Mapping[str, Any]]) -> Table:
+def kernel_table(summary: Sequence[KernelSummary]) -> Table:
     """One line per site of ``bench kernels``: sums over its layers."""
     header = ("layers of", "GMAC/s", "vs torch fp32", "vs torch int8", "vs llama.cpp Q4_0")
     header += ("of peak", "of vpmaddubsw")
     rows = tuple(
         (
-            entry["site"],
-            f"{entry['gmacs']:.0f}",
-            f"{entry['vs_fp32']:.1f}×",
-            f"{entry['vs_int8_dynamic']:.2f}×",
-            f"{entry['vs_llama_cpp']:.1f}×" if "vs_llama_cpp" in entry else MISSING,
-            _percent(entry.get("share_of_peak")),
-            _percent(entry.get("share_of_vpmaddubsw_peak")),
+            entry.site,
+            f"{entry.gmacs:.0f}",
+            f"{entry.vs_fp32:.1f}×",
+            f"{entry.vs_int8_dynamic:.2f}×",
+            MISSING if entry.vs_llama_cpp is None else f"{entry.vs_llama_cpp:.1f}×",
+            _percent(entry.share_of_peak),
+            _percent(entry.share_of_vpmaddubsw_peak),
         )
         for entry in summary
     )
     return Table(header, rows)
 
 
-def latency_table(contention: Sequence[Mapping[str, Any]]) -> Table:
+def latency_table(contention: Sequence[Contention]) -> Table:
     """One line per number of threads: a brief call alone, and with every core kept busy."""
     header = ("threads", "idle median µs", "idle p99 µs", "busy median µs", "busy p99 µs")
     header += ("busy p99 / idle median",)
-    keys = ("idle_p50_us", "idle_p99_us", "busy_p50_us", "busy_p99_us")
     return Table(
         header,
         tuple(
             (
-                str(entry["threads"]),
-                *(f"{entry[key]:.0f}" for key in keys),
-                f"{entry['busy_p99_over_idle_p50']:.1f}×",
+                str(entry.threads),
+                f"{entry.idle_p50_us:.0f}",
+                f"{entry.idle_p99_us:.0f}",
+                f"{entry.busy_p50_us:.0f}",
+                f"{entry.busy_p99_us:.0f}",
+                f"{entry.busy_p99_over_idle_p50:.1f}×",
             )
             for entry in contention
         ),
     )
 
 
-def policy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def policy_table(rows: Sequence[PolicySpeed]) -> Table:
     """One line per precision of ``bench policy``."""
     header = ("policy", "precision", "kernel", "vision ms", "prefix ms", "denoise ms", "chunk ms")
     header += ("peak resident", "load s", "checkpoint", "weights read")
@@ -214,46 +197,49 @@ def policy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         header,
         tuple(
             (
-                row["policy"],
-                row["precision"],
-                row["kernel"],
-                *(f"{row[part]:.0f}" for part in ("vision_ms", "prefix_ms", "denoise_ms")),
-                f"{row['total_ms']:.0f}",
-                MISSING if row["peak_rss_bytes"] is None else human_bytes(row["peak_rss_bytes"]),
-                f"{row['load_s']:.1f}",
-                human_bytes(row["checkpoint_bytes"]),
-                human_bytes(row["weight_bytes_read"]),
+                row.policy,
+                row.precision,
+                row.kernel,
+                f"{row.vision_ms:.0f}",
+                f"{row.prefix_ms:.0f}",
+                f"{row.denoise_ms:.0f}",
+                f"{row.total_ms:.0f}",
+                human_bytes(row.peak_rss_bytes),
+                f"{row.load_s:.1f}",
+                human_bytes(row.checkpoint_bytes),
+                human_bytes(row.weight_bytes_read),
             )
             for row in rows
         ),
     )
 
 
-def bound_table(found: Mapping[str, Any]) -> Table:
+def bound_table(found: Roofline) -> Table:
     """One line per precision of ``bench policy --roofline``."""
-    parts = ("vision", "prefix", "denoise")
-    header = ("policy", "precision", *(f"{part} ms" for part in parts), "chunk ms")
-    device = found["device"]
+    header = ("policy", "precision", "vision ms", "prefix ms", "denoise ms", "chunk ms")
+    device = found.device
     return Table(
         (*header, "weights read", "integer GMAC", "other GMAC"),
         tuple(
             (
-                row["policy"],
-                row["precision"],
-                *(f"{row[f'{part}_ms']:.2f} ({row['bound_by'][part]})" for part in parts),
-                f"{row['total_ms']:.2f}",
-                human_bytes(row["weight_bytes_read"]),
-                f"{row['integer_gmacs']:.0f}",
-                f"{row['float_gmacs']:.0f}",
+                row.policy,
+                row.precision,
+                f"{row.vision_ms:.2f} ({row.bound_by['vision']})",
+                f"{row.prefix_ms:.2f} ({row.bound_by['prefix']})",
+                f"{row.denoise_ms:.2f} ({row.bound_by['denoise']})",
+                f"{row.total_ms:.2f}",
+                human_bytes(row.weight_bytes_read),
+                f"{row.integer_gmacs:.0f}",
+                f"{row.float_gmacs:.0f}",
             )
-            for row in found["rows"]
+            for row in found.rows
         ),
         (
-            f"a calculation, not a measurement: nothing is faster than this on {device['title']}",
-            f"{device['memory_gbytes']:g} GB/s, int8 {device['int8_tops']:g} TOPS, bfloat16 "
-            f"{device['bf16_tflops']:g} TFLOPS ({device['source']})",
-            f"weights of W4A4 as {found['weights']}; {found['prefix_tokens']} prefix tokens, "
-            f"horizon {found['horizon']}, {found['steps']} denoising steps",
+            f"a calculation, not a measurement: nothing is faster than this on {device.title}",
+            f"{device.memory_gbytes:g} GB/s, int8 {device.int8_tops:g} TOPS, bfloat16 "
+            f"{device.bf16_tflops:g} TFLOPS ({device.source})",
+            f"weights of W4A4 as {found.weights}; {found.prefix_tokens} prefix tokens, "
+            f"horizon {found.horizon}, {found.steps} denoising steps",
         ),
     )
 
@@ -262,36 +248,33 @@ def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{share:.0%}"
 
 
-def site_table(document: Mapping[str, Any]) -> Table:
+def site_table(found: Diagnostics) -> Table:
     """The sites of saved diagnostics by component: where the error is and what the ranges are."""
     header = ("component", "sites", "worst site", "its error", "adds itself")
     header += ("peak/rms before", "after the transform")
     rows: list[tuple[str, ...]] = []
-    for component in dict.fromkeys(site["component"] for site in document["sites"]):
-        sites = [site for site in document["sites"] if site["component"] == component]
-        worst = max(sites, key=lambda site: _largest(site["local_error"]))
-        before = max(_peak(site["absmax"], site["rms"]) for site in sites)
-        after = max(_peak(site["transformed_absmax"], site["transformed_rms"]) for site in sites)
+    for component in dict.fromkeys(site.component for site in found.sites):
+        sites = [site for site in found.sites if site.component == component]
+        worst = max(sites, key=lambda site: site.worst_local or 0.0)
+        before = max(crest(site.absmax, site.rms) for site in sites)
+        after = max(crest(site.transformed_absmax, site.transformed_rms) for site in sites)
         rows.append(
             (
                 component,
                 str(len(sites)),
-                worst["name"],
-                error_text(_largest(worst["error"])),
-                error_text(_largest(worst["local_error"])),
+                worst.name,
+                error_text(worst.worst or 0.0),
+                error_text(worst.worst_local or 0.0),
                 f"{before:.1f}",
                 f"{after:.1f}",
             )
         )
-    action = f"action error {error_text(document['action_error'])}"
-    floor = f"noise floor {error_text(document['noise_floor'])}"
+    action = f"action error {error_text(found.action_error)}"
+    floor = f"noise floor {error_text(found.noise_floor)}"
     return Table(header, tuple(rows), (f"{action}, {floor}",))
 
 
-def _largest(values: Sequence[float | None]) -> float:
-    return max((value for value in values if value is not None), default=0.0)
-
-
-def _peak(largest: Sequence[float], rms: Sequence[float]) -> float:
+def crest(largest: Sequence[float], rms: Sequence[float]) -> float:
+    """Largest value over root mean square, the worst step's; 0 where nothing was seen."""
     pairs = zip(largest, rms, strict=True)
     return max((peak / mean for peak, mean in pairs if mean > 0), default=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from omega_qvla.report.table import MISSING, human_bytes
-from omega_qvla.results.rows import Result
+from omega_qvla.results.rows import Row
 
 NO_BREAK = "\u00a0"
 _BLOCKS = (
@@ -41,7 +41,7 @@ def condition_words(condition: str) -> str:
     return f"{name} {magnitude}×" if magnitude else name
 
 
-def row_name(row: Result) -> str:
+def row_name(row: Row) -> str:
     """A recipe's name with what must be known of the row: scope, simulated, unfinished."""
     name = row.recipe if row.scope in (None, "all") else f"{row.recipe} ({row.scope} scope)"
     name += "" if row.realizable else "*"

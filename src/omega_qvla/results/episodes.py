@@ -12,15 +12,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+from pydantic import TypeAdapter, ValidationError
+
 from omega_qvla.errors import ResourceError, ResumeError
 
 _SCHEMA = 2
+_LABELS = ("policy", "recipe", "condition")
 _ADDED_LATER = {"actions_sha256"}
 """What lines of this schema may lack."""
 
@@ -58,6 +61,86 @@ class EpisodeRecord:
     def key(self) -> tuple[str, int]:
         """(task, seed), what two methods are paired by."""
         return self.task, self.seed
+
+
+def per_task(episodes: Iterable[EpisodeRecord]) -> dict[str, tuple[int, int]]:
+    """Successes and episodes of every task."""
+    counts: dict[str, tuple[int, int]] = {}
+    for record in episodes:
+        solved, count = counts.get(record.task, (0, 0))
+        counts[record.task] = solved + record.success, count + 1
+    return counts
+
+
+_RECORD = TypeAdapter(EpisodeRecord)
+_NAMES = {one.name for one in fields(EpisodeRecord)}
+
+
+class JournalDamage(ValueError):  # noqa: N818 - what is said is the damage
+    """A line that cannot be read, before the last one, or a header that is not understood."""
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The lines of a journal, less one that a crash has torn.
+
+    Attributes:
+        entries: the header and the episodes; None for a line that cannot be read.
+        size: bytes up to the end of the last whole line.
+    """
+
+    entries: list[dict[str, Any] | None]
+    size: int
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The first line; empty where there is none that can be read."""
+        return (self.entries[0] if self.entries else None) or {}
+
+    def records(self) -> dict[tuple[str, int], EpisodeRecord]:
+        """Finished episodes by (task, seed).
+
+        Raises:
+            JournalDamage: a line before the last one cannot be read.
+        """
+        found: dict[tuple[str, int], EpisodeRecord] = {}
+        for number, entry in enumerate(self.entries[1:], start=2):
+            record = _record(entry)
+            if record is None:
+                raise JournalDamage(f"line {number} is damaged")
+            found.setdefault(record.key, record)
+        return found
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What was evaluated: ``policy``, ``recipe``, ``condition`` and more.
+
+        Raises:
+            JournalDamage: the header does not say it, or is of another schema.
+        """
+        schema, identity = self.header.get("schema"), self.header.get("identity")
+        if schema != _SCHEMA:
+            raise JournalDamage(f"the journal has schema {schema!r}; this version reads {_SCHEMA}")
+        if not isinstance(identity, dict) or any(
+            not isinstance(identity.get(key), str) for key in _LABELS
+        ):
+            raise JournalDamage(f"the journal does not say which {', '.join(_LABELS)} it is")
+        return cast(dict[str, Any], identity)
+
+
+def is_journal(content: bytes) -> bool:
+    """Whether a file's first line is the header of an episode journal."""
+    header = _parse(content.split(b"\n", 1)[0])
+    return header is not None and "identity" in header and "environment" in header
+
+
+def parse_journal(content: bytes) -> Journal:
+    """The lines of a journal; a last one that a crash has torn is left out."""
+    lines = content.split(b"\n")[:-1]
+    entries = [_parse(line) for line in lines]
+    if entries and entries[-1] is None:
+        del lines[-1], entries[-1]
+    return Journal(entries, sum(len(line) + 1 for line in lines))
 
 
 class EpisodeJournal:
@@ -123,28 +206,21 @@ class EpisodeJournal:
 
     def _load(self, header: dict[str, Any]) -> None:
         data = self.path.read_bytes()
-        lines = data.split(b"\n")[:-1]
-        entries = [_parse(line) for line in lines]
-        if entries and entries[-1] is None:
-            del lines[-1], entries[-1]
-        intact = sum(len(line) + 1 for line in lines)
-        if intact < len(data):
-            os.ftruncate(self._descriptor, intact)
-        if not entries:
+        found = parse_journal(data)
+        if found.size < len(data):
+            os.ftruncate(self._descriptor, found.size)
+        if not found.entries:
             self._write_line(header)
             return
-        self._check_header(entries[0], header)
-        for number, entry in enumerate(entries[1:], start=2):
-            record = None if entry is None else _record(entry)
-            if record is None:
-                raise ResumeError(
-                    f"line {number} of the journal {self.path} is damaged; remove the file to "
-                    "evaluate again"
-                )
-            self.records.setdefault(record.key, record)
+        self._check_header(found.header, header)
+        try:
+            self.records = found.records()
+        except JournalDamage as error:
+            raise ResumeError(
+                f"{error} in the journal {self.path}; remove the file to evaluate again"
+            ) from error
 
-    def _check_header(self, found: dict[str, Any] | None, expected: dict[str, Any]) -> None:
-        found = found or {}
+    def _check_header(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
         differences = [
             f"{key}: journal {found.get(key)!r}, now {expected.get(key)!r}"
             for key in sorted({*found, *expected})
@@ -169,13 +245,15 @@ class EpisodeJournal:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return cast(dict[str, Any], entry) if isinstance(entry, dict) else None
 
 
-def _record(entry: dict[str, Any]) -> EpisodeRecord | None:
-    names = {field.name for field in fields(EpisodeRecord)}
-    if not names - _ADDED_LATER <= set(entry) <= names:
+def _record(entry: dict[str, Any] | None) -> EpisodeRecord | None:
+    if entry is None or not _NAMES - _ADDED_LATER <= set(entry) <= _NAMES:
         return None
-    return EpisodeRecord(**entry)
+    try:
+        return _RECORD.validate_python(entry)
+    except ValidationError:
+        return None

@@ -1,81 +1,198 @@
-"""Reading saved comparisons: the ``rows`` JSON that ``demo`` and ``compare`` write.
-
-Reports never evaluate anything.  What they show comes from a file, so a figure can be drawn again
-years later; a value the evaluation did not measure is null there and a dash here.
-"""
+"""Comparisons and evaluations: one row per recipe and condition."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, cast
+from typing import Annotated
 
-from omega_qvla.errors import OmegaError
+from pydantic import AfterValidator, Field, model_validator
 
-SCHEMA = 1
+from omega_qvla.results.document import (
+    Count,
+    Document,
+    Interval,
+    Measured,
+    MeasuredInterval,
+    Number,
+    Part,
+)
+
+FULL_PRECISION = ("fp32", "bf16")
+"""Recipes that are the reference of the others."""
 FOUR_BITS = 5.0
 """Bits per weight, scales included, up to which a method counts as four bits."""
+SMOKE_BELOW = 100
+"""With fewer episodes than this on any task a row is a smoke test."""
 
 
-class ReportError(OmegaError):
-    """A saved result cannot be read, or a report cannot be made from it."""
+def _possible(counts: tuple[int, int]) -> tuple[int, int]:
+    successes, episodes = counts
+    if not 0 <= successes <= episodes:
+        raise ValueError(f"{successes} successes of {episodes} episodes")
+    return counts
 
 
-@dataclass(frozen=True)
-class Result:
-    """One row of a saved comparison; None where nothing was measured.
+Successes = Annotated[tuple[int, int], AfterValidator(_possible)]
+"""Successes and episodes."""
 
-    ``success`` maps tasks to (successes, episodes); ``ci95`` is the interval of ``success_mean``,
-    ``error_ci95`` that of ``action_error``, ``error_vs_default`` that of ``error_ratio``, its ratio
-    to the default recipe's; ``unseen_ratio`` and ``unseen_ci95`` are its ratio to the error on
-    tasks that calibration saw; ``typical_error`` is the error if all observations were as the
-    median one, ``typical_ratio`` and ``typical_vs_default`` as those of the whole; ``drift`` maps
-    control steps to metres; ``source`` is the file's name where several are read; ``unfinished``
-    rows come from a journal.
+
+class ErrorRatio(Part):
+    """An action error over another one, measured on the same observations.
+
+    Attributes:
+        ratio: of the two errors.
+        ci95: bootstrap over the observations, in pairs.
+        typical_ratio: the same of the median observation; null where that of the other is zero.
+        typical_ci95: its interval.
+    """
+
+    ratio: Measured
+    ci95: MeasuredInterval
+    typical_ratio: Measured | None
+    typical_ci95: MeasuredInterval | None
+
+
+class PairedSuccess(Part):
+    """The same episodes, by a recipe and by full precision.
+
+    Attributes:
+        episodes: how many pairs.
+        only_row, only_reference: solved by this one, or by full precision, alone.
+        difference: of the two success rates.
+        ci95: interval of the difference.
+        mcnemar_p: McNemar's exact p-value.
+    """
+
+    episodes: Count
+    only_row: Count
+    only_reference: Count
+    difference: Number
+    ci95: Interval
+    mcnemar_p: Measured
+
+
+class HandDrift(Part):
+    """How far the hand is from where full precision has it by then.
+
+    Attributes:
+        median_m, p90_m: metres.
+        episodes: those that both were still running.
+    """
+
+    median_m: Measured
+    p90_m: Measured
+    episodes: Count
+
+
+class Row(Part):
+    """One recipe under one condition.
+
+    Attributes:
+        policy: what was loaded.
+        recipe: recipe name; `fp32` and `bf16` are full precision.
+        condition: `plain`, or `stress:30` for the [outlier-injected
+            policy](outlier-injection.md) of that magnitude; of `unseen` what the recipe was
+            calibrated on.
+        realizable: false: a simulation, whose integers cannot be multiplied as stored.
+        success: closed loop, per task successes and episodes; the same seeds in every row.
+        success_mean: successes over episodes, all tasks together.
+        success_ci95: Wilson 95 % interval of `success_mean`.
+        action_error: mean squared difference of the action chunk from full precision on held-out
+            observations with the same noise, over the mean square of the full-precision chunk; in
+            the network's normalized units where the policy offers them.
+        noise_floor: the same figure for two full-precision chunks with different noise.
+        action_error_ci95: bootstrap over the observations.
+        action_errors: what each held-out observation adds to `action_error`; they sum to it.
+        error_vs_default: the error over that of the recipe that was the default then (`omega2-w4a4`
+            in `benchmark-v1.json`, `omega3-w4a4` now) in the same condition; null without that row
+            and in it.
+        noises: noises per held-out observation behind both.
+        smoothness: mean squared jerk of the executed actions, over that of full precision.
+        drift: by control steps (`"25"`, `"50"`, `"100"`); null in the reference row.
+        checkpoint_bytes: the whole checkpoint on disk.
+        resident_bytes: its tensors in memory.
+        ms_per_chunk: median time of a pass of the policy, divided by the episodes that shared it.
+        seeds: the episodes' seeds.
+        episodes: closed-loop episodes, all tasks together.
+        smoke: some task has fewer than 100 episodes: a smoke test, not a measurement.
+        paired_vs_reference: the same episodes against full precision; null in the reference row.
+        scope: `all` or `paper`.
+        recipe_hash: content hash of the recipe as it was run; absent in full-precision rows, as the
+            next three.
+        bits_per_weight: bits stored for the weights of all linears over their number: integers,
+            scales, low-rank branches, 16 for those not quantized; transforms are not weights.
+        weights_16bit: how many weights of those linears stay in 16 bits.
+        left_in_16_bits: what the recipe leaves in 16 bits, or adds in 16 bits, in words.
+        unseen_over_seen: of `unseen`, in rows of unseen tasks: the error over that on seen tasks.
+        benchmark: of `eval --env libero`: `libero`; its tasks are named `suite:number`, its seeds
+            are the numbers of the recorded initial states.
+        protocol: of `eval --env libero`: `paper` or `full`.
+        suites: of `eval --env libero`: per suite successes and episodes.
+        environment: of `eval --env MODULE:CALLABLE`: that environment.
+        execute: of `eval --env MODULE:CALLABLE`: actions carried out of each chunk.
+        source: the file it was read from; not written.
+        unfinished: it is summed up from a journal; not written.
     """
 
     policy: str
     recipe: str
     condition: str
     realizable: bool
-    success: dict[str, tuple[int, int]]
-    success_mean: float | None
-    ci95: tuple[float, float] | None
-    action_error: float | None
-    noise_floor: float | None
-    smoothness: float | None
-    checkpoint_bytes: int | None
-    resident_bytes: int | None
-    ms_per_chunk: float | None
-    smoke: bool = False
+    success: dict[str, Successes]
+    success_mean: Measured | None
+    success_ci95: MeasuredInterval | None
+    action_error: Measured | None
+    noise_floor: Measured | None
+    action_error_ci95: MeasuredInterval | None
+    action_errors: list[Measured] | None
+    error_vs_default: ErrorRatio | None
+    noises: Count | None
+    smoothness: Measured | None
+    drift: dict[str, HandDrift] | None
+    checkpoint_bytes: Count | None
+    resident_bytes: Count | None
+    ms_per_chunk: Measured | None
+    seeds: list[int]
+    episodes: Count
+    smoke: bool
+    paired_vs_reference: PairedSuccess | None
     scope: str | None = None
-    paired: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    bits_per_weight: float | None = None
-    error_ci95: tuple[float, float] | None = None
-    error_ratio: float | None = None
-    error_vs_default: tuple[float, float] | None = None
-    typical_error: float | None = None
-    typical_ratio: float | None = None
-    typical_vs_default: tuple[float, float] | None = None
-    unseen_ratio: float | None = None
-    unseen_ci95: tuple[float, float] | None = None
-    drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
-    source: str = ""
-    unfinished: bool = False
+    recipe_hash: str | None = None
+    bits_per_weight: Measured | None = None
+    weights_16bit: Count | None = None
+    left_in_16_bits: list[str] | None = None
+    unseen_over_seen: ErrorRatio | None = None
+    benchmark: str | None = None
+    protocol: str | None = None
+    suites: dict[str, Successes] | None = None
+    environment: str | None = None
+    execute: Count | None = None
+    source: str = Field(default="", exclude=True)
+    unfinished: bool = Field(default=False, exclude=True)
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Row:
+        counted = sum(episodes for _, episodes in self.success.values())
+        if self.episodes != counted:
+            raise ValueError(f"{self.episodes} episodes, but {counted} over all tasks")
+        return self
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """What two rows must share to be about the same thing."""
+    def cell(self) -> tuple[str, str, str, str]:
+        """What two rows must share to be about the same thing: policy, recipe, condition, scope."""
         return self.policy, self.recipe, self.condition, self.scope or "all"
 
     @property
-    def episodes(self) -> int:
-        """Episodes over all tasks."""
-        return sum(episodes for _, episodes in self.success.values())
+    def solved(self) -> int:
+        """Successes over all tasks."""
+        return sum(successes for successes, _ in self.success.values())
+
+    @property
+    def typical_error(self) -> float | None:
+        """The action error if all observations were as the median one."""
+        shares = self.action_errors
+        return len(shares) * median(shares) if shares else None
 
     @property
     def is_four_bits(self) -> bool:
@@ -85,134 +202,90 @@ class Result:
     @property
     def is_full_precision(self) -> bool:
         """Whether this row is the reference of the others."""
-        return self.recipe in ("fp32", "bf16")
+        return self.recipe in FULL_PRECISION
 
 
-def load_results(path: str | Path) -> list[Result]:
-    """The rows of a saved comparison, in the file's order.
+class BenchmarkRun(Part):
+    """What a run of the frozen benchmark says of itself.
 
-    Raises:
-        ReportError: the file is missing, no JSON, of another schema, empty, or a row lacks a key
-            or has a value of the wrong kind.
+    Attributes:
+        version: of the benchmark.
+        definition: SHA-256 of everything that the version fixes.
+        machine: the processor.
+        library: what measured, with its version.
+        command: what to type for the same rows.
+        missing: what the benchmark has and the rows do not.
     """
-    source = Path(path)
-    try:
-        document = json.loads(source.read_text("utf-8"))
-    except OSError as error:
-        raise ReportError(f"cannot read {source}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{source} is not JSON: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
-        raise ReportError(f"{source} is no saved comparison: it has no list of 'rows'")
-    if document.get("schema") != SCHEMA:
-        raise ReportError(
-            f"{source} has schema {document.get('schema')!r}; this version reads {SCHEMA}"
-        )
-    rows = cast(list[Any], document["rows"])
-    if not rows:
-        raise ReportError(f"{source} holds no rows")
-    return parse_results(rows, str(source))
+
+    version: str
+    definition: str
+    machine: str
+    library: str
+    command: str
+    missing: list[str]
 
 
-def parse_results(rows: Any, where: str) -> list[Result]:
-    """Rows of a comparison or an evaluation, as they stand in a document.
+class UnseenRun(Part):
+    """What `unseen` says of itself.
 
-    Raises:
-        ReportError: a row lacks a key or has a value of the wrong kind; names it.
+    Attributes:
+        definition: `version`, and how many `observations`, `heldout` observations and `noises`.
+        weights: SHA-256 of the policy's weights.
+        calibration, heldout: SHA-256 of the observations.
+        library: what measured, with its version.
+        machine: the processor.
+        command: what to type for the same rows.
     """
-    return [_result(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
+
+    definition: dict[str, str | int]
+    weights: str
+    calibration: str
+    heldout: str
+    library: str
+    machine: str
+    command: str
 
 
-def _result(row: Any, where: str) -> Result:
-    if not isinstance(row, dict):
-        raise ReportError(f"{where}: expected a mapping, got {type(row).__name__}")
-    given = cast(dict[str, Any], row)
-    try:
-        versus = given.get("error_vs_default") or {}
-        unseen = given.get("unseen_over_seen") or {}
-        return Result(
-            policy=str(given["policy"]),
-            recipe=str(given["recipe"]),
-            condition=str(given["condition"]),
-            realizable=bool(given["realizable"]),
-            success={str(task): _count(pair) for task, pair in given["success"].items()},
-            success_mean=_number(given["success_mean"]),
-            ci95=_optional_pair(given["success_ci95"]),
-            action_error=_number(given["action_error"]),
-            noise_floor=_number(given["noise_floor"]),
-            smoothness=_number(given["smoothness"]),
-            checkpoint_bytes=_integer(given["checkpoint_bytes"]),
-            resident_bytes=_integer(given["resident_bytes"]),
-            ms_per_chunk=_number(given["ms_per_chunk"]),
-            smoke=bool(given.get("smoke", False)),
-            scope=None if given.get("scope") is None else str(given["scope"]),
-            paired=_paired(given.get("paired_vs_reference")),
-            bits_per_weight=_number(given.get("bits_per_weight")),
-            error_ci95=_optional_pair(given.get("action_error_ci95")),
-            error_ratio=_number(versus.get("ratio")),
-            error_vs_default=_optional_pair(versus.get("ci95")),
-            typical_error=_typical(given.get("action_errors")),
-            typical_ratio=_number(versus.get("typical_ratio")),
-            typical_vs_default=_optional_pair(versus.get("typical_ci95")),
-            unseen_ratio=_number(unseen.get("ratio")),
-            unseen_ci95=_optional_pair(unseen.get("ci95")),
-            drift=_drift(given.get("drift")),
-        )
-    except KeyError as error:
-        raise ReportError(f"{where}: key {error} is missing") from error
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ReportError(f"{where}: a value has the wrong kind: {error}") from error
+class Comparison(Document):
+    """Rows of one policy, or of several.
+
+    Attributes:
+        policy: what was compared.
+        rows: one per recipe and condition.
+        benchmark: of `benchmark`.
+        unseen: of `unseen`.
+    """
+
+    policy: str
+    rows: list[Row]
+    benchmark: BenchmarkRun | None = None
+    unseen: UnseenRun | None = None
 
 
-def _paired(value: Any) -> Mapping[str, Any]:
-    """The comparison on the same seeds; empty where there is none."""
-    if value is None:
-        return {}
-    return {
-        **value,
-        "difference": float(value["difference"]),
-        "ci95": _pair(value["ci95"]),
-        "mcnemar_p": float(value["mcnemar_p"]),
-    }
+class Evaluation(Document):
+    """One policy in the simulator.
+
+    Attributes:
+        row: what was measured.
+    """
+
+    row: Row
 
 
-def _drift(value: Any) -> dict[str, dict[str, float]]:
-    entries = {} if value is None else value
-    return {
-        str(steps): {str(name): float(number) for name, number in entry.items()}
-        for steps, entry in entries.items()
-    }
+class MadeBy(Document):
+    """What writes to the folder of a comparison; there before anything else is.
+
+    Attributes:
+        command: `demo`, `compare` or `benchmark`.
+        begun: time in UTC.
+        library: version.
+    """
+
+    command: str
+    begun: str
+    library: str
 
 
-def _count(pair: Any) -> tuple[int, int]:
-    successes, episodes = (int(number) for number in pair)
-    if not 0 <= successes <= episodes:
-        raise ValueError(f"{successes} successes of {episodes} episodes")
-    return successes, episodes
-
-
-def _pair(interval: Any) -> tuple[float, float]:
-    low, high = (float(end) for end in interval)
-    return low, high
-
-
-def _optional_pair(interval: Any) -> tuple[float, float] | None:
-    return None if interval is None else _pair(interval)
-
-
-def _number(value: Any) -> float | None:
-    """A measured quantity: none of those in a row can be negative."""
-    number = None if value is None else float(value)
-    if number is not None and not 0 <= number < math.inf:
-        raise ValueError(f"{value} is no measured quantity")
-    return number
-
-
-def _typical(shares: Any) -> float | None:
-    """Number times median of what the observations add to an error."""
-    return _number(len(shares) * median(shares)) if shares else None
-
-
-def _integer(value: Any) -> int | None:
-    number = _number(value)
-    return None if number is None else int(number)
+def is_smoke(success: Mapping[str, Sequence[int]]) -> bool:
+    """Whether some task has too few episodes for a claim, or there are none."""
+    return not success or any(episodes < SMOKE_BELOW for _, episodes in success.values())

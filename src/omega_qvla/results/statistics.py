@@ -25,39 +25,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from omega_qvla.results.document import Interval
+from omega_qvla.results.rows import PairedSuccess
+
 Z_95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution."""
 
 BOOTSTRAP_DRAWS = 4000
-
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """Two methods on the same episodes; differences are method minus reference.
-
-    Attributes:
-        episodes: number of pairs.
-        only_method: pairs in which only the method succeeded.
-        only_reference: pairs in which only the reference succeeded.
-        difference: difference of the two observed success rates.
-        ci95: Bonett-Price 95 % interval of the difference.
-        mcnemar_p: two-sided exact p-value of "the methods succeed equally often".
-    """
-
-    episodes: int
-    only_method: int
-    only_reference: int
-    difference: float
-    ci95: Interval
-    mcnemar_p: float
 
 
 def wilson_interval(successes: int, episodes: int) -> Interval:
@@ -109,7 +88,7 @@ def paired_difference_interval(only_method: int, only_reference: int, episodes: 
     return max(-1.0, centre - spread), min(1.0, centre + spread)
 
 
-def compare_paired(method: Sequence[bool], reference: Sequence[bool]) -> PairedComparison:
+def compare_paired(method: Sequence[bool], reference: Sequence[bool]) -> PairedSuccess:
     """Compare two methods from their outcomes on the same episodes, in the same order.
 
     Raises:
@@ -118,15 +97,15 @@ def compare_paired(method: Sequence[bool], reference: Sequence[bool]) -> PairedC
     pairs = list(zip(method, reference, strict=True))
     if not pairs:
         raise ValueError("a paired comparison needs at least one episode")
-    only_method = sum(ours and not theirs for ours, theirs in pairs)
+    only_row = sum(ours and not theirs for ours, theirs in pairs)
     only_reference = sum(theirs and not ours for ours, theirs in pairs)
-    return PairedComparison(
+    return PairedSuccess(
         episodes=len(pairs),
-        only_method=only_method,
+        only_row=only_row,
         only_reference=only_reference,
-        difference=(only_method - only_reference) / len(pairs),
-        ci95=paired_difference_interval(only_method, only_reference, len(pairs)),
-        mcnemar_p=mcnemar_exact(only_method, only_reference),
+        difference=(only_row - only_reference) / len(pairs),
+        ci95=paired_difference_interval(only_row, only_reference, len(pairs)),
+        mcnemar_p=mcnemar_exact(only_row, only_reference),
     )
 
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from omega_qvla.checkpoints.weight_store import named_values
 from omega_qvla.policies.native import NativePolicy, Pass
-from omega_qvla.policies.weight_store import named_values
 
 
 def in_bfloat16(policy: NativePolicy, device: torch.device | str) -> NativePolicy:

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.artifact.checkpoint import write_artifact
-from omega_qvla.artifact.claims import Claim
+from omega_qvla.artifact.directory import write_artifact
 from omega_qvla.artifact.memory import MemorySummary
+from omega_qvla.checkpoints.weight_store import materialize
+from omega_qvla.claims import Claim
 from omega_qvla.errors import NotRealizableError, PolicyError
 from omega_qvla.policies.base import Observation, Policy
-from omega_qvla.policies.elementwise import use_elementwise
+from omega_qvla.policies.layers.elementwise import use_elementwise
+from omega_qvla.policies.layers.step_table import HasStepTable
 from omega_qvla.policies.slots import PATH_IN_SLOT, storable
-from omega_qvla.policies.step_table import HasStepTable
 from omega_qvla.policies.torch_module import TorchPolicy
-from omega_qvla.policies.weight_store import materialize
 from omega_qvla.quantization.attention import scale_attention
 from omega_qvla.quantization.pipeline import Quantization, simulate
 from omega_qvla.quantization.simulation import SimulatedLinear, install, install_site

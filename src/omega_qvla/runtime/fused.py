@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.policies.elementwise import RMS_EPS, Elementwise, Gate, RotaryTable
+from omega_qvla.policies.layers.elementwise import RMS_EPS, Elementwise, Gate, RotaryTable
 from omega_qvla.runtime.kernels import cpu, cpu_elementwise
 from omega_qvla.runtime.kernels.triton_elementwise import gated_product, normalize, rotate
 from omega_qvla.runtime.linear import QuantizedLinear

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.artifact.checkpoint import read_artifact, read_description
+from omega_qvla.artifact.directory import read_artifact, read_description
 from omega_qvla.artifact.memory import MemorySummary
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.runtime.foreign import part_of_linears

@@ -21,7 +21,7 @@ from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.devices import Gpu
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock
-from omega_qvla.policies.elementwise import Gate
+from omega_qvla.policies.layers.elementwise import Gate
 from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.runtime.kernels import cpu, reference, triton

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.artifact.checkpoint import Artifact, read_artifact, read_description
-from omega_qvla.artifact.files import Failure
+from omega_qvla.artifact.directory import Artifact, read_artifact, read_description
 from omega_qvla.artifact.manifest import CONFIG
 from omega_qvla.devices import check_memory
 from omega_qvla.errors import ArtifactError, OmegaError, PolicyError, ResourceError
+from omega_qvla.files import Failure
 from omega_qvla.policies.base import Policy
-from omega_qvla.policies.elementwise import use_elementwise
-from omega_qvla.policies.loading import policy_skeleton
+from omega_qvla.policies.full_precision import policy_skeleton
+from omega_qvla.policies.layers.elementwise import use_elementwise
+from omega_qvla.policies.layers.step_table import StepTable
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.slots import storable
-from omega_qvla.policies.step_table import StepTable
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.quantization.simulation import install, install_site
 from omega_qvla.recipe import Recipe

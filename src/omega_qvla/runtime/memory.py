@@ -26,7 +26,7 @@ from omega_qvla.policies.base import (
     linears_of,
     sites_of,
 )
-from omega_qvla.policies.step_table import HasStepTable, StepTable
+from omega_qvla.policies.layers.step_table import HasStepTable, StepTable
 from omega_qvla.quantization.low_rank import branch_rank
 from omega_qvla.quantization.transforms import padded_width
 from omega_qvla.recipe import Recipe, Scheme

@@ -35,7 +35,7 @@ from omega_qvla.evaluation.rollout import (
 from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
 from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.results.statistics import wilson_interval
 

@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 
 from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
-from omega_qvla.policies.checkpoints.openpi import write_openpi
-from omega_qvla.policies.checkpoints.own import write_own
-from omega_qvla.policies.gr00t_n15 import Gr00tN15Config, Gr00tN15Module
-from omega_qvla.policies.gr00t_policy import Gr00tN15Policy
-from omega_qvla.policies.gr00t_processing import Gr00tProcessor
-from omega_qvla.policies.normalization import NormalizationStatistics, Quantiles, Range
-from omega_qvla.policies.pi05 import Pi05Config, Pi05Module
-from omega_qvla.policies.pi05_policy import Pi05Policy, Pi05Processor
-from omega_qvla.policies.processing import WordTokenizer, discretize_state, format_prompt
+from omega_qvla.policies.gr00t_n15.network import Gr00tN15Config, Gr00tN15Module
+from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
+from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor
+from omega_qvla.policies.own_layout import write_own
+from omega_qvla.policies.pi05.checkpoints.openpi import write_openpi
+from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module
+from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.processing.normalization import NormalizationStatistics, Quantiles, Range
+from omega_qvla.policies.processing.observations import (
+    WordTokenizer,
+    discretize_state,
+    format_prompt,
+)
 from omega_qvla.training.dataset import Processor, PromptText
 from omega_qvla.training.demonstrations import HORIZON, Demonstrations
 from omega_qvla.training.gr00t_learner import Gr00tLearner, initialize_gr00t

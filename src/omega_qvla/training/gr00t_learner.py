@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from omega_qvla.policies.gr00t_layers import EmbodimentLinear
-from omega_qvla.policies.gr00t_n15 import Gr00tN15Module, Observed
+from omega_qvla.policies.gr00t_n15.layers import EmbodimentLinear
+from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module, Observed
 from omega_qvla.training.dataset import Batch
 from omega_qvla.training.learner import Learner, draw_dense, repeat
 
@@ -21,7 +21,7 @@ POSITION_SPREAD = 0.3
 
 
 class Gr00tLearner(Learner):
-    """GR00T N1.5 (``policies/gr00t_n15.py``) with the plain prompt: images, then instruction."""
+    """GR00T N1.5 (``policies/gr00t_n15``) with the plain prompt: images, then instruction."""
 
     policy: Gr00tN15Module
     direction = -1.0

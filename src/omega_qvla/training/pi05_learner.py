@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from omega_qvla.policies.layers import KeyValue
-from omega_qvla.policies.pi05 import Pi05Module
-from omega_qvla.policies.processing import STATE_BINS, WordTokenizer
+from omega_qvla.policies.layers.gemma import KeyValue
+from omega_qvla.policies.pi05.network import Pi05Module
+from omega_qvla.policies.processing.observations import STATE_BINS, WordTokenizer
 from omega_qvla.training.dataset import Batch
 from omega_qvla.training.learner import Learner, draw_dense, repeat
 
@@ -23,7 +23,7 @@ class Prefix(NamedTuple):
 
 
 class Pi05Learner(Learner):
-    """pi0.5 (``policies/pi05.py``)."""
+    """pi0.5 (``policies/pi05``)."""
 
     policy: Pi05Module
     direction = 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from wired_executor import WiredExecutor
 
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.checkpoints.options import Choices
 from omega_qvla.errors import ArtifactError, PolicyError
-from omega_qvla.evaluation.comparison import Comparison, comparison_rows, discard_simulations
+from omega_qvla.evaluation.comparison import Compared, comparison_rows, discard_simulations
 from omega_qvla.evaluation.execution.building import artifact_blueprint, origin_of, saved
 from omega_qvla.evaluation.execution.plan import OpenLoop
 from omega_qvla.evaluation.sweep import run_sweep
-from omega_qvla.policies.checkpoints.choices import Choices
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 
 SOURCE = "builtin:tiny-pi05"
@@ -40,9 +39,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def comparison(tmp_path: Path) -> Comparison:
+def comparison(tmp_path: Path) -> Compared:
     policy = load_policy(SOURCE)
-    return Comparison(
+    return Compared(
         label=SOURCE,
         policy=policy,
         choices=Choices(),
@@ -62,7 +61,7 @@ def open_loop() -> OpenLoop:
 
 
 def test_integers_simulations_and_injected_outliers_are_the_same_elsewhere(
-    comparison: Comparison, open_loop: OpenLoop, tmp_path: Path
+    comparison: Compared, open_loop: OpenLoop, tmp_path: Path
 ) -> None:
     here = run_sweep(comparison_rows(comparison), closed_loop=None, open_loop=open_loop)
     away = replace(comparison, artifacts=tmp_path / "elsewhere")
@@ -74,7 +73,7 @@ def test_integers_simulations_and_injected_outliers_are_the_same_elsewhere(
         progress=lambda label, done, total: labels.append(label),
         executor=WiredExecutor(),
     )
-    assert json.dumps(here) == json.dumps(there)
+    assert here == there
     assert {"quantizing rtn, stress:30", "quantizing omega-paper, stress:30"} <= set(labels)
     saved_as = [path.name for path in away.artifacts.iterdir() if not path.name.startswith(".")]
     assert saved_as == ["rtn-stress-30"]
@@ -84,7 +83,7 @@ def test_integers_simulations_and_injected_outliers_are_the_same_elsewhere(
 
 
 def test_a_simulation_is_put_together_again_without_quantizing(
-    comparison: Comparison, open_loop: OpenLoop
+    comparison: Compared, open_loop: OpenLoop
 ) -> None:
     rows = comparison_rows(replace(comparison, magnitudes=[0.0]))
     (simulation,) = (row for row in rows if row.recipe == "omega-paper")
@@ -102,7 +101,7 @@ def test_a_simulation_is_put_together_again_without_quantizing(
     assert np.array_equal(*chunks)
 
 
-def test_other_weights_under_the_same_name_are_refused(comparison: Comparison) -> None:
+def test_other_weights_under_the_same_name_are_refused(comparison: Compared) -> None:
     rows = comparison_rows(replace(comparison, weights="0" * 64))
     assert rows[0].blueprint is not None
     with pytest.raises(PolicyError, match="other weights"):
@@ -110,7 +109,7 @@ def test_other_weights_under_the_same_name_are_refused(comparison: Comparison) -
 
 
 def test_an_artifact_that_somebody_else_wrote_is_refused(
-    comparison: Comparison, tmp_path: Path
+    comparison: Compared, tmp_path: Path
 ) -> None:
     rows = comparison_rows(replace(comparison, magnitudes=[0.0], recipes=["rtn"]))
     built: Any = rows[1].build(silent).policy
@@ -124,9 +123,9 @@ def test_an_artifact_that_somebody_else_wrote_is_refused(
 
 
 def test_a_resumed_comparison_takes_whole_artifacts_of_the_same_origin(
-    comparison: Comparison,
+    comparison: Compared,
 ) -> None:
-    def quantizes(given: Comparison) -> bool:
+    def quantizes(given: Compared) -> bool:
         """Whether a row is quantized when it is built here; elsewhere it must come out the same."""
         reports: list[str] = []
         rows = comparison_rows(given)

@@ -53,8 +53,8 @@ def closed_loop(environment):
 
 def deterministic(document):
     """Everything but the clock."""
-    rows = [{**row, "ms_per_chunk": None} for row in document["rows"]]
-    return json.dumps({**document, "rows": rows})
+    rows = [row.model_copy(update={"ms_per_chunk": None}) for row in document.rows]
+    return document.model_copy(update={"rows": rows})
 
 
 def test_several_processes_give_the_document_of_one(rows, closed_loop, open_loop):

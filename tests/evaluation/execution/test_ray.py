@@ -32,8 +32,8 @@ def point_row(recipe, gain=1.0, **arguments):
 
 
 def deterministic(document):
-    rows = [{**row, "ms_per_chunk": None} for row in document["rows"]]
-    return json.dumps({**document, "rows": rows})
+    rows = [row.model_copy(update={"ms_per_chunk": None}) for row in document.rows]
+    return document.model_copy(update={"rows": rows})
 
 
 @pytest.fixture

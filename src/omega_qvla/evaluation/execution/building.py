@@ -25,17 +25,17 @@ from typing import Any
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
+from omega_qvla.checkpoints.options import Choices
 from omega_qvla.errors import ArtifactError, OmegaError, PolicyError
 from omega_qvla.evaluation.execution.blueprint import Blueprint, Built, Report
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
 from omega_qvla.evaluation.outlier_injection import outlier_injected
-from omega_qvla.evaluation.sweep import write_json
-from omega_qvla.policies.checkpoints.choices import Choices
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal
 from omega_qvla.quantization.pipeline import weights_fingerprint
 from omega_qvla.recipe import Recipe
+from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.loading import load
 

@@ -185,7 +185,9 @@ def journal_of(row: SweepRow, closed_loop: ClosedLoop) -> tuple[Path | None, dic
     folder = closed_loop.journals
     name = "".join(char if char.isalnum() or char in "-." else "_" for char in row.label)
     path = None if folder is None else folder / f"{name}.jsonl"
-    return path, {**labels, **row.extra, **closed_loop.identity}
+    labels |= {} if row.scope is None else {"scope": row.scope}
+    labels |= {} if row.recipe_hash is None else {"recipe_hash": row.recipe_hash}
+    return path, {**labels, **closed_loop.identity}
 
 
 def _portions(groups: list[Group], seeds: int | None, together: int) -> list[list[Group]]:

@@ -7,7 +7,7 @@ from omega_qvla.evaluation.execution.executor import Executor
 from omega_qvla.evaluation.execution.inline import InlineExecutor
 from omega_qvla.evaluation.execution.processes import ProcessExecutor
 from omega_qvla.evaluation.execution.ray_cluster import RayExecutor
-from omega_qvla.policies.loading import available_memory
+from omega_qvla.policies.full_precision import available_memory
 from omega_qvla.threads import available_cores
 
 WORTH_PROCESSES = 200

@@ -12,8 +12,16 @@ from omega_qvla.evaluation.openloop import NOISES, Measurement
 from omega_qvla.evaluation.rollout import Group, seed_groups
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.results.episodes import EpisodeRecord
+from omega_qvla.results.rows import FULL_PRECISION
 
-FULL_PRECISION = ("fp32", "bf16")
+
+@dataclass(frozen=True)
+class Storage:
+    """What a recipe stores of a policy's linears, as a row says it."""
+
+    bits_per_weight: float
+    weights_16bit: int
+    left_in_16_bits: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,9 @@ class SweepRow:
             that is told how far it is.
         condition: ``plain`` or ``stress:<magnitude>``.
         realizable: whether the recipe's integers can be multiplied as stored.
-        extra: further keys of the row, for example ``{"scope": "paper"}``; they identify it, so an
-            interrupted sweep continues only where they are the same.
-        derived: keys that follow from policy and recipe and identify nothing.
+        scope, recipe_hash: they identify the row, so an interrupted sweep continues only where they
+            are the same.
+        storage: what the recipe stores per weight.
         blueprint: how another process builds the policy; None: only this one can.
         alone: it is its own reference, having nothing to be compared with.
     """
@@ -39,8 +47,9 @@ class SweepRow:
     build: Callable[[Report], Built]
     condition: str = "plain"
     realizable: bool = True
-    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    derived: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    scope: str | None = None
+    recipe_hash: str | None = None
+    storage: Storage | None = None
     blueprint: Blueprint | None = None
     alone: bool = False
 

@@ -28,11 +28,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from omega_qvla.artifact.checkpoint import read_artifact
+from omega_qvla.artifact.directory import read_artifact
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Observation, sites_of
-from omega_qvla.policies.loading import policy_skeleton, policy_structure
+from omega_qvla.policies.full_precision import policy_skeleton, policy_structure
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.memory import site_bytes

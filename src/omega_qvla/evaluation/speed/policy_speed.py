@@ -25,7 +25,7 @@ from torch import nn
 
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError, PolicyError, RecipeError, ResourceError
-from omega_qvla.policies.loading import load_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime.engine import kernels_of
 from omega_qvla.runtime.loading import load

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omega_qvla.policies.elementwise import Gate
+from omega_qvla.policies.layers.elementwise import Gate
 from omega_qvla.runtime.kernels.cpu import address, extension
 from omega_qvla.runtime.kernels.operand_rows import (
     as_rows,

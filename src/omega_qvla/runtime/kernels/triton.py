@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.elementwise import Gate
+from omega_qvla.policies.layers.elementwise import Gate
 from omega_qvla.runtime.kernels.triton_gpu import programs
 from omega_qvla.runtime.kernels.triton_layout import BLOCK, pack, padded_width, unpack
 from omega_qvla.runtime.kernels.triton_tuning import SPLIT_ROWS, Tiling, Tuner, first_guess

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import ObservationError
-from omega_qvla.policies.elementwise import Gate
+from omega_qvla.policies.layers.elementwise import Gate
 from omega_qvla.runtime.kernels.operand_rows import (
     as_rows,
     check_same_shape,

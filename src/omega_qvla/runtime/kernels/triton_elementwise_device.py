@@ -2,8 +2,8 @@
 rotary positions.
 
 Each is one pass over rows that are read once and written once.  Sums are float32; a row is reduced
-by one program, in the compiler's order, so results are those of ``policies/elementwise.py`` up to
-the rounding of a sum, not bit for bit.
+by one program, in the compiler's order, so results are those of ``policies/layers/elementwise.py``
+up to the rounding of a sum, not bit for bit.
 
 * normalize: y = c · 1/√(mean(c²) + ε) · (base + scale) + shift, where c is x (RMS norm) or
   x - mean(x) (layer norm).  Scale and shift are a row of their own for every ``tokens`` rows of x,

@@ -1,0 +1,195 @@
+"""GR00T N1.5 from observation to action chunk: the network, its processor and its clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from omega_qvla.checkpoints.weight_store import WeightStore
+from omega_qvla.errors import PolicyError
+from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
+from omega_qvla.policies.gr00t_n15.layers import EmbodimentLinear
+from omega_qvla.policies.gr00t_n15.network import (
+    Gr00tN15Config,
+    Gr00tN15Module,
+    Observed,
+    Schedule,
+    remove_modulation,
+    sample_chunk,
+    stacked_keys,
+)
+from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor
+from omega_qvla.policies.gr00t_n15.stages import (
+    BLOCKS,
+    LANGUAGE,
+    MODULATION_PATHS,
+    TRANSFORMER,
+    component_of,
+    gr00t_stages,
+)
+from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.processing.normalization import NormalizationStatistics
+from omega_qvla.policies.processing.observations import load_tokenizer
+
+_STATISTICS, _TOKENIZER = "statistics.json", "tokenizer.json"
+
+
+class Seen(NamedTuple):
+    """Image tokens [B, V·patches, D], token ids [B, T] and normalized state [B, state_width]."""
+
+    images: Tensor
+    token_ids: Tensor
+    state: Tensor
+
+
+class Gr00tN15Policy(NativePolicy):
+    """A GR00T N1.5 policy, full precision or with quantized modules in place of its linears."""
+
+    family = "gr00t_n15"
+    module: Gr00tN15Module
+    processor: Gr00tProcessor
+    config: Gr00tN15Config
+    embedding_path = f"{LANGUAGE}.embed_tokens"
+
+    @property
+    def modulation_shape(self) -> tuple[int, int, int]:
+        return self.config.norms, 2, self.config.head.width
+
+    @property
+    def modulation_paths(self) -> Sequence[str]:
+        names = (name for name, _ in self.module.named_modules())
+        return (*MODULATION_PATHS, *(name for name in names if name.endswith(".norm1.linear")))
+
+    def remove_modulation(self) -> None:
+        remove_modulation(self.module)
+
+    def make_schedule(self, times: Tensor) -> Schedule:
+        return Schedule(self._modulation(times), self.module.time_part(times))
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        files = {
+            _STATISTICS: self.processor.statistics.dump().encode(),
+            _TOKENIZER: json.dumps(self.processor.tokenizer.dump()).encode(),
+            **self.processor.tokenizer.files(),
+        }
+        return self.config.model_dump(mode="json"), files
+
+    @classmethod
+    def skeleton(cls, config: Mapping[str, Any], files: Mapping[str, bytes]) -> Gr00tN15Policy:
+        try:
+            parsed = Gr00tN15Config.model_validate(config)
+            statistics = NormalizationStatistics.parse(files[_STATISTICS], _STATISTICS)
+            tokenizer = load_tokenizer(json.loads(files[_TOKENIZER]), _TOKENIZER, files)
+        except (ValidationError, KeyError, ValueError) as error:
+            raise PolicyError(f"this GR00T description is invalid: {error}") from error
+        with torch.device("meta"):
+            module = Gr00tN15Module(parsed)
+        return cls(module, Gr00tProcessor(parsed, statistics, tokenizer))
+
+    def component_of(self, parameter: str) -> str:
+        return component_of(parameter)
+
+    def stages(self) -> Sequence[Stage]:
+        return gr00t_stages(self.module, self.clock, self.steps)
+
+    def initial_state(self, observation: Observation, generator: torch.Generator) -> State:
+        noise = torch.randn((1, *self.noise_shape), generator=generator)
+        return {**self.processor.encode(observation)._asdict(), "noise": noise}
+
+    def embed(self, inputs: Sequence[Tensor]) -> Seen:
+        pixels, token_ids, state = (part.to(self.device) for part in inputs)
+        return Seen(self.module.embed_images(pixels), token_ids, state)
+
+    def read(self, seen: Seen) -> Observed:
+        prompt = self.module.embed_prompt(seen.images, seen.token_ids)
+        features = self.module.head_features(self.module.backbone_features(prompt))
+        return self.module.observe(features, seen.state)
+
+    def denoise(self, observed: Observed, noise: Tensor, steps: int) -> Tensor:
+        return sample_chunk(self.module, observed, noise, self.schedule(steps), self.clock)
+
+    def head_attention(self) -> Sequence[AttentionLayer]:
+        head = self.config.head
+        paths = [f"{BLOCKS}.{i}.attn1" for i in range(head.depth)]
+        return [
+            AttentionLayer(p, f"{p}.to_q", f"{p}.to_out.0", head.heads, head.width // head.heads)
+            for p in paths
+        ]
+
+    def reads_per_chunk(self, path: str) -> float:
+        if path == self.embedding_path or path.endswith(("future_tokens", "position_embedding")):
+            return 0.0
+        module = self.module.get_submodule(path)
+        # Of a stack, the acting embodiment's matrix is read and no other.
+        share = 1.0 / module.W.shape[0] if isinstance(module, EmbodimentLinear) else 1.0
+        blocks = range(0, self.config.head.depth, 2)
+        once = {f"{BLOCKS}.{i}.attn1.to_{kind}" for i in blocks for kind in "kv"}
+        repeated = path.startswith((f"{TRANSFORMER}.", "action_head.action_")) and path not in once
+        return share * self.steps if repeated else share
+
+    def prompt_tokens(self, observation: Observation) -> int:
+        return self.processor.encode(observation).token_ids.shape[1]
+
+    def keep_embodiments(
+        self, embodiments: Sequence[int], embodiment: int | None = None
+    ) -> Gr00tN15Policy:
+        """The same policy without the layers of other embodiments; nothing else is copied.
+
+        Args:
+            embodiments: the ids to keep.
+            embodiment: the one that acts; the present one by default.
+
+        Raises:
+            PolicyError: one of them is not there, the acting one would not be, or the policy is
+                quantized already.
+        """
+        config = self.config.keeping(embodiments, embodiment)
+        rows = [self.config.embodiments.index(number) for number in config.embodiments]
+        with torch.device("meta"):
+            module = Gr00tN15Module(config)
+        present = dict(self.module.named_parameters())
+        if present.keys() != dict(module.named_parameters()).keys():
+            raise PolicyError("choose embodiments before quantizing: this policy is quantized")
+        stacked, removed = stacked_keys(), 0
+        for name, parameter in present.items():
+            path, _, kind = name.rpartition(".")
+            if name in stacked:
+                kept = nn.Parameter(parameter[rows], requires_grad=False)
+                removed += parameter.numel() - kept.numel()
+                parameter = kept
+            setattr(module.get_submodule(path), kind, parameter)
+        processor = Gr00tProcessor(config, self.processor.statistics, self.processor.tokenizer)
+        return Gr00tN15Policy(
+            module,
+            processor,
+            dropped_parameters=self.dropped_parameters + removed,
+            decisions=self.decisions,
+            store=None if self.store is None else KeptRows(self.store, stacked, rows),
+        )
+
+
+class KeptRows:
+    """A store that keeps some rows of stacked parameters.
+
+    Args:
+        store: where everything comes from.
+        names: the stacked parameters.
+        rows: the rows of them that are kept.
+    """
+
+    def __init__(self, store: WeightStore, names: set[str], rows: Sequence[int]) -> None:
+        self._store, self._names, self._rows = store, set(names), list(rows)
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, float32."""
+        found = self._store.read(name)
+        return found[self._rows] if name in self._names else found
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A type that holds one parameter as it is."""
+        return self._store.dtype(name)

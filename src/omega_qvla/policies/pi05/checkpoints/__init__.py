@@ -1,0 +1,1 @@
+"""pi0.5 as openpi and LeRobot save it."""

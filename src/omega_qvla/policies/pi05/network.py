@@ -1,0 +1,456 @@
+"""pi0.5 as a compact native module with openpi's state-dict keys.
+
+The graph (Physical Intelligence's pi0.5; semantics after openpi's PyTorch port):
+
+1. **Prefix.** Every camera image goes through SigLIP and a linear projector; the prompt goes
+   through the token embedding times √width.  Images first, then text, all attending to each other,
+   through a Gemma transformer.  Only each layer's rotated keys and values are needed afterwards,
+   so they are computed once per observation, and the last layer consists of nothing else.
+2. **Action expert.** A narrower Gemma, layer by layer beside the first one, reads ``horizon``
+   action tokens that attend to each other and to the prefix's keys and values.  Its norms are
+   adaptive: scale, shift and gate come from the flow time t through a sine-cosine embedding and a
+   small MLP.  They depend on t alone, so a table of them is computed once per schedule.
+3. **Flow matching.** Starting from noise x at t = 1, Euler steps x ← x - v(x, t)/steps lead to the
+   normalized action chunk at t = 0.
+
+What a checkpoint holds but inference never reads is not allocated here: both language-model heads,
+and everything behind the keys and values of the backbone's last layer (``dropped_keys``).
+Masked cameras and prompt padding are dropped rather than masked: positions are a cumulative sum
+over the padding mask, so the result is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor, nn
+
+from omega_qvla.errors import PolicyError
+from omega_qvla.policies.base import (
+    FlowClock,
+    euler_times,
+)
+from omega_qvla.policies.layers.elementwise import ElementwiseModule, RotaryTable
+from omega_qvla.policies.layers.gemma import (
+    AdaptiveRMSNorm,
+    GatedMLP,
+    KeyValue,
+    KeyValueProjection,
+    Node,
+    RMSNorm,
+    Roomy,
+    RotaryAttention,
+    SiglipVisionModel,
+    VisionConfig,
+    embedding,
+    rotary_table,
+)
+from omega_qvla.policies.processing.images import ImageFit
+from omega_qvla.policies.processing.relative_actions import Mask
+
+TIME_MIN_PERIOD, TIME_MAX_PERIOD = 4e-3, 4.0
+
+
+class GemmaConfig(BaseModel):
+    """Sizes of one Gemma transformer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int = 1
+    head_dim: int
+
+
+class Pi05Config(BaseModel):
+    """Everything that fixes the shape and the conventions of a pi0.5 policy.
+
+    Attributes:
+        depth: layers of the backbone and of the action expert (they are paired, so equal).
+        action_dim: width of the action vector the network sees (padded for the full model).
+        robot_action_dim: how many of those belong to the robot.
+        state_dim: width of the robot's state.
+        cameras: image names in the order their tokens enter the prefix.
+        prompt_length: maximum number of prompt tokens; longer prompts are refused.
+        state_in_prompt: whether the state is written into the prompt as 256-bin integers
+            (openpi's ``discrete_state_input``).
+        steps: default number of denoising steps.
+        prompt_state_dim: width to which the normalized state is padded with zeros before it is
+            written into the prompt (LeRobot: 32); None writes the robot's own dimensions (openpi).
+        image_fit: how images are fitted into the square, see ``images.py``.
+        relative_actions: which of the robot's actions are relative to its state, see
+            ``relative_actions.py``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    family: Literal["pi05"] = "pi05"
+    vision: VisionConfig
+    backbone: GemmaConfig
+    expert: GemmaConfig
+    depth: int
+    vocabulary: int
+    horizon: int
+    action_dim: int
+    robot_action_dim: int
+    state_dim: int
+    cameras: tuple[str, ...]
+    prompt_length: int
+    state_in_prompt: bool
+    steps: int = 10
+    prompt_state_dim: int | None = None
+    image_fit: ImageFit = "bilinear"
+    relative_actions: Mask = ()
+
+    @model_validator(mode="after")
+    def _relative_actions_must_have_a_state(self) -> Pi05Config:
+        if len(self.relative_actions) > min(self.state_dim, self.robot_action_dim):
+            raise ValueError(
+                f"{len(self.relative_actions)} actions may be relative to the state, but the robot "
+                f"has {self.robot_action_dim} actions and {self.state_dim} numbers of state"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_must_match(self) -> Pi05Config:
+        ours, theirs = self.backbone, self.expert
+        if (ours.heads, ours.kv_heads, ours.head_dim) != (
+            theirs.heads,
+            theirs.kv_heads,
+            theirs.head_dim,
+        ):
+            raise ValueError("the expert attends to the backbone's keys: heads must be the same")
+        return self
+
+    @classmethod
+    def full(cls, horizon: int = 50, cameras: int = 3) -> Pi05Config:
+        """The published 3.6 B-parameter policy."""
+        names = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+        return cls(
+            vision=VisionConfig(width=1152, hidden=4304, heads=16, depth=27, image_size=224),
+            backbone=GemmaConfig(width=2048, hidden=16384, heads=8, head_dim=256),
+            expert=GemmaConfig(width=1024, hidden=4096, heads=8, head_dim=256),
+            depth=18,
+            vocabulary=257152,
+            horizon=horizon,
+            action_dim=32,
+            robot_action_dim=32,
+            state_dim=32,
+            cameras=names[:cameras],
+            prompt_length=200,
+            state_in_prompt=True,
+        )
+
+    @classmethod
+    def tiny(cls, vocabulary: int, *, horizon: int = 10, action_dim: int = 4) -> Pi05Config:
+        """The embedded policy: same graph, about 5 M parameters, two 84-pixel cameras."""
+        return cls(
+            vision=VisionConfig(width=192, hidden=384, heads=3, depth=4, image_size=84),
+            backbone=GemmaConfig(width=192, hidden=512, heads=4, head_dim=64),
+            expert=GemmaConfig(width=128, hidden=384, heads=4, head_dim=64),
+            depth=5,
+            vocabulary=vocabulary,
+            horizon=horizon,
+            action_dim=action_dim,
+            robot_action_dim=action_dim,
+            state_dim=4,
+            cameras=("base", "wrist"),
+            prompt_length=32,
+            state_in_prompt=True,
+        )
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.vision.tokens_per_image
+
+    @property
+    def norms(self) -> int:
+        """Adaptive norms of the expert: two per layer and the final one."""
+        return 2 * self.depth + 1
+
+
+class BackboneLayer(nn.Module):
+    """Pre-norm Gemma layer."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width)
+        self.self_attn = RotaryAttention(
+            config.width, config.heads, config.kv_heads, config.head_dim
+        )
+        self.post_attention_layernorm = RMSNorm(config.width)
+        self.mlp = GatedMLP(config.width, config.hidden)
+
+    def forward(
+        self, x: Tensor, rotary: RotaryTable, mask: Tensor | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        attended, kv = self.self_attn(self.input_layernorm(x), rotary, mask=mask)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class LastBackboneLayer(nn.Module):
+    """The backbone's last layer: only its keys and values are read by the expert."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width)
+        self.self_attn = KeyValueProjection(config.width, config.kv_heads, config.head_dim)
+
+    def forward(
+        self, x: Tensor, rotary: RotaryTable, mask: Tensor | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        return x, self.self_attn(self.input_layernorm(x), rotary)
+
+
+class ExpertLayer(ElementwiseModule):
+    """Gemma layer with adaptive norms and gated residuals, attending to the prefix."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = AdaptiveRMSNorm(config.width, config.width)
+        self.self_attn = RotaryAttention(
+            config.width, config.heads, config.kv_heads, config.head_dim
+        )
+        self.post_attention_layernorm = AdaptiveRMSNorm(config.width, config.width)
+        self.mlp = GatedMLP(config.width, config.hidden)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rotary: RotaryTable,
+        past: KeyValue | Roomy,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, H, D], modulation [B, 2, 3, D] → [B, H, D]."""
+        attention_modulation, mlp_modulation = modulation.unbind(-3)
+        normed, gate = self.input_layernorm(x, attention_modulation)
+        attended, _ = self.self_attn(normed, rotary, past, mask)
+        x = self.elementwise.add_gated(x, gate, attended)
+        normed, gate = self.post_attention_layernorm(x, mlp_modulation)
+        return self.elementwise.add_gated(x, gate, self.mlp(normed))
+
+
+class Pi05Module(nn.Module):
+    """The network: openpi's keys, no dead weights.  All methods accept leading batch dimensions."""
+
+    def __init__(self, config: Pi05Config) -> None:
+        super().__init__()
+        self.config = config
+        vision, expert = config.vision, config.expert
+        root, paligemma, model, language = Node(), Node(), Node(), Node()
+        model.vision_tower = Node()
+        model.vision_tower.vision_model = SiglipVisionModel(**vision.model_dump())
+        model.multi_modal_projector = Node()
+        model.multi_modal_projector.linear = nn.Linear(vision.width, config.backbone.width)
+        language.embed_tokens = embedding(config.vocabulary, config.backbone.width)
+        language.layers = nn.ModuleList(
+            [BackboneLayer(config.backbone) for _ in range(config.depth - 1)]
+            + [LastBackboneLayer(config.backbone)]
+        )
+        model.language_model = language
+        paligemma.model = model
+        root.paligemma = paligemma
+        root.gemma_expert = Node()
+        root.gemma_expert.model = Node()
+        root.gemma_expert.model.layers = nn.ModuleList(
+            ExpertLayer(expert) for _ in range(config.depth)
+        )
+        root.gemma_expert.model.norm = AdaptiveRMSNorm(expert.width, expert.width)
+        self.paligemma_with_expert = root
+        self.action_in_proj = nn.Linear(config.action_dim, expert.width)
+        self.action_out_proj = nn.Linear(expert.width, config.action_dim)
+        self.time_mlp_in: nn.Linear | None = nn.Linear(expert.width, expert.width)
+        self.time_mlp_out: nn.Linear | None = nn.Linear(expert.width, expert.width)
+
+    @property
+    def vision_model(self) -> SiglipVisionModel:
+        return self.paligemma_with_expert.paligemma.model.vision_tower.vision_model
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.paligemma_with_expert.paligemma.model.multi_modal_projector.linear
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        return self.paligemma_with_expert.paligemma.model.language_model.embed_tokens
+
+    @property
+    def backbone_layers(self) -> nn.ModuleList:
+        return self.paligemma_with_expert.paligemma.model.language_model.layers
+
+    @property
+    def expert_layers(self) -> nn.ModuleList:
+        return self.paligemma_with_expert.gemma_expert.model.layers
+
+    def adaptive_norms(self) -> list[AdaptiveRMSNorm]:
+        """All adaptive norms, two per expert layer and the final one."""
+        expert = self.paligemma_with_expert.gemma_expert.model
+        return [norm for norm in expert.modules() if isinstance(norm, AdaptiveRMSNorm)]
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, V, 3, S, S] in [-1, 1] → tokens [B, V·patches, D]."""
+        batch, views = pixels.shape[:2]
+        tokens = self.projector(self.vision_model(pixels.flatten(0, 1)))
+        return tokens.unflatten(0, (batch, views)).flatten(1, 2)
+
+    def embed_text(self, token_ids: Tensor) -> Tensor:
+        """Token ids [B, T] → [B, T, D], scaled by √D as Gemma does."""
+        return self.embed_tokens(token_ids) * math.sqrt(self.config.backbone.width)
+
+    def embed_prefix(self, pixels: Tensor, token_ids: Tensor) -> Tensor:
+        """Images then text, [B, V·patches + T, D]."""
+        return torch.cat((self.embed_images(pixels), self.embed_text(token_ids)), dim=1)
+
+    def prefix_rotary(self, positions: Tensor) -> RotaryTable:
+        """Rotary table of positions [B, T]."""
+        return rotary_table(positions, self.config.backbone.head_dim)
+
+    def prefill(
+        self, prefix: Tensor, positions: Tensor, mask: Tensor | None = None
+    ) -> tuple[list[KeyValue], Tensor]:
+        """Run the backbone over the prefix.
+
+        Args:
+            prefix: [B, P, D] embedded tokens.
+            positions: [B, P] (or [1, P]) positions, the cumulative sum of the padding mask.
+            mask: [B, 1, 1 or P, P] bool, True where a key may be seen; None without padding.
+
+        Returns:
+            Keys and values per layer, and the residual stream [B, P, D] before the last layer.
+        """
+        rotary = self.prefix_rotary(positions)
+        cache: list[KeyValue] = []
+        for layer in self.backbone_layers:
+            prefix, kv = layer(prefix, rotary, mask)
+            cache.append(kv)
+        return cache, prefix
+
+    def step_modulation(self, times: Tensor) -> Tensor:
+        """Adaptive-norm modulation at flow times [B] → [B, norms, 3, D].
+
+        Norm 2·i is layer i's attention norm, 2·i + 1 its MLP norm, the last one the final norm.
+
+        Raises:
+            PolicyError: the layers that compute it were removed (``remove_modulation``).
+        """
+        if self.time_mlp_in is None or self.time_mlp_out is None:
+            raise PolicyError("this network's adaptive norms were replaced by a step table")
+        width = self.config.expert.width
+        fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=times.device)
+        period = TIME_MIN_PERIOD * (TIME_MAX_PERIOD / TIME_MIN_PERIOD) ** fraction
+        angle = 2.0 * math.pi / period * times.to(torch.float64).unsqueeze(-1)
+        embedding = torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.time_mlp_in.weight)
+        hidden = nn.functional.silu(self.time_mlp_in(embedding))
+        condition = nn.functional.silu(self.time_mlp_out(hidden))
+        norms = self.adaptive_norms()
+        return torch.stack([norm.modulation(condition) for norm in norms], dim=-3)
+
+    def suffix_rotary(self, offset: Tensor | int) -> RotaryTable:
+        """Rotary table of the action tokens; ``offset`` [B, 1] or int is the prefix length."""
+        positions = torch.arange(self.config.horizon, device=self.action_in_proj.weight.device)
+        positions = positions.unsqueeze(0) + offset
+        return rotary_table(positions, self.config.expert.head_dim)
+
+    def velocity(
+        self,
+        x_t: Tensor,
+        modulation: Tensor,
+        cache: Sequence[KeyValue | Roomy],
+        rotary: RotaryTable,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The learned velocity at one flow time.
+
+        Args:
+            x_t: [B, horizon, action_dim] noisy normalized actions.
+            modulation: [B, norms, 3, D] from ``step_modulation``.
+            cache: the prefix's keys and values per layer.
+            rotary: from ``suffix_rotary``.
+            mask: [B, 1, 1 or H, P + H] bool, True where a key may be seen.
+
+        Returns:
+            [B, horizon, action_dim] velocity (noise - actions).
+        """
+        x = self.action_in_proj(x_t)
+        for i, (layer, kv) in enumerate(zip(self.expert_layers, cache, strict=True)):
+            x = layer(x, modulation[..., 2 * i : 2 * i + 2, :, :], rotary, kv, mask)
+        return self.read_out(x, modulation)
+
+    def read_out(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Final norm and projection, [B, horizon, D] → [B, horizon, action_dim]."""
+        norm = self.paligemma_with_expert.gemma_expert.model.norm
+        normed, _ = norm(x, modulation[..., -1, :, :])
+        return self.action_out_proj(normed)
+
+
+def sample_chunk(
+    module: Pi05Module,
+    cache: Sequence[KeyValue],
+    prefix_length: int,
+    noise: Tensor,
+    modulation: Tensor,
+    clock: FlowClock,
+) -> Tensor:
+    """Integrate the flow from noise to a normalized action chunk.
+
+    Args:
+        cache: keys and values of the prefix, batch B.
+        noise: [B, horizon, action_dim] at t = 1.
+        modulation: [steps, norms, 3, D], one row per Euler step.
+        clock: entered once per step.
+    """
+    steps = modulation.shape[0]
+    rotary = module.suffix_rotary(prefix_length)
+    roomy = [Roomy.behind(kv, noise.shape[-2]) for kv in cache]
+    x = noise
+    for i, t in enumerate(euler_times(steps)):
+        with clock.step(i, t):
+            x = x - module.velocity(x, modulation[i : i + 1], roomy, rotary) / steps
+    return x
+
+
+def dropped_shapes(config: Pi05Config) -> dict[str, tuple[int, ...]]:
+    """Official checkpoint keys that inference never reads and this module does not allocate."""
+    backbone, expert = config.backbone, config.expert
+    language = "paligemma_with_expert.paligemma.model.language_model"
+    last = f"{language}.layers.{config.depth - 1}"
+    query = backbone.heads * backbone.head_dim
+    return {
+        "paligemma_with_expert.paligemma.lm_head.weight": (config.vocabulary, backbone.width),
+        "paligemma_with_expert.gemma_expert.lm_head.weight": (config.vocabulary, expert.width),
+        f"{language}.norm.weight": (backbone.width,),
+        f"{last}.post_attention_layernorm.weight": (backbone.width,),
+        f"{last}.self_attn.q_proj.weight": (query, backbone.width),
+        f"{last}.self_attn.o_proj.weight": (backbone.width, query),
+        f"{last}.mlp.gate_proj.weight": (backbone.hidden, backbone.width),
+        f"{last}.mlp.up_proj.weight": (backbone.hidden, backbone.width),
+        f"{last}.mlp.down_proj.weight": (backbone.width, backbone.hidden),
+    }
+
+
+def dropped_keys(config: Pi05Config) -> set[str]:
+    """The names of ``dropped_shapes``."""
+    return set(dropped_shapes(config))
+
+
+def dropped_parameters(config: Pi05Config) -> int:
+    """Number of parameters behind ``dropped_keys`` in a complete official checkpoint."""
+    backbone, expert = config.backbone, config.expert
+    heads = config.vocabulary * (backbone.width + expert.width)
+    tied = config.vocabulary * backbone.width  # lm_head shares the embedding's storage
+    last = 2 * backbone.width * backbone.heads * backbone.head_dim
+    last += 3 * backbone.width * backbone.hidden + 2 * backbone.width
+    return heads - tied + last
+
+
+def remove_modulation(module: Pi05Module) -> None:
+    """Take out the adaptive norms' dense layers and the time MLP, which a step table replaces."""
+    for norm in module.adaptive_norms():
+        norm.dense = None
+    module.time_mlp_in = None
+    module.time_mlp_out = None

@@ -1,0 +1,1 @@
+"""Between the robot's units and a network's: images, numbers, text."""

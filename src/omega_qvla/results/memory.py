@@ -1,0 +1,94 @@
+"""What a policy takes in bytes, and what an artifact says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from omega_qvla.results.document import Count, Document, Measured, Number, Part
+
+
+class Component(Part):
+    """One part of the checkpoint.
+
+    Attributes:
+        name: of the part.
+        params: parameters of the original checkpoint that it stands for.
+        bits: average per parameter.
+        bytes: what storing it takes, scales and transforms included.
+        reference_bytes: what the part takes in 16 bits.
+    """
+
+    name: str
+    params: Count
+    bits: Measured
+    bytes: Count
+    reference_bytes: Count
+
+
+class Memory(Part):
+    """A memory table.
+
+    Attributes:
+        components: one per part of the checkpoint.
+        total_bytes: the whole checkpoint.
+        reference_bytes: the original checkpoint in 16 bits, parameters that inference never reads
+            included.
+        reduction: 1 − total / reference.
+        paper_scope_reduction: the same over the linears of backbone and action head alone, as the
+            paper counts.
+    """
+
+    components: list[Component] = Field(min_length=1)
+    total_bytes: Count
+    reference_bytes: Count
+    reduction: Number | None
+    paper_scope_reduction: Number | None
+
+
+class Inspection(Memory, Document):
+    """An artifact, or a predicted one.
+
+    Attributes:
+        recipe: the recipe.
+        kernel: the kernel that will run it.
+        sites: the quantized sites in execution order.
+        content_hash: of an artifact: SHA-256 over all of it.
+        decisions: of an artifact: what was decided about its checkpoint
+            ([checkpoints.md](checkpoints.md)), question and answer.
+    """
+
+    recipe: dict[str, Any] | None = None
+    kernel: str | None = None
+    sites: list[dict[str, Any]] | None = None
+    content_hash: str | None = None
+    decisions: dict[str, str] | None = None
+
+
+class Failure(Part):
+    """One thing that is wrong with an artifact.
+
+    Attributes:
+        file: which file.
+        tensor: which tensor; null where a whole file is meant.
+        reason: what is wrong.
+    """
+
+    file: str
+    tensor: str | None
+    reason: str
+
+
+class Verification(Part):
+    """What `verify` found.
+
+    Attributes:
+        ok: nothing failed; the exit status is 1 otherwise.
+        checked: how many tensors and files were checked.
+        failures: what failed.
+    """
+
+    ok: bool
+    checked: Count
+    failures: list[Failure]

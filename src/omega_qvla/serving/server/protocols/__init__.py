@@ -1,0 +1,1 @@
+"""The protocols that robots speak, a module each."""

@@ -1,0 +1,268 @@
+"""A whole server out of a policy and a user's settings, and its life from start to signal."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from omega_qvla.checkpoints.options import Choices
+from omega_qvla.errors import PolicyError
+from omega_qvla.policies.base import Policy
+from omega_qvla.policies.full_precision import load_policy
+from omega_qvla.runtime.loading import load
+from omega_qvla.serving.server.access import read_token, require_token, tls_context
+from omega_qvla.serving.server.policy_engine import PolicyEngine
+from omega_qvla.serving.server.protocol_server import Front
+from omega_qvla.serving.server.safety import ActionLimits, read_limits
+from omega_qvla.serving.server.scheduler import MOST_WAITING, Core, Log, Rules
+from omega_qvla.serving.wire.specification import LAYOUTS
+
+_PORTS = {"openpi": 8000, "gr00t": 5555}
+
+
+_NO_CHOICES = Choices()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user decides about a server; see ``omega-qvla serve --help``."""
+
+    protocol: Literal["openpi", "gr00t"] = "openpi"
+    host: str = "127.0.0.1"
+    port: int | None = None
+    token_file: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    layout: str = "native"
+    batch: int = 8
+    waiting: int | None = None
+    deadline_ms: float | None = None
+    limits: str | None = None
+    limit_margin: float = 0.25
+    steps: int | None = None
+    threads: int = 1
+    kernel: str | None = None
+    seed: int | None = None
+    drain_s: float = 3.0
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        """Numbers that make no sense are refused before anything is loaded.
+
+        Raises:
+            PolicyError: names the option.
+        """
+        positive = {"batch": self.batch, "waiting": self.waiting, "deadline-ms": self.deadline_ms}
+        positive |= {"steps": self.steps, "threads": self.threads}
+        for name, value in positive.items():
+            if value is not None and not 0 < value < float("inf"):
+                raise PolicyError(f"--{name} {value}: it must be above 0")
+        for name, value in (("limit-margin", self.limit_margin), ("drain-s", self.drain_s)):
+            if not 0 <= value < float("inf"):
+                raise PolicyError(f"--{name} {value}: it must be 0 or more")
+        for name, port in (("port", self.port), ("metrics-port", self.metrics_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise PolicyError(f"--{name} {port}: ports are 0 to 65535")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise PolicyError("TLS needs both --tls-certificate and --tls-key")
+        if self.protocol != "gr00t" and self.metrics_port is not None:
+            raise PolicyError(
+                "--metrics-port is for GR00T's protocol; openpi's answers /healthz and /metrics on "
+                "its own port"
+            )
+        if self.metrics_port is None and self.metrics_host != "127.0.0.1":
+            raise PolicyError(f"--metrics-host {self.metrics_host} needs a --metrics-port")
+        if (
+            self.protocol == "gr00t"
+            and self.metrics_port is None
+            and (self.tls_key or self.token_file)
+        ):
+            raise PolicyError(
+                "GR00T's protocol has neither TLS nor a token that is checked before parsing: it "
+                "is served on loopback without them (they protect --metrics-port, where there is "
+                "one); reach it through an SSH tunnel"
+            )
+        if self.protocol == "gr00t" and self.layout != "native":
+            raise PolicyError("--layout is for openpi's protocol; GR00T's names its parts itself")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A policy, and what clients are told of it.
+
+    Attributes:
+        policy: the graph that computes.
+        artifact: content hash, or None in full precision.
+        identity: family, precision and recipe.
+        kernel: what multiplies its integers.
+    """
+
+    policy: Policy
+    artifact: str | None
+    identity: Mapping[str, str | None]
+    kernel: str
+
+
+def open_policy(source: str | Path, settings: Settings, choices: Choices) -> Served:
+    """An artifact where the directory is one, else a policy in full precision.
+
+    Raises:
+        PolicyError: an option is for the other kind; or see ``load_policy``.
+        ArtifactError, ResourceError: see ``load``.
+    """
+    if (Path(source) / "omega_config.json").exists():
+        if choices != _NO_CHOICES:
+            raise PolicyError(
+                f"{source} is an artifact and leaves nothing open: --training-config, "
+                "--tokenizer and the other options about checkpoints are for full precision"
+            )
+        quantized = load(source, kernel=settings.kernel, threads=settings.threads)
+        recipe = str(quantized.config["recipe"]["name"])
+        identity = {"policy": quantized.policy.family, "precision": "quantized", "recipe": recipe}
+        return Served(quantized.policy, quantized.content_hash, identity, quantized.kernel)
+    if settings.kernel is not None:
+        raise PolicyError(f"--kernel is for artifacts, and {source} is none")
+    try:
+        policy = load_policy(source, choices)
+    except PolicyError as error:
+        if not Path(source).is_dir():
+            raise
+        text = f"{source} is no artifact (it has no omega_config.json); as a policy: {error}"
+        raise PolicyError(text) from error
+    kinds = {str(one.dtype).removeprefix("torch.") for one in policy.module.parameters()}
+    identity = {"policy": policy.family, "precision": ", ".join(sorted(kinds)), "recipe": None}
+    return Served(policy, None, identity, "none")
+
+
+class Service:
+    """A core, warmed up and started, and its front.
+
+    Attributes:
+        core: what answers.
+        front: what listens.
+    """
+
+    def __init__(self, core: Core, front: Front, host: str, protocol: str) -> None:
+        self.core, self.front = core, front
+        self._host, self._protocol = host, protocol
+
+    @classmethod
+    def build(
+        cls, source: str | Path, settings: Settings, log: Log, choices: Choices = _NO_CHOICES
+    ) -> Service:
+        """Load, check what can be checked, compute once, and be ready to listen.
+
+        Args:
+            source: an artifact, or whatever ``load_policy`` takes.
+            settings: what the user decides.
+            log: takes every event.
+            choices: answers to what a full-precision checkpoint leaves open.
+
+        Raises:
+            PolicyError: an option does not fit the policy, or the address needs a token.
+            ArtifactError, ResourceError: see ``load`` and ``load_policy``; or the extra ``serve``
+                is not installed.
+        """
+        token = None if settings.token_file is None else read_token(settings.token_file)
+        require_token(settings.host, token)
+        require_token(settings.metrics_host, token)
+        served = open_policy(source, settings, choices)
+        engine = PolicyEngine(served.policy, threads=settings.threads, steps=settings.steps)
+        specification = engine.specification(LAYOUTS[settings.layout])
+        if settings.limits == "none":
+            limits = ActionLimits.unlimited(specification.action_dim)
+        elif settings.limits is None:
+            limits = engine.limits(settings.limit_margin)
+        else:
+            limits = read_limits(Path(settings.limits), specification.action_dim)
+        deadline_ms = settings.deadline_ms
+        core = Core(
+            engine,
+            specification,
+            limits,
+            artifact=served.artifact,
+            identity=served.identity,
+            generator=np.random.default_rng(settings.seed),
+            rules=Rules(
+                settings.batch,
+                settings.waiting or MOST_WAITING,
+                None if deadline_ms is None else deadline_ms / 1e3,
+            ),
+            log=log,
+        )
+        front = _front(core, settings, token)
+        log("loaded", artifact=core.artifact, **served.identity, kernel=served.kernel)
+        slowest_s = core.warm_up(engine.warm_up_observation())
+        log("warm", batch_ms=1e3 * slowest_s, deadline_ms=1e3 * core.deadline_s)
+        core.start()
+        return cls(core, front, settings.host, settings.protocol)
+
+    def ready(self, port: int) -> None:
+        """Say where it listens."""
+        self.core.log("ready", host=self._host, port=port, protocol=self._protocol)
+
+    def totals(self) -> dict[str, Any]:
+        """What happened, in numbers (docs/json.md)."""
+        metrics = self.core.metrics
+        return {
+            "artifact": self.core.artifact,
+            "requests": metrics.totals("requests_total"),
+            "action_violations": metrics.totals("action_violations_total"),
+            "connections": metrics.totals("connections_total"),
+            "batches": metrics.totals("batches_total"),
+        }
+
+
+def _front(core: Core, settings: Settings, token: bytes | None) -> Front:
+    """Each protocol needs its own library, and only that one."""
+    port = _PORTS[settings.protocol] if settings.port is None else settings.port
+    if settings.protocol == "gr00t":
+        from omega_qvla.serving.server.protocols.gr00t import Gr00tFront
+
+        front = Gr00tFront(core, settings.host, port, drain_s=settings.drain_s)
+        if settings.metrics_port is None:
+            return front
+        from omega_qvla.serving.server.door import Listening
+        from omega_qvla.serving.server.status_port import WithStatusPort
+
+        tls = _tls(core, settings, token)
+        listening = Listening(settings.metrics_host, settings.metrics_port, token, tls)
+        return WithStatusPort(core, front, listening)
+    from omega_qvla.serving.server.door import Listening
+    from omega_qvla.serving.server.protocols.openpi import WebsocketFront
+
+    tls = _tls(core, settings, token)
+    listening = Listening(settings.host, port, token, tls, drain_s=settings.drain_s)
+    return WebsocketFront(core, listening)
+
+
+def _tls(core: Core, settings: Settings, token: bytes | None) -> ssl.SSLContext | None:
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        return tls_context(settings.tls_certificate, settings.tls_key)
+    if token is not None:
+        core.log("warning", message="the token travels unencrypted; give a TLS certificate")
+    return None
+
+
+def run_until_signal(service: Service) -> bool:
+    """Serve until SIGTERM or SIGINT; whether everything on its way was finished.
+
+    Raises:
+        OSError: the address cannot be used.
+    """
+    return asyncio.run(_run(service))
+
+
+async def _run(service: Service) -> bool:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return await service.front.serve(stop, service.ready)

@@ -1,0 +1,70 @@
+"""Policies this version does not build: one message each, saying what it is and what reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omega_qvla.errors import PolicyError
+from omega_qvla.policies.full_precision import stream_policy
+
+# What NVIDIA's published directories say, by the configuration classes of Isaac-GR00T and LeRobot.
+N1_6 = {
+    "architectures": ["Gr00tN1d6"],
+    "model_type": "Gr00tN1d6",
+    "model_name": "nvidia/Eagle-Block2A-2B-v2",
+    "backbone_model_type": "eagle",
+    "max_state_dim": 128,
+    "max_action_dim": 128,
+    "action_horizon": 50,
+    "use_alternate_vl_dit": True,
+}
+N1_7 = {
+    "architectures": ["Gr00tN1d7"],
+    "model_type": "Gr00tN1d7",
+    "model_name": "nvidia/Cosmos-Reason2-2B",
+    "backbone_model_type": "qwen",
+    "max_state_dim": 132,
+    "max_action_dim": 132,
+    "action_horizon": 40,
+}
+# What LeRobot 0.6.1 writes for groot, shortened.
+LEROBOT_N1_7 = {
+    "type": "groot",
+    "chunk_size": 40,
+    "max_state_dim": 132,
+    "max_action_dim": 132,
+    "base_model_path": "nvidia/GR00T-N1.7-3B",
+    "embodiment_tag": "new_embodiment",
+    "tokenizer_assets_repo": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "reader"),
+    [
+        (N1_6, "GR00T N1.6", "Isaac-GR00T's N1.6 release"),
+        (N1_7, "GR00T N1.7", "LeRobot from 0.6.0 on"),
+        ({"model_type": "Gr00tN1d7"}, "GR00T N1.7", "Isaac-GR00T's N1.7 release"),
+        ({"architectures": ["Gr00tN1d6Mem"]}, "GR00T N1.6", "Isaac-GR00T"),
+        ({"model_type": "gr00t_n1"}, "GR00T N1,", "Isaac-GR00T's N1 release"),
+        (LEROBOT_N1_7, "LeRobot's groot of GR00T N1.7", "LeRobot from 0.6.0 on"),
+        ({"type": "pi0"}, r"type 'pi0' \(pi0\)", "LeRobot runs it"),
+        ({"type": "pi0_fast"}, "pi0-FAST", "LeRobot runs it"),
+        ({"type": "smolvla"}, "SmolVLA", "LeRobot runs it"),
+        ({"type": "act"}, "MultiheadAttention", "LeRobot runs it"),
+        ({"type": "diffusion"}, "convolutions", "LeRobot runs it"),
+        ({"type": "a_plugin"}, "type 'a_plugin';", "LeRobot runs it"),
+        ({"type": 7}, "type 7;", "LeRobot runs it"),
+    ],
+)
+def test_it_is_said_what_it_is_and_what_runs_it(
+    config: dict[str, Any], name: str, reader: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PolicyError, match=rf"{name}.*{reader}.*omega_qvla\.TorchPolicy") as raised:
+        stream_policy(tmp_path)
+    assert "validation error" not in str(raised.value)
