@@ -25,8 +25,8 @@ from torch import Tensor
 import omega_qvla as oq
 from omega_qvla.evaluation.speed.kernel_speed import machine_name
 from omega_qvla.evaluation.speed.timing import take_turns
+from omega_qvla.policies.layers.attention import rotary_table, split_heads
 from omega_qvla.policies.layers.elementwise import TORCH, Elementwise, use_elementwise
-from omega_qvla.policies.layers.gemma import rotary_table, split_heads
 from omega_qvla.results.writing import write_json
 from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.fused import CpuElementwise

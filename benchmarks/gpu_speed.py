@@ -303,9 +303,9 @@ def time_chunk(policy: NativePolicy, observation: dict[str, Any]) -> dict[str, f
     """Milliseconds of the parts of one chunk by the clock on the wall, the GPU waited for."""
     noise = torch.zeros((1, *policy.noise_shape), device=policy.device)
     marks = [_now(policy)]
-    seen = policy.see(observation)
+    encoded = policy.encode_images(policy.processor.encode(observation))
     marks.append(_now(policy))
-    observed = policy.read(seen)
+    observed = policy.prefill(encoded)
     marks.append(_now(policy))
     chunk = policy.denoise(observed, noise, policy.steps)[0]
     policy.processor.decode(chunk, policy.processor.anchor(observation))

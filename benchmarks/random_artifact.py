@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from omega_qvla.checkpoints.weight_store import hold
+from omega_qvla.checkpoints.weight_store import weights_on
 from omega_qvla.policies.base import QuantizationSite, euler_times, linears_of, sites_of
 from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.policies.native import NativePolicy
@@ -91,7 +91,7 @@ def random_artifact(source: str, name: str = DEFAULT_RECIPE) -> QuantizedPolicy:
     generator = torch.Generator().manual_seed(0)
     sites = [random_site(policy, site, recipe, generator) for site in sites_of(policy)]
     path = policy.embedding_path
-    with hold(policy.module, policy.store, [path]):
+    with weights_on(policy.module, policy.store, [path]):
         embedding = quantize_rows(path, policy.module.get_parameter(f"{path}.weight"), 4)
     quantization = Quantization(
         recipe=recipe,

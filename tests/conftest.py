@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.policies.gr00t_n15.network import (
-    PLAIN_PROMPT,
-    Gr00tN15Config,
-    Gr00tN15Module,
-    QwenConfig,
-    TransformerConfig,
-)
+from omega_qvla.policies.gr00t_n15.config import PLAIN_PROMPT, Gr00tN15Config, TransformerConfig
+from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor, identity_statistics
-from omega_qvla.policies.pi05.network import GemmaConfig, Pi05Config, Pi05Module, VisionConfig
-from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.layers.gemma import GemmaConfig
+from omega_qvla.policies.layers.qwen3 import QwenConfig
+from omega_qvla.policies.layers.siglip import VisionConfig
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import Pi05Module
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, Quantiles
-from omega_qvla.policies.processing.observations import WordTokenizer
+from omega_qvla.policies.processing.tokenizers import WordTokenizer
 from omega_qvla.recipe import Recipe
 
 pytest.register_assert_rewrite("embedded_checks")

@@ -13,7 +13,7 @@ import pytest
 
 import omega_qvla as oq
 from omega_qvla.checkpoints import hub
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies.full_precision import load_policy
 
@@ -79,7 +79,7 @@ def test_a_policy_is_read_from_its_pinned_snapshot(
     fake_hub: Callable[[Any], list[Any]], lerobot_directory: Callable[..., Path]
 ) -> None:
     calls = fake_hub(lerobot_directory())
-    assert load_policy(f"lerobot/pi05@{COMMIT}", Choices()).config.horizon == 4
+    assert load_policy(f"lerobot/pi05@{COMMIT}", CheckpointOptions()).config.horizon == 4
     ((name, options),) = calls
     assert (name, options["revision"]) == ("lerobot/pi05", COMMIT)
     assert not any(

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from omega_qvla.checkpoints.lerobot_pipelines import without_prefix
 from omega_qvla.checkpoints.lora import fold, read_adapter
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import read_file
 from omega_qvla.checkpoints.weight_store import MappedWeights
 from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.full_precision import load_policy, stream_policy
 
-GOLDEN = Path(__file__).parents[2] / "parity" / "golden" / "lora.safetensors"
+GOLDEN = Path(__file__).parents[1] / "parity" / "golden" / "lora.safetensors"
 ROOT = "base_model.model."
 Q = "expert.layers.0.self_attn.q_proj"
 
@@ -265,7 +265,11 @@ def test_the_base_may_be_named_where_it_lies_now(
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(PolicyError, match="no directory here; give --base DIR"):
         stream_policy(tuned)
-    assert stream_policy(tuned, Choices(base=str(moved))).decisions["adapter"].endswith(str(moved))
+    assert (
+        stream_policy(tuned, CheckpointOptions(base=str(moved)))
+        .decisions["adapter"]
+        .endswith(str(moved))
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,7 +318,7 @@ def test_half_an_adapter_or_none_is_named(
 ) -> None:
     tuned, base = lora_directory()
     with pytest.raises(PolicyError, match="--base is for LoRA adapters"):
-        stream_policy(base, Choices(base=str(tuned)))
+        stream_policy(base, CheckpointOptions(base=str(tuned)))
     (tuned / TENSORS).rename(tuned / "adapter_model.bin")
     with pytest.raises(PolicyError, match=r"adapter_model\.bin: this format runs code"):
         stream_policy(tuned)

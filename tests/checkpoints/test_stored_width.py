@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.recipe import Recipe
@@ -44,7 +44,7 @@ def test_an_unquantized_part_is_as_wide_as_in_its_checkpoint(
         for name, tensor in tensors.items()
     }
     save_file(drawn, directory / "model.safetensors")
-    choices = Choices(training_config=str(tmp_path / "training.json"))
+    choices = CheckpointOptions(training_config=str(tmp_path / "training.json"))
     recipe = Recipe.load("rtn").scoped("paper")
     policy = stream_policy(directory, choices)
     planned = predict_directory(policy, recipe)["total_bytes"]

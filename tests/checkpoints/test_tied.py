@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omega_qvla.checkpoints import tied
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import read_file
 from omega_qvla.checkpoints.tied import Difference, Tie, compare
 from omega_qvla.errors import PolicyError
@@ -36,7 +36,7 @@ def moved(embedding: Tensor) -> Tensor:
 
 def openpi(directory: Path, **choices: Any) -> Tensor:
     training = str(directory.parent / "training.json")
-    policy = load_policy(directory, Choices(training_config=training, **choices))
+    policy = load_policy(directory, CheckpointOptions(training_config=training, **choices))
     return policy.module.get_parameter(EMBEDDING)
 
 
@@ -67,7 +67,7 @@ def test_the_half_that_was_named_is_recorded(openpi_directory: Callable[..., Pat
     directory = openpi_directory()
     add_embedding(directory / "model.safetensors", "", moved)
     training = str(directory.parent / "training.json")
-    policy = load_policy(directory, Choices(training_config=training, tied="head"))
+    policy = load_policy(directory, CheckpointOptions(training_config=training, tied="head"))
     assert policy.decisions["token embedding"].startswith("the head, as told; 1 of ")
 
 
@@ -81,7 +81,7 @@ def test_lerobot_keeps_the_halves_apart_and_reads_the_embedding(
     policy = load_policy(directory)
     assert torch.equal(policy.module.get_parameter(EMBEDDING), embedding)
     assert policy.decisions["token embedding"].startswith("the embedding: LeRobot keeps it apart")
-    told = load_policy(directory, Choices(tied="head"))
+    told = load_policy(directory, CheckpointOptions(tied="head"))
     assert torch.equal(told.module.get_parameter(EMBEDDING), head)
 
 
@@ -108,8 +108,8 @@ def test_gr00t_holds_its_halves_to_each_other_too(gr00t_directory: Callable[...,
         )
     )
     with pytest.raises(PolicyError, match="stand for one tensor, but 1 of"):
-        load_policy(directory, Choices(data_config="libero"))
-    load_policy(directory, Choices(data_config="libero", tied="embedding"))
+        load_policy(directory, CheckpointOptions(data_config="libero"))
+    load_policy(directory, CheckpointOptions(data_config="libero", tied="embedding"))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 12, 13])

@@ -98,3 +98,11 @@ def with_public_api(task):
 
     assert issubclass(omega_qvla.OmegaError, Exception)
     return FakeEnvironment(task)
+
+
+def libero_without_torch(task, **options):
+    """LIBERO's interpreter has no torch."""
+    from omega_qvla.evaluation.simulators.libero import LiberoEnv
+
+    assert "torch" not in sys.modules
+    return LiberoEnv(task, **options)

@@ -17,10 +17,11 @@ from omega_qvla.evaluation.outlier_injection import (
 )
 from omega_qvla.evaluation.outlier_paths import OutlierPath, gr00t_paths, outlier_paths, pi05_paths
 from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.layers import adaptive_layer_norm
-from omega_qvla.policies.gr00t_n15.network import Gr00tN15Config
-from omega_qvla.policies.layers.gemma import AdaptiveRMSNorm, RMSNorm, adaptive_rms_norm
-from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module, sample_chunk
+from omega_qvla.policies.layers.norms import AdaptiveRMSNorm, RMSNorm, adaptive_rms_norm
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import Pi05Module, sample_chunk
 
 
 def gen(seed: int) -> torch.Generator:

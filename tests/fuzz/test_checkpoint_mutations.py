@@ -28,7 +28,7 @@ from checkpoint_formats import (
 )
 from safetensors.torch import save_file
 
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import OmegaError
 from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.policies.gr00t_n15.checkpoints import sizes as gr00t_sizes
@@ -96,14 +96,14 @@ def change_bytes(path: Path, source: random.Random) -> None:
 @pytest.mark.parametrize(
     ("write", "choices"),
     [
-        (write_pi05, Choices()),
-        (write_groot, Choices()),
-        (write_gr00t, Choices(data_config="libero")),
+        (write_pi05, CheckpointOptions()),
+        (write_groot, CheckpointOptions()),
+        (write_gr00t, CheckpointOptions(data_config="libero")),
     ],
 )
 def test_a_damaged_directory_is_refused_with_an_error_of_ours(
     write: Callable[[Path], Path],
-    choices: Choices,
+    choices: CheckpointOptions,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from omega_qvla.policies.gr00t_n15.checkpoints import sizes as gr00t_sizes
 from omega_qvla.policies.layers import siglip_checkpoints
-from omega_qvla.policies.pi05.network import Pi05Config
+from omega_qvla.policies.pi05.config import Pi05Config
 
 
 @pytest.fixture(scope="session")

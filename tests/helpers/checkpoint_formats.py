@@ -17,17 +17,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from omega_qvla.policies.gr00t_n15.network import (
-    CHAT_PROMPT,
-    Gr00tN15Config,
-    Gr00tN15Module,
-    QwenConfig,
-    TransformerConfig,
-)
+from omega_qvla.policies.gr00t_n15.config import CHAT_PROMPT, Gr00tN15Config, TransformerConfig
+from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module
 from omega_qvla.policies.gr00t_n15.network import dropped_shapes as gr00t_dropped_shapes
-from omega_qvla.policies.layers.gemma import VisionConfig
+from omega_qvla.policies.layers.qwen3 import QwenConfig
+from omega_qvla.policies.layers.siglip import VisionConfig
 from omega_qvla.policies.pi05.checkpoints.sizes import EMBEDDING, GEMMA_VARIANTS, TIED_HEAD
-from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module, dropped_shapes
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import Pi05Module, dropped_shapes
 
 VOCABULARY = 600
 TRAINING = {

@@ -13,7 +13,7 @@ import torch
 from lerobot_cases import MIDDLE, OLD, Case, noise, observations
 from safetensors import safe_open
 
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.layers import siglip_checkpoints
 
@@ -66,10 +66,10 @@ def read_record(path: Path) -> Record:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def choices_of(case: Case) -> Choices:
+def choices_of(case: Case) -> CheckpointOptions:
     """What a user has to say of the checkpoint of a case: only these two releases leave it open."""
     said: dict[str, Any] = {OLD: "lerobot-0.4", MIDDLE: "lerobot-0.5"}
-    return Choices(tokenizer=TOKENIZER, written_by=said.get(case.written_by))
+    return CheckpointOptions(tokenizer=TOKENIZER, written_by=said.get(case.written_by))
 
 
 def know_small_tower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def know_small_tower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(
-    checkpoint: Path, record: Record, case: Case, choices: Choices | None = None
+    checkpoint: Path, record: Record, case: Case, choices: CheckpointOptions | None = None
 ) -> Difference:
     """Load a checkpoint with ours and give it what LeRobot was given.
 

@@ -24,12 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from omega_qvla.policies.base import FlowClock, euler_times
-from omega_qvla.policies.gr00t_n15.network import (
-    Gr00tN15Config,
-    Gr00tN15Module,
-    Observed,
-    sample_chunk,
-)
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
+from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module, Observed, sample_chunk
 
 GOLDEN = Path(__file__).parent / "golden" / "gr00t_shrunken.safetensors"
 OBSERVATIONS = (0, 1, 2)

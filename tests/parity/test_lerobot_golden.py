@@ -18,9 +18,10 @@ from lerobot_golden import WEIGHTS, Golden, draw_weights
 from lerobot_parity import choices_of, compare, know_small_tower
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.layers.gemma import VisionConfig
+from omega_qvla.policies.layers.siglip import VisionConfig
 from omega_qvla.policies.pi05.checkpoints.sizes import GEMMA_VARIANTS
-from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import Pi05Module
 
 UNTOLD = tuple(case for case in GOLDEN if choices_of(case).written_by is not None)
 

@@ -28,8 +28,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from omega_qvla.policies.base import FlowClock, euler_times
-from omega_qvla.policies.layers.gemma import KeyValue
-from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module, sample_chunk
+from omega_qvla.policies.layers.attention import KeyValue
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import Pi05Module, sample_chunk
 
 GOLDEN = Path(__file__).parent / "golden" / "pi05_shrunken.safetensors"
 OBSERVATIONS = (0, 1, 2)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from omega_qvla.policies.gr00t_n15.network import CHAT_PROMPT
+from omega_qvla.policies.gr00t_n15.config import CHAT_PROMPT
 from omega_qvla.policies.processing.images import (
     crop_and_resize,
     pad_antialiased,
@@ -23,8 +23,8 @@ from omega_qvla.policies.processing.images import (
     stretch_bicubic,
 )
 from omega_qvla.policies.processing.normalization import Binary, MeanStd, Quantiles, Range, Simple
-from omega_qvla.policies.processing.observations import discretize_state, format_prompt
-from omega_qvla.policies.processing.tokenizers import QWEN_FILES, QwenTokenizer
+from omega_qvla.policies.processing.prompts import discretize_state, format_prompt
+from omega_qvla.policies.processing.published_tokenizers import QWEN_FILES, QwenTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "processing.safetensors"
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen_tokenizer"

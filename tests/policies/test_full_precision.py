@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import NonFiniteError, PolicyError, ResourceError
-from omega_qvla.policies import full_precision as loading
+from omega_qvla.policies import full_precision
 from omega_qvla.policies.pi05.checkpoints.openpi import write_openpi
 from omega_qvla.policies.pi05.network import dropped_shapes
 from omega_qvla.policies.pi05.policy import Pi05Policy
@@ -129,7 +129,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(
 
 def test_a_value_that_is_not_finite_is_found_when_it_is_read(written: Path) -> None:
     change(written, **{NORM: torch.full((64,), torch.nan)})
-    policy = loading.stream_policy(written)
+    policy = full_precision.stream_policy(written)
     assert policy.store is not None
     with pytest.raises(NonFiniteError, match=rf"{NORM} .*has NaN or Inf"):
         policy.store.read(NORM)
@@ -215,6 +215,6 @@ def test_a_random_policy_is_the_same_for_the_same_name() -> None:
 def test_a_policy_that_does_not_fit_in_memory_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loading, "available_memory", lambda: 1000)
+    monkeypatch.setattr(full_precision, "available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match=r"random:tiny-pi05 needs .* GB"):
         oq.load_policy("random:tiny-pi05")

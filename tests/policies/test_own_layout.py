@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import WEIGHTS
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy, random_policy
@@ -59,4 +59,4 @@ def test_a_configuration_that_is_not_one_is_refused(written: Path) -> None:
 
 def test_an_embodiment_it_does_not_have_is_refused(written: Path) -> None:
     with pytest.raises(PolicyError, match=r"embodiment.*5"):
-        load_policy(written, Choices(embodiment="5"))
+        load_policy(written, CheckpointOptions(embodiment="5"))

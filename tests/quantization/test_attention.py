@@ -12,7 +12,7 @@ import torch
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import HasHeadAttention
-from omega_qvla.policies.layers.gemma import attend, attention_logits
+from omega_qvla.policies.layers.attention import attend, attention_logits
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.quantization.attention import (
     AttentionFactors,

@@ -29,12 +29,12 @@ import omega_qvla as oq
 from omega_qvla import api, devices
 from omega_qvla.calibration import capture
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.checkpoints.weight_store import hold
+from omega_qvla.checkpoints.weight_store import weights_on
 from omega_qvla.devices import CPU, Gpu, full_float32
 from omega_qvla.policies.base import FlowClock, QuantizationSite, Stage
 from omega_qvla.policies.full_precision import stream_policy
+from omega_qvla.policies.layers.gemma import GemmaConfig
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.pi05.network import GemmaConfig
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.placement import moved, on_device
 from omega_qvla.quantization import pipeline
@@ -270,7 +270,7 @@ def test_a_state_comes_back_to_the_cpu_and_what_was_only_passed_on_is_not_copied
 def test_held_modules_have_their_own_tensors_back_whatever_happens() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).requires_grad_(False)
     before = {name: id(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
-    with StandIn(), pytest.raises(KeyboardInterrupt), hold(module, None, ["0", "1"], DEVICE):
+    with StandIn(), pytest.raises(KeyboardInterrupt), weights_on(module, None, ["0", "1"], DEVICE):
         held = dict((*module.named_parameters(), *module.named_buffers()))
         assert all(x.device == DEVICE for x in held.values()) and len(held) == 7
         assert isinstance(module[0].weight, nn.Parameter)

@@ -27,14 +27,14 @@ from pathlib import Path
 from omega_qvla.evaluation.benchmark import METHODS
 from omega_qvla.evaluation.comparison import Compared, comparison_rows
 from omega_qvla.evaluation.openloop import offers_normalized
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.quantization.pipeline import weights_fingerprint
 name = METHODS[-1]
 policy, observations = kit.build_policy(), kit.build_observations()
 comparison = Compared(
     label="small",
     policy=policy,
-    choices=Choices(),
+    choices=CheckpointOptions(),
     weights=weights_fingerprint(policy),
     checkpoint_bytes=None,
     calibration=observations,

@@ -257,7 +257,7 @@ def test_a_policy_computes_where_its_network_is(
     policy.module.to("meta")
     assert policy.device.type == "meta"
     with torch.inference_mode():
-        observed = policy.read(policy.see(few[0]))
+        observed = policy.prefill(policy.encode_images(policy.processor.encode(few[0])))
         noise = policy._noise(None, torch.Generator())
         chunk = policy.denoise(observed, noise, policy.steps)
     assert chunk.device.type == "meta" and chunk.shape == (1, *policy.noise_shape)

@@ -21,7 +21,7 @@ from omega_qvla.policies.processing.normalization import (
     Range,
     Unchanged,
 )
-from omega_qvla.policies.processing.observations import ByteTokenizer
+from omega_qvla.policies.processing.tokenizers import ByteTokenizer
 from omega_qvla.serving.server.policy_engine import PolicyEngine
 from omega_qvla.serving.wire.specification import LAYOUTS
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from omega_qvla.policies.gr00t_n15.network import Gr00tN15Config, Gr00tN15Module
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
+from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module
 from omega_qvla.training.dataset import Batch
 from omega_qvla.training.gr00t_learner import Gr00tLearner
 

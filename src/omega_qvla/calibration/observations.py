@@ -26,7 +26,7 @@ from omega_qvla.calibration.streamed import SourceReport, Streamed
 from omega_qvla.environments import Environment, action_limits, begin, carry_out
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.base import Observation, Policy
-from omega_qvla.policies.full_precision import BUILTIN, builtin_directory
+from omega_qvla.policies.full_precision import builtin_directory, embedded
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.processing.normalization import dimension_names
 
@@ -102,11 +102,11 @@ class Observations(Sequence[Observation]):
             ObservationError: see ``from_npz`` and ``from_lerobot``.
         """
         scheme, _, name = str(source).partition(":")
-        if scheme == "builtin" and name in BUILTIN:
+        if scheme == "builtin" and name in embedded():
             return cls.from_npz(builtin_directory(name) / FILE, split=split)
         if scheme == "builtin":
             raise ObservationError(
-                f"unknown builtin observations {name!r}; known: {', '.join(BUILTIN)}"
+                f"unknown builtin observations {name!r}; known: {', '.join(embedded())}"
             )
         if is_dataset(Path(source)):
             return cls.from_lerobot(source, split=split)

@@ -221,7 +221,7 @@ def require_known_settings(
             f"{where} has settings that this version does not know and must not leave out, since "
             f"they may change what the network sees: {shown}. If you know that a setting does not, "
             f"go on with --ignore-settings {','.join(unknown)}, in Python "
-            "Choices(ignore_settings=...)"
+            "CheckpointOptions(ignore_settings=...)"
         )
 
 

@@ -16,15 +16,9 @@ from typing import Any
 
 from omega_qvla.checkpoints.hub import fetch, looks_unpinned, parse_hub_id
 from omega_qvla.checkpoints.lerobot_pipelines import without_prefix
-from omega_qvla.checkpoints.lora import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    Adapter,
-    fold,
-    has_adapter,
-    read_adapter,
-)
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.lora import ADAPTER_WEIGHTS, Adapter, fold, has_adapter, read_adapter
+from omega_qvla.checkpoints.lora_settings import ADAPTER_CONFIG
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import INDEX, WEIGHTS, StoredTensors, find_tensors
 from omega_qvla.errors import PolicyError
 
@@ -33,7 +27,7 @@ def lerobot_tensors(
     directory: Path,
     content: Mapping[str, Any],
     prefix: str,
-    choices: Choices,
+    options: CheckpointOptions,
     official: Callable[[StoredTensors], StoredTensors],
 ) -> StoredTensors:
     """The tensors of a LeRobot policy under official names, an adapter folded in when one is read.
@@ -42,7 +36,7 @@ def lerobot_tensors(
         directory: the policy directory.
         content: of its ``config.json``.
         prefix: LeRobot's, before official names.
-        choices: the base of an adapter.
+        options: the base of an adapter.
         official: the family's names for tensors that have lost their prefix.
 
     Raises:
@@ -52,7 +46,7 @@ def lerobot_tensors(
     """
     whole = any((directory / name).exists() for name in (WEIGHTS, INDEX))
     if not has_adapter(directory):
-        if choices.base is not None:
+        if options.base is not None:
             raise PolicyError(
                 f"--base is for LoRA adapters, and {directory} has no {ADAPTER_CONFIG}"
             )
@@ -69,7 +63,7 @@ def lerobot_tensors(
             "own and name that with --base"
         )
     adapter = read_adapter(directory)
-    base, name = _base(adapter, choices.base)
+    base, name = _base(adapter, options.base)
     if not any((base / file).exists() for file in (WEIGHTS, INDEX)) and has_adapter(base):
         raise PolicyError(f"{base}, the base of {directory}, is an adapter itself; merge it first")
     folded = fold(official(without_prefix(find_tensors(base), prefix)), adapter, prefix)
@@ -89,7 +83,7 @@ def _base(adapter: Adapter, choice: str | None) -> tuple[Path, str]:
     if not name:
         raise PolicyError(
             f"{adapter.where} does not name the base of the adapter: give --base DIR or --base "
-            "owner/name@<commit>, in Python Choices(base=...)"
+            "owner/name@<commit>, in Python CheckpointOptions(base=...)"
         )
     if Path(name).is_dir():
         return Path(name), name
@@ -101,5 +95,5 @@ def _base(adapter: Adapter, choice: str | None) -> tuple[Path, str]:
     pin = f" (on the hub: {name}@<commit>)" if looks_unpinned(name) else ""
     raise PolicyError(
         f"{adapter.where}: the base of the adapter is {name!r}, which is no directory here; give "
-        f"--base DIR or --base owner/name@<commit>{pin}, in Python Choices(base=...)"
+        f"--base DIR or --base owner/name@<commit>{pin}, in Python CheckpointOptions(base=...)"
     )

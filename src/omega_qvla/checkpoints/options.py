@@ -13,7 +13,7 @@ WrittenBy = Literal["lerobot-0.4", "lerobot-0.5"]
 
 
 @dataclass(frozen=True)
-class Choices:
+class CheckpointOptions:
     """Answers to what some checkpoints do not say; none is needed where they do.
 
     Attributes:

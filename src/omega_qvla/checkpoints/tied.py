@@ -76,7 +76,7 @@ def untie(stored: StoredTensors, tie: Tie, told: TiedHalf | None) -> StoredTenso
         raise PolicyError(
             f"{stored.where}: {tie.embedding} and {tie.head} stand for one tensor, but "
             f"{difference}. If you know which one the policy was trained with, give --tied "
-            "embedding or --tied head, in Python Choices(tied=...)"
+            "embedding or --tied head, in Python CheckpointOptions(tied=...)"
         )
     return chosen(stored, tie, told, f"the {told}, as told; {difference}")
 

@@ -2,9 +2,9 @@
 
 Full-size pi0.5 takes 13 GB in float32, more than the machines it is quantized on should need.  Its
 module is therefore built on the meta device, without memory, and a *store* gives the value of any
-parameter by name.  ``hold`` puts the parameters below some paths into the module while a piece of
-the network runs, and takes them out again: what is resident is one layer.  It is also what brings
-a layer to a GPU, of a policy in memory as well (``placement.py``).
+parameter by name.  ``weights_on`` puts the parameters below some paths into the module while a
+piece of the network runs, and takes them out again: what is resident is one layer.  It is also what
+brings a layer to a GPU, of a policy in memory as well (``placement.py``).
 
 Two stores exist: safetensors files, one or many, read through a memory map that is closed after
 every tensor; and seeded random values, drawn tensor by tensor, so that a random policy of full
@@ -141,7 +141,7 @@ class SeededWeights:
 
 
 @contextmanager
-def hold(
+def weights_on(
     module: nn.Module,
     store: WeightStore | None,
     paths: Iterable[str],

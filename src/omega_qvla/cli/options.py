@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from omega_qvla.checkpoints.options import Choices, WrittenBy
+from omega_qvla.checkpoints.options import CheckpointOptions, WrittenBy
 from omega_qvla.checkpoints.tied import TiedHalf
 from omega_qvla.errors import ResourceError, UsageError
 from omega_qvla.evaluation.closed_loop import Resources
@@ -178,9 +178,9 @@ class Checkpoint:
     ] = None
 
     @property
-    def choices(self) -> Choices:
+    def choices(self) -> CheckpointOptions:
         """What the checkpoint leaves open, as it was answered."""
-        return Choices(
+        return CheckpointOptions(
             training_config=self.training_config,
             tokenizer=self.tokenizer,
             embodiment=self.embodiment,

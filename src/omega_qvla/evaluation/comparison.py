@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.claims import Claim
 from omega_qvla.evaluation.benchmark import expand_recipes
 from omega_qvla.evaluation.closed_loop import (
@@ -90,7 +90,7 @@ class Compared:
 
     label: str
     policy: NativePolicy
-    choices: Choices
+    choices: CheckpointOptions
     weights: str
     checkpoint_bytes: int | None
     calibration: Observations
@@ -226,7 +226,7 @@ def compare(
     out: str | Path = "out/compare",
     resume: bool = False,
     overwrite: bool = False,
-    choices: Choices | None = None,
+    choices: CheckpointOptions | None = None,
     resources: Resources | None = None,
     command: str = "compare",
     say: Say = lambda _line: None,
@@ -288,7 +288,7 @@ def compare(
         compared = Compared(
             label=policy,
             policy=loaded,
-            choices=choices or Choices(),
+            choices=choices or CheckpointOptions(),
             weights=weights_fingerprint(loaded),
             checkpoint_bytes=checkpoint_bytes(policy),
             calibration=calibration,

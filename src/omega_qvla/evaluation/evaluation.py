@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.claims import Claim
 from omega_qvla.errors import OutputError, RecipeError, UsageError
 from omega_qvla.evaluation.closed_loop import (
@@ -21,12 +21,11 @@ from omega_qvla.evaluation.closed_loop import (
 from omega_qvla.evaluation.execution.evaluate import Progress
 from omega_qvla.evaluation.execution.plan import ClosedLoop, SweepRow
 from omega_qvla.evaluation.openloop import Sampler
+from omega_qvla.evaluation.simulators.libero_conventions import convention_of, environment_options
 from omega_qvla.evaluation.simulators.libero_suites import (
     FACTORY,
     PROTOCOLS,
     chosen_tasks,
-    convention_of,
-    environment_options,
     per_suite,
     suite_tasks,
 )
@@ -76,7 +75,7 @@ def evaluate(
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    choices: Choices | None = None,
+    choices: CheckpointOptions | None = None,
     resources: Resources | None = None,
     say: Say = lambda _line: None,
     progress: Progress = lambda _what, _done, _total: None,
@@ -125,7 +124,7 @@ def evaluate(
     with nullcontext() if folder is None else Claim(folder), torch_threads(resources.threads):
         _require_free(folder, resume=resume, overwrite=overwrite)
         if isinstance(policy, str | Path):
-            row, resident = policy_row(str(policy), stress, choices or Choices())
+            row, resident = policy_row(str(policy), stress, choices or CheckpointOptions())
         else:
             resources = _here(resources)
             row, resident = policy_in_memory(policy)

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.gr00t_n15.network import Gr00tN15Config
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.stages import BLOCKS, FEATURES, LANGUAGE, PROJECTOR, VISION
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.pi05.network import Pi05Config
+from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.recipe import Scope
 
 OutlierKind = Literal["rms_norm", "layer_norm", "adaptive_norm", "adaptive_layer_norm", "linear"]

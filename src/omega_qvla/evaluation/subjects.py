@@ -9,7 +9,7 @@ from typing import Any
 
 from omega_qvla.calibration.mismatch import examine
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError, UsageError
 from omega_qvla.evaluation.execution.blueprint import Built, Footprint
 from omega_qvla.evaluation.execution.building import artifact_blueprint, full_blueprint
@@ -27,7 +27,7 @@ REFERENCE = "fp32"
 """What rows of full precision are called."""
 
 
-def policy_row(source: str, stress: float, choices: Choices) -> tuple[SweepRow, int]:
+def policy_row(source: str, stress: float, choices: CheckpointOptions) -> tuple[SweepRow, int]:
     """One row for ``eval``, a full-precision policy or an artifact, and its bytes in memory."""
     directory = Path(source)
     if (directory / "omega_config.json").exists():

@@ -43,7 +43,6 @@ Component = Literal["vision", "projector", "backbone", "action_head"]
 PAPER_SCOPE: tuple[Component, ...] = ("backbone", "action_head")
 """What the paper quantizes, and counts its memory over (arXiv 2605.28803, section 4)."""
 
-
 _ATTENTION = re.compile(r"(^|\.)(\w*attn\d*|(self_|cross_)?attention)\.")
 """A module that holds attention projections: self_attn, attn1, attention, …"""
 
@@ -216,22 +215,6 @@ def linears_of(module: nn.Module, site: QuantizationSite) -> list[nn.Linear]:
 def sites_of(policy: Policy) -> list[QuantizationSite]:
     """All sites of a policy in execution order."""
     return [site for stage in policy.stages() for site in stage.sites]
-
-
-def shared_input(x: torch.Tensor, *linears: nn.Module | None) -> tuple[torch.Tensor, ...]:
-    """Apply linears that read the same input.
-
-    In full precision each slot holds an ``nn.Linear``.  In a quantized policy the first slot holds
-    one fused module whose output concatenates all of them (``splits`` gives the widths) and the
-    other slots are empty, so the input is transformed and quantized once.
-    """
-    first, *rest = linears
-    if first is None:
-        raise ValueError("the first slot of a site is empty")
-    y = first(x)
-    if rest and all(linear is None for linear in rest):
-        return tuple(y.split(first.splits, dim=-1))
-    return (y, *(linear(x) for linear in rest if linear is not None))
 
 
 def euler_times(steps: int) -> list[float]:

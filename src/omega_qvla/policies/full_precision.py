@@ -8,81 +8,34 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from omega_qvla.checkpoints.files import UNSAFE_SUFFIXES, unsafe_message
 from omega_qvla.checkpoints.hub import fetch, looks_unpinned, parse_hub_id
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.weight_store import SeededWeights, materialize
 from omega_qvla.errors import PolicyError, ResourceError
-from omega_qvla.policies.gr00t_n15 import network as gr00t_n15
-from omega_qvla.policies.gr00t_n15.network import EMBODIMENTS, Gr00tN15Config, Gr00tN15Module
-from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
-from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor, identity_statistics
-from omega_qvla.policies.layouts import reader_for, require_asked
+from omega_qvla.policies.families import families, family_of
+from omega_qvla.policies.layouts import layout_of, require_asked
 from omega_qvla.policies.native import HasEmbodiments, NativePolicy
-from omega_qvla.policies.pi05 import network as pi05
-from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module
-from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
-from omega_qvla.policies.processing.normalization import NormalizationStatistics, Quantiles
-from omega_qvla.policies.processing.observations import ByteTokenizer
-
-BUILTIN = {"tiny-pi05": "tiny_pi05", "tiny-gr00t": "tiny_gr00t"}
-"""Embedded policies and their folder under ``assets``."""
 
 
-def _pi05(config: Pi05Config) -> Pi05Policy:
-    """The structure of a pi0.5 policy that reads bytes, tensors on the meta device."""
-    config = config.model_copy(update={"prompt_length": 256})
-    with torch.device("meta"):
-        module = Pi05Module(config)
-    statistics = NormalizationStatistics(
-        state=_unit_quantiles(config.state_dim), actions=_unit_quantiles(config.robot_action_dim)
-    )
-    processor = Pi05Processor(config, statistics, ByteTokenizer())
-    return Pi05Policy(module, processor, dropped_parameters=pi05.dropped_parameters(config))
+def embedded() -> dict[str, str]:
+    """Names behind ``builtin:`` and their folders under ``assets``, of all families."""
+    return {name: at for each in families().values() for name, at in each.embedded.items()}
 
 
-def _gr00t(config: Gr00tN15Config, embodiments: int) -> Gr00tN15Policy:
-    """The structure of a GR00T N1.5 policy that reads bytes, tensors on the meta device.
-
-    Its parameters are those of a checkpoint with this many embodiments, of which some are kept.
-    """
-    config = config.model_copy(update={"prompt_length": 256})
-    with torch.device("meta"):
-        module = Gr00tN15Module(config)
-    processor = Gr00tProcessor(config, identity_statistics(config), ByteTokenizer())
-    dropped = gr00t_n15.dropped_parameters(config, embodiments)
-    return Gr00tN15Policy(module, processor, dropped_parameters=dropped)
+def sizes() -> dict[str, Callable[[], NativePolicy]]:
+    """Names behind ``random:`` and what makes their structures, of all families."""
+    return {name: make for each in families().values() for name, make in each.sizes.items()}
 
 
-_FAMILIES: Mapping[str, type[NativePolicy]] = {
-    policy.family: policy for policy in (Pi05Policy, Gr00tN15Policy)
-}
-"""Every native family; adding one is a line here and its shapes below."""
-
-_SHAPES: Mapping[str, Callable[[], NativePolicy]] = {
-    "pi05": lambda: _pi05(Pi05Config.full()),
-    "pi05-libero": lambda: _pi05(Pi05Config.full(horizon=10, cameras=2)),
-    "tiny-pi05": lambda: _pi05(Pi05Config.tiny(vocabulary=ByteTokenizer.size)),
-    "gr00t-n1.5": lambda: _gr00t(Gr00tN15Config.full(), EMBODIMENTS),
-    "gr00t-n1.5-libero": lambda: _gr00t(Gr00tN15Config.libero(), EMBODIMENTS),
-    "tiny-gr00t": lambda: _gr00t(Gr00tN15Config.tiny(vocabulary=ByteTokenizer.size), 1),
-}
-
-RANDOM = tuple(_SHAPES)
-"""Shapes that ``random:`` offers; ``-libero`` has 2 cameras, and for pi0.5 horizon 10, for GR00T
-8 steps and one embodiment."""
-
-
-def load_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
+def load_policy(source: str | Path, options: CheckpointOptions | None = None) -> NativePolicy:
     """Load a full-precision policy.
 
     Args:
-        source: ``builtin:`` and one of ``BUILTIN``; ``random:`` and one of ``RANDOM`` (true shapes,
-            seeded random weights); a directory in the layout of openpi, LeRobot or GR00T; or such
-            a directory on the hub, ``owner/name@revision`` (docs/checkpoints.md).
-        choices: answers to what the checkpoint does not say.
+        source: ``builtin:`` and one of ``embedded()``; ``random:`` and one of ``sizes()`` (true
+            shapes, seeded random weights); a directory in the layout of openpi, LeRobot or GR00T;
+            or such a directory on the hub, ``owner/name@revision`` (docs/checkpoints.md).
+        options: answers to what the checkpoint does not say.
 
     Raises:
         PolicyError: unknown name, not a policy directory, weights that do not fit, or something
@@ -90,26 +43,26 @@ def load_policy(source: str | Path, choices: Choices | None = None) -> NativePol
         ResourceError: not enough memory for a random policy of that size; a library is missing;
             the hub cannot be reached.
     """
-    policy = stream_policy(source, choices)
+    policy = stream_policy(source, options)
     if str(source).startswith("random:"):
         _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), str(source))
     return _in_memory(policy)
 
 
-def stream_policy(source: str | Path, choices: Choices | None = None) -> NativePolicy:
+def stream_policy(source: str | Path, options: CheckpointOptions | None = None) -> NativePolicy:
     """The policy ``load_policy`` loads, its weights read layer by layer while it is quantized.
 
     Raises:
         PolicyError, ResourceError: as ``load_policy``.
     """
-    choices = choices or Choices()
+    options = options or CheckpointOptions()
     scheme, _, name = str(source).partition(":")
     if scheme == "random":
-        return _of_embodiment(stream_random(name), choices.embodiment)
+        return _of_embodiment(stream_random(name), options.embodiment)
     directory = policy_directory(source)
-    reader = reader_for(directory)
-    require_asked(reader, choices, str(directory))
-    return reader(directory, choices)
+    layout = layout_of(directory)
+    require_asked(layout, options, str(directory))
+    return layout.read(directory, options)
 
 
 def _of_embodiment(policy: NativePolicy, embodiment: str | None) -> NativePolicy:
@@ -159,8 +112,8 @@ def policy_directory(source: str | Path) -> Path:
         raise PolicyError(unsafe_message([directory]))
     hint = "; on the hub, pin the revision: owner/name@<commit>" if looks_unpinned(text) else ""
     raise PolicyError(
-        f"no policy at {text!r}: give a directory, builtin:{'|'.join(BUILTIN)}, "
-        f"random:{'|'.join(RANDOM)}, or owner/name@revision on the hub{hint}"
+        f"no policy at {text!r}: give a directory, builtin:{'|'.join(embedded())}, "
+        f"random:{'|'.join(sizes())}, or owner/name@revision on the hub{hint}"
     )
 
 
@@ -172,12 +125,7 @@ def policy_skeleton(
     Raises:
         PolicyError: the family is unknown to this version, or its description is invalid.
     """
-    if family not in _FAMILIES:
-        raise PolicyError(
-            f"this version cannot rebuild policies of family {family!r}, only of "
-            f"{', '.join(_FAMILIES)}"
-        )
-    return _FAMILIES[family].skeleton(config, files)
+    return family_of(family).policy.skeleton(config, files)
 
 
 def builtin_directory(name: str) -> Path:
@@ -186,18 +134,18 @@ def builtin_directory(name: str) -> Path:
     Raises:
         PolicyError: unknown name.
     """
-    if name not in BUILTIN:
-        raise PolicyError(f"unknown builtin policy {name!r}; known: {', '.join(BUILTIN)}")
-    return Path(str(files("omega_qvla") / "assets" / BUILTIN[name]))
+    if name not in embedded():
+        raise PolicyError(f"unknown builtin policy {name!r}; known: {', '.join(embedded())}")
+    return Path(str(files("omega_qvla") / "assets" / embedded()[name]))
 
 
-def policy_structure(source: str | Path, choices: Choices | None = None) -> NativePolicy:
+def policy_structure(source: str | Path, options: CheckpointOptions | None = None) -> NativePolicy:
     """A policy for looking at shapes: its tensors cost no memory.
 
     Raises:
         PolicyError, ResourceError: as ``load_policy``.
     """
-    return stream_policy(source, choices)
+    return stream_policy(source, options)
 
 
 def random_structure(name: str) -> NativePolicy:
@@ -206,9 +154,9 @@ def random_structure(name: str) -> NativePolicy:
     Raises:
         PolicyError: unknown name.
     """
-    if name not in _SHAPES:
-        raise PolicyError(f"unknown random policy {name!r}; known: {', '.join(RANDOM)}")
-    return _SHAPES[name]()
+    if name not in sizes():
+        raise PolicyError(f"unknown random policy {name!r}; known: {', '.join(sizes())}")
+    return sizes()[name]()
 
 
 def random_policy(name: str, *, seed: int = 0) -> NativePolicy:
@@ -235,10 +183,6 @@ def stream_random(name: str, *, seed: int = 0) -> NativePolicy:
     shapes = {key: parameter.shape for key, parameter in policy.module.named_parameters()}
     policy.store = SeededWeights(shapes, seed)
     return policy
-
-
-def _unit_quantiles(width: int) -> Quantiles:
-    return Quantiles(q01=(-1.0,) * width, q99=(1.0,) * width)
 
 
 def _require_memory(needed: int, name: str) -> None:

@@ -2,78 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from omega_qvla.checkpoints.files import read_json, refuse_unsafe
-from omega_qvla.checkpoints.lora import ADAPTER_CONFIG, has_adapter
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.lora import has_adapter
+from omega_qvla.checkpoints.lora_settings import ADAPTER_CONFIG
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import INDEX, WEIGHTS
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.gr00t_n15.checkpoints.isaac import stream_gr00t
-from omega_qvla.policies.gr00t_n15.checkpoints.lerobot import stream_lerobot_groot
-from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
-from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.neighbours import (
-    lerobot_type_message,
-    refuse_gr00t,
-    refuse_lerobot_n1_7,
-)
-from omega_qvla.policies.own_layout import stream_own
-from omega_qvla.policies.pi05.checkpoints.lerobot import stream_lerobot_pi05
-from omega_qvla.policies.pi05.checkpoints.openpi import CONFIG, stream_openpi
+from omega_qvla.policies.families import families
+from omega_qvla.policies.family import CheckpointLayout
+from omega_qvla.policies.own_layout import CONFIG, stream_own
+from omega_qvla.policies.torch_module import AS_MODULE
 
-READ = "openpi, LeRobot (pi05, groot), GR00T N1.5 and this project's own"
+OWN = CheckpointLayout("this project's own", stream_own, frozenset({"embodiment"}))
 
-
-Reader = Callable[[Path, Choices], NativePolicy]
-"""A directory, and what it leaves open → its policy, the weights left in the files."""
-
-LEROBOT: dict[str, Reader] = {"pi05": stream_lerobot_pi05, "groot": stream_lerobot_groot}
-"""LeRobot's policy types."""
-
-LAYOUTS: dict[Reader, tuple[str, frozenset[str]]] = {
-    stream_openpi: (
-        "openpi's (there is no config.json that names another)",
-        frozenset({"training_config", "tokenizer", "tied"}),
-    ),
-    stream_lerobot_pi05: (
-        "LeRobot's pi05",
-        frozenset({"tokenizer", "written_by", "ignore_settings", "base", "tied"}),
-    ),
-    stream_lerobot_groot: (
-        "LeRobot's groot",
-        frozenset({"tokenizer", "embodiment", "ignore_settings", "base", "tied"}),
-    ),
-    stream_gr00t: (
-        "Isaac-GR00T's",
-        frozenset({"tokenizer", "embodiment", "data_config", "tied"}),
-    ),
-    stream_own: ("this project's own", frozenset({"embodiment"})),
+_LEROBOT_TYPES = {
+    "pi0": "pi0",
+    "pi0_fast": "pi0-FAST",
+    "smolvla": "SmolVLA",
+    "xvla": "X-VLA",
+    "act": "ACT, whose attention (nn.MultiheadAttention) would stay as it is",
+    "diffusion": "Diffusion Policy, nearly all convolutions, which are not quantized",
+    "multi_task_dit": "a multi-task diffusion transformer",
 }
-"""What a user knows each layout as, and the fields of ``Choices`` that its reader reads."""
+"""LeRobot's ``type`` → what it is, where something can be said."""
 
 
-def require_asked(reader: Reader, choices: Choices, where: str) -> None:
+def require_asked(layout: CheckpointLayout, options: CheckpointOptions, where: str) -> None:
     """Refuse an answer to what a checkpoint does not ask: it is meant for another one.
 
     Raises:
         PolicyError: an answer was given that this layout has no use for.
     """
-    layout, asked = LAYOUTS[reader]
-    given = [f.name for f in fields(choices) if getattr(choices, f.name) != f.default]
-    unasked = [f"--{name.replace('_', '-')}" for name in given if name not in asked]
+    given = [f.name for f in fields(options) if getattr(options, f.name) != f.default]
+    unasked = [f"--{name.replace('_', '-')}" for name in given if name not in layout.options]
     if unasked:
         raise PolicyError(
-            f"the layout of {where} is {layout}, which has no use for {', '.join(unasked)}: leave "
-            "it out, or give the checkpoint it is meant for"
+            f"the layout of {where} is {layout.title}, which has no use for {', '.join(unasked)}: "
+            "leave it out, or give the checkpoint it is meant for"
         )
 
 
-def reader_for(directory: Path) -> Reader:
-    """The reader of a policy directory.
+def layout_of(directory: Path) -> CheckpointLayout:
+    """The layout of a policy directory.
 
     Raises:
         PolicyError: it is a quantized artifact, no policy, or one of a family that is not read.
@@ -90,34 +64,48 @@ def reader_for(directory: Path) -> Reader:
             "this version folds the adapters of LeRobot's policies; merge this one where it was "
             "trained (peft's merge_and_unload) and save the whole policy without it"
         )
-    if content is not None:
-        return _by_config(directory, content)
-    if not any((directory / name).exists() for name in (WEIGHTS, INDEX, "assets")):
+    if content is None and not any((directory / n).exists() for n in (WEIGHTS, INDEX, "assets")):
         refuse_unsafe(directory)
         raise PolicyError(
             f"{str(directory)!r} has no {CONFIG} and no {WEIGHTS}: it is not a policy directory "
-            f"this version reads ({READ}; docs/checkpoints.md)"
+            f"this version reads ({_read()}; docs/checkpoints.md)"
         )
-    return stream_openpi
-
-
-def _by_config(directory: Path, content: dict[str, Any]) -> Reader:
-    where = directory / CONFIG
-    if "type" in content:
-        kind = content["type"]
-        if not isinstance(kind, str) or kind not in LEROBOT:
-            raise PolicyError(lerobot_type_message(kind, where, ", ".join(LEROBOT)))
-        if kind == "groot":
-            refuse_lerobot_n1_7(content, where)
-        return LEROBOT[kind]
-    if content.get("family") == Gr00tN15Policy.family:
-        return stream_own
-    if "family" in content or "vision" in content or "paligemma_variant" in content:
-        return stream_openpi
-    refuse_gr00t(content, where)
-    if str(content.get("model_type", "")).startswith("gr00t"):
-        return stream_gr00t
+    if content is not None and "type" in content:
+        return _lerobot(content["type"], directory / CONFIG)
+    for layout in _layouts():
+        if layout.recognizes(directory, content):
+            return layout
+    if content is not None and "family" in content:
+        return OWN
     raise PolicyError(
-        f"{where} is of no layout this version reads ({READ}; docs/checkpoints.md): it has neither "
-        "LeRobot's 'type' nor openpi's 'paligemma_variant' nor GR00T's 'model_type'"
+        f"{directory / CONFIG} is of no layout this version reads ({_read()}; "
+        "docs/checkpoints.md): it has neither LeRobot's 'type' nor openpi's 'paligemma_variant' "
+        "nor GR00T's 'model_type'"
+    )
+
+
+def _layouts() -> Iterator[CheckpointLayout]:
+    for family in families().values():
+        yield from family.layouts
+
+
+def _read() -> str:
+    """The layouts that are read, for errors."""
+    return ", ".join(each.title.partition(" (")[0] for each in (*_layouts(), OWN))
+
+
+def _lerobot(kind: object, where: Path) -> CheckpointLayout:
+    """The layout of a LeRobot ``type``.
+
+    Raises:
+        PolicyError: it is not read; says what can be done with it.
+    """
+    known = {layout.lerobot_type: layout for layout in _layouts() if layout.lerobot_type}
+    if isinstance(kind, str) and kind in known:
+        return known[kind]
+    name = _LEROBOT_TYPES.get(str(kind))
+    what = f"of type {kind!r}" + ("" if name is None else f" ({name})")
+    raise PolicyError(
+        f"{where} is a LeRobot policy {what}; this version builds only "
+        f"{', '.join(map(str, known))}. LeRobot runs it: {AS_MODULE}"
     )

@@ -1,8 +1,9 @@
-"""What the native policies have in common: noise, schedules, step tables, copies.
+"""What the native policies have in common: noise, schedules, copies, descriptions.
 
 A native policy is a network of this project, a processor between it and the robot, and a clock.
-Sampling has three parts, which benchmarks time one by one: ``see`` (images to tokens), ``read``
-(tokens through the backbone, to all that denoising needs of an observation) and ``denoise``.  All
+Sampling has three parts, which benchmarks time one by one: ``encode_images`` (images to tokens),
+``prefill`` (tokens through the backbone, to all that denoising needs of an observation) and
+``denoise``.  All
 of them take several observations at once (``sample_batch``): every weight is then read once for
 all.  Together they are a pass (``compute``), which whoever runs the policy may replace by something
 that gives the same chunks faster (``use_pass``: a captured graph).
@@ -11,8 +12,9 @@ that gives the same chunks faster (``use_pass``: a captured graph).
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -22,18 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.checkpoints.weight_store import WeightStore, hold
+from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import FlowClock, Observation, Stage, State, euler_times
-from omega_qvla.policies.layers.step_table import StepTable
+from omega_qvla.policies.processing.normalization import NormalizationStatistics
 from omega_qvla.policies.processing.observations import Encoded
+from omega_qvla.policies.processing.tokenizers import Tokenizer, load_tokenizer
 from omega_qvla.threads import fitting_threads, torch_threads, widest_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Modulation = Callable[[Tensor], Tensor]
-"""Flow times [T] → adaptive-norm modulation [T, norms, parts, D]."""
+TOKENIZER = "tokenizer.json"
+"""Name of the tokenizer's description in an artifact."""
 
 Pass = Callable[[Sequence[Tensor], Tensor, int], Tensor]
 """What ``NativePolicy.compute`` is: encoded inputs of B observations, noise [B, H, A] and number of
@@ -57,8 +60,6 @@ class NativePolicy(ABC):
     Args:
         module: the network.
         processor: conversions to and from the robot's units.
-        modulation: replaces the network's own adaptive-norm branch (a quantized policy stores a
-            table over flow time instead of the dense layers).
         dropped_parameters: how many parameters the checkpoint held that inference never reads.
         store: where the parameters are that have no values in the module; such a policy can be
             quantized layer by layer but not run.
@@ -67,19 +68,26 @@ class NativePolicy(ABC):
     """
 
     family: str
+    config_type: type[Any]
+    """Sizes and conventions, a frozen pydantic model; what it needs is in docs/add-a-policy.md."""
+    module_type: type[nn.Module]
+    """The network: made of a configuration, which it keeps as ``config``."""
+    processor_type: type[Any]
+    """Between the robot's units and the network's: made of configuration, statistics, tokenizer."""
+    statistics_file: str = "statistics.json"
+    """Name of the statistics in an artifact."""
+    embedding_path: str
+    """Where the token embedding sits in the module."""
+
     module: Any
     processor: Any
     config: Any
-
-    embedding_path: str
-    """Where the token embedding sits in the module."""
 
     def __init__(
         self,
         module: nn.Module,
         processor: Any,
         *,
-        modulation: Modulation | None = None,
         dropped_parameters: int = 0,
         store: WeightStore | None = None,
         decisions: Mapping[str, str] | None = None,
@@ -91,8 +99,6 @@ class NativePolicy(ABC):
         self.dropped_parameters = dropped_parameters
         self.store = store
         self.decisions: Mapping[str, str] = dict(decisions or {})
-        self._modulation: Modulation = modulation or self.module.step_modulation
-        self.step_table: StepTable | None = None
         self._schedules: dict[int, Any] = {}
         self._pass: Pass | None = None
 
@@ -111,32 +117,58 @@ class NativePolicy(ABC):
         """Default number of denoising steps."""
         return self.config.steps
 
-    @property
-    @abstractmethod
-    def modulation_shape(self) -> tuple[int, int, int]:
-        """(norms, parts, D) of one row of modulation."""
+    @classmethod
+    def structure(
+        cls,
+        config: Any,
+        statistics: NormalizationStatistics,
+        tokenizer: Tokenizer,
+        **whole: Any,
+    ) -> Self:
+        """A policy whose parameters are on the meta device.
 
-    @property
-    @abstractmethod
-    def modulation_paths(self) -> Sequence[str]:
-        """The modules that turn flow time into modulation."""
+        Args:
+            config: of ``config_type``.
+            statistics: of the robot's state and actions.
+            tokenizer: of its prompts.
+            whole: further arguments of the constructor.
 
-    @abstractmethod
-    def remove_modulation(self) -> None:
-        """Take those modules out of the network."""
+        Raises:
+            PolicyError: statistics or tokenizer do not fit the configuration.
+        """
+        with torch.device("meta"):
+            module = cls.module_type(config)
+        return cls(module, cls.processor_type(config, statistics, tokenizer), **whole)
 
-    @abstractmethod
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """What ``skeleton`` needs to rebuild everything but the tensors: (config, files)."""
+        files = {
+            self.statistics_file: self.processor.statistics.dump().encode(),
+            TOKENIZER: json.dumps(self.processor.tokenizer.dump()).encode(),
+            **self.processor.tokenizer.files(),
+        }
+        return self.config.model_dump(mode="json"), files
 
     @classmethod
-    @abstractmethod
     def skeleton(cls, config: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
         """A policy whose parameters are on the meta device, from what ``describe`` returned.
 
         Raises:
             PolicyError: the configuration or a file is missing or invalid.
         """
+        missing = [name for name in (cls.statistics_file, TOKENIZER) if name not in files]
+        if missing:
+            raise PolicyError(
+                f"this {cls.family} description is invalid: it has no {', '.join(missing)}"
+            )
+        try:
+            parsed = cls.config_type.model_validate(config)
+            name = cls.statistics_file
+            statistics = NormalizationStatistics.parse(files[name], name)
+            tokenizer = load_tokenizer(json.loads(files[TOKENIZER]), TOKENIZER, files)
+        except ValueError as error:
+            raise PolicyError(f"this {cls.family} description is invalid: {error}") from error
+        return cls.structure(parsed, statistics, tokenizer)
 
     @abstractmethod
     def component_of(self, parameter: str) -> str:
@@ -159,21 +191,19 @@ class NativePolicy(ABC):
         processor = self.processor
         return Encoded(processor.encode(observation), processor.anchor(observation))
 
-    def see(self, observation: Observation) -> Any:
-        """Observation → image tokens, and what else ``read`` wants."""
-        return self.embed(self.processor.encode(observation))
+    @abstractmethod
+    def encode_images(self, inputs: Sequence[Tensor]) -> Any:
+        """What the processor encodes of B observations → image tokens, and what else ``prefill``
+        wants.
+        """
 
     @abstractmethod
-    def embed(self, inputs: Sequence[Tensor]) -> Any:
-        """What the processor encodes of B observations → what ``see`` returns of them."""
-
-    @abstractmethod
-    def read(self, seen: Any) -> Any:
-        """What ``see`` returned → all that denoising reads of the observation."""
+    def prefill(self, encoded: Any) -> Any:
+        """What ``encode_images`` returned → all that denoising reads of the observation."""
 
     @abstractmethod
     def denoise(self, observed: Any, noise: Tensor, steps: int) -> Tensor:
-        """What ``read`` returned and noise [B, H, A] → normalized chunk [B, H, A]."""
+        """What ``prefill`` returned and noise [B, H, A] → normalized chunk [B, H, A]."""
 
     def compute(self, inputs: Sequence[Tensor], noise: Tensor, steps: int) -> Tensor:
         """All that the network computes of B chunks, between the processor's encode and decode.
@@ -186,7 +216,7 @@ class NativePolicy(ABC):
         Returns:
             [B, H, A], normalized.
         """
-        return self.denoise(self.read(self.embed(inputs)), noise, steps)
+        return self.denoise(self.prefill(self.encode_images(inputs)), noise, steps)
 
     def use_pass(self, replacement: Pass) -> None:
         """Sample through something that gives what ``compute`` gives; a copy starts without it."""
@@ -204,19 +234,6 @@ class NativePolicy(ABC):
     def _chunks(self, inputs: Sequence[Tensor], noise: Tensor, steps: int | None) -> Tensor:
         run = self.compute if self._pass is None else self._pass
         return run(inputs, noise, self.steps if steps is None else steps)
-
-    @abstractmethod
-    def reads_per_chunk(self, path: str) -> float:
-        """How often one chunk reads the weights of the module at this path; a lookup counts 0."""
-
-    @abstractmethod
-    def prompt_tokens(self, observation: Observation) -> int:
-        """How many tokens the backbone reads of an observation, image tokens included."""
-
-    def tabulate_modulation(self, step_counts: Iterable[int]) -> StepTable:
-        """The adaptive norms as a table, exact for these step counts and the policy's own."""
-        with hold(self.module, self.store, self.modulation_paths):
-            return StepTable.tabulate(self._modulation, {*step_counts, self.steps})
 
     def clone(self) -> Self:
         """A structural copy that shares every tensor: modules may be replaced in it freely."""
@@ -243,27 +260,6 @@ class NativePolicy(ABC):
         other.processor = replace(self.processor, config=other.config)
         return other
 
-    def use_step_table(self, table: StepTable) -> None:
-        """Read adaptive-norm modulation from a table; the layers that computed it are removed.
-
-        Raises:
-            ValueError: the table is not of this network's shape.
-        """
-        rows = table.times.numel()
-        expected = (rows, *self.modulation_shape)
-        fits = table.times.ndim == 1 and rows > 0 and tuple(table.values.shape) == expected
-        if not fits or table.values.dtype != torch.float32:
-            raise ValueError(
-                f"step_table.values is {table.values.dtype} {list(table.values.shape)} with times "
-                f"{list(table.times.shape)}, expected torch.float32 {list(expected)}"
-            )
-        if bool((table.times.diff() >= 0).any()):
-            raise ValueError("step_table.times must be strictly descending")
-        self.remove_modulation()
-        self._modulation = table.at
-        self.step_table = table
-        self._schedules.clear()
-
     def schedule(self, steps: int) -> Any:
         """What an Euler schedule needs of the flow times, computed once per number of steps."""
         if steps not in self._schedules:
@@ -272,9 +268,9 @@ class NativePolicy(ABC):
                 self._schedules[steps] = self.make_schedule(times)
         return self._schedules[steps]
 
+    @abstractmethod
     def make_schedule(self, times: Tensor) -> Any:
-        """What depends on the flow times [S] alone: here, the modulation [S, norms, parts, D]."""
-        return self._modulation(times)
+        """What depends on the flow times [S] alone."""
 
     @torch.inference_mode()
     def sample_normalized(

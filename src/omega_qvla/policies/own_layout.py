@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 
 from omega_qvla.checkpoints.files import read_bytes, read_json
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import find_tensors, write_weights
 from omega_qvla.checkpoints.strict import map_strictly
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
+from omega_qvla.policies.families import family_of
+from omega_qvla.policies.native import HasEmbodiments, NativePolicy
 
 CONFIG = "config.json"
-_DESCRIPTIONS = ("statistics.json", "tokenizer.json")
 
 
 def write_own(
-    policy: Gr00tN15Policy, directory: Path, *, dtype: torch.dtype = torch.bfloat16
+    policy: NativePolicy, directory: Path, *, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Write a full-precision policy in the layout ``stream_own`` reads.
 
@@ -44,12 +44,12 @@ def write_own(
     write_weights(policy.module, directory, dtype)
 
 
-def stream_own(directory: Path, choices: Choices) -> Gr00tN15Policy:
+def stream_own(directory: Path, options: CheckpointOptions) -> NativePolicy:
     """A policy from a directory in this project's layout, its weights left in the file.
 
     Raises:
         PolicyError: a file is missing or invalid, the weights do not fit the configuration, or it
-            has not the embodiment that ``choices`` names.
+            has not the embodiment that ``options`` names.
     """
     config = read_json(directory, CONFIG)
     files = {
@@ -57,18 +57,16 @@ def stream_own(directory: Path, choices: Choices) -> Gr00tN15Policy:
         for path in sorted(directory.iterdir())
         if path.is_file() and path.suffix in (".json", ".txt", ".model") and path.name != CONFIG
     }
-    missing = [name for name in _DESCRIPTIONS if name not in files]
-    if missing:
-        raise PolicyError(f"{directory} has no {', '.join(missing)}: it is not complete")
-    policy = Gr00tN15Policy.skeleton(config, files)
+    policy = family_of(str(config["family"])).policy.skeleton(config, files)
     policy.store = map_strictly(policy.module, find_tensors(directory), dropped={})
-    return policy if choices.embodiment is None else _of_embodiment(policy, choices.embodiment)
+    return policy if options.embodiment is None else _of_embodiment(policy, options.embodiment)
 
 
-def _of_embodiment(policy: Gr00tN15Policy, embodiment: str) -> Gr00tN15Policy:
-    known = [str(number) for number in policy.config.embodiments]
-    if embodiment not in known:
+def _of_embodiment(policy: NativePolicy, embodiment: str) -> NativePolicy:
+    known = [str(number) for number in getattr(policy.config, "embodiments", ())]
+    if not isinstance(policy, HasEmbodiments) or embodiment not in known:
         raise PolicyError(
-            f"this policy has no embodiment {embodiment!r}; it has the numbers {', '.join(known)}"
+            f"this policy has no embodiment {embodiment!r}; it has "
+            f"{'the numbers ' + ', '.join(known) if known else 'none'}"
         )
     return policy.keep_embodiments((int(embodiment),), int(embodiment))

@@ -1,9 +1,9 @@
 """Where the tensors of a policy are while it is quantized on a GPU.
 
 Everything lives on the CPU: the policy, the states between two stages, what is finished.  While a
-stage is at work its parameters and buffers are on the GPU (``weight_store.hold``), and so is the
-state of the one observation that it runs on (``on_device``).  What a GPU has to hold is therefore
-one stage and one observation, however large the policy and however many the observations.
+stage is at work its parameters and buffers are on the GPU (``weights_on``), and so is the state of
+the one observation that it runs on (``on_device``).  What a GPU has to hold is therefore one stage
+and one observation, however large the policy and however many the observations.
 """
 
 from __future__ import annotations

@@ -14,16 +14,16 @@ from torch import nn
 
 from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.base import (
-    FlowClock,
-    Observation,
-    QuantizationSite,
-    Stage,
-    State,
-)
+from omega_qvla.policies.base import FlowClock, Observation, QuantizationSite, Stage, State
 from omega_qvla.policies.denoising_calls import RecordingClock, step_of, steps_by_calls
 from omega_qvla.policies.linear_matching import match_sites
 from omega_qvla.policies.slots import forget_shared
+
+AS_MODULE = (
+    "quantize it where it runs, as a module of your own: load it there and wrap it in "
+    "omega_qvla.TorchPolicy (README)"
+)
+"""What to do with a policy that this version does not build; ends an error's sentence."""
 
 Sampler = Callable[[nn.Module, Any, Any, FlowClock], Any]
 """(module, observation, noise, clock) → actions."""

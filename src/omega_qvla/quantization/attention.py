@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.checkpoints.weight_store import hold
+from omega_qvla.checkpoints.weight_store import weights_on
 from omega_qvla.devices import CPU
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import AttentionLayer, HasHeadAttention, Observation, Policy
@@ -202,7 +202,7 @@ def _measure(
         projection = policy.module.get_submodule(layer.output)
         handles.append(projection.register_forward_hook(watch_output))
     try:
-        with hold(policy.module, policy.store, [""], device):
+        with weights_on(policy.module, policy.store, [""], device):
             for number, observation in enumerate(observations):
                 generator = torch.Generator().manual_seed(seed + number)
                 policy.sample_actions(observation, generator=generator)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from omega_qvla.calibration.capture import SiteStatistics, capture
 from omega_qvla.calibration.observations import as_observations
-from omega_qvla.checkpoints.weight_store import hold, named_values
+from omega_qvla.checkpoints.weight_store import named_values, weights_on
 from omega_qvla.devices import CPU, Gpu, check_memory, computing_on
 from omega_qvla.errors import NonFiniteError, PolicyError
 from omega_qvla.policies.base import (
@@ -166,7 +166,7 @@ def quantize_policy(
         work = _Work(working, recipe, covered, numbers, opened, progress, device)
         stages = [on_device(stage, device) for stage in working.stages()]
         for number, stage in enumerate(stages):
-            with hold(working.module, working.store, stage.reads, device):
+            with weights_on(working.module, working.store, stage.reads, device):
                 after = work.quantize_stage(stage, states)
                 if number + 1 < len(stages):
                     states = after or _advance(stage, states)
@@ -449,7 +449,7 @@ def _quantize_embedding(
     if bits == 16 or not isinstance(policy, HasEmbedding):
         return None
     path = policy.embedding_path
-    with hold(policy.module, policy.store, [path], device):
+    with weights_on(policy.module, policy.store, [path], device):
         table = policy.module.get_parameter(f"{path}.weight").detach()
         rows = moved(quantize_rows(path, table, bits), CPU)
     install(policy.module, [path], SimulatedEmbedding(rows))

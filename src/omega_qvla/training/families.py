@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
-from omega_qvla.policies.gr00t_n15.network import Gr00tN15Config, Gr00tN15Module
+from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
+from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor
 from omega_qvla.policies.own_layout import write_own
 from omega_qvla.policies.pi05.checkpoints.openpi import write_openpi
-from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module
-from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import Pi05Module
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, Quantiles, Range
-from omega_qvla.policies.processing.observations import (
-    WordTokenizer,
-    discretize_state,
-    format_prompt,
-)
+from omega_qvla.policies.processing.prompts import discretize_state, format_prompt
+from omega_qvla.policies.processing.tokenizers import WordTokenizer
 from omega_qvla.training.dataset import Processor, PromptText
 from omega_qvla.training.demonstrations import HORIZON, Demonstrations
 from omega_qvla.training.gr00t_learner import Gr00tLearner, initialize_gr00t
@@ -39,8 +39,8 @@ STATE_FLOOR, ACTION_FLOOR = 0.05, 0.5
 
 
 @dataclass(frozen=True)
-class Family:
-    """One kind of policy, as training sees it.
+class TrainedFamily:
+    """What training has to know of one family of policies.
 
     Attributes:
         processor: demonstrations → statistics and vocabulary fitted on them, and the network's
@@ -128,15 +128,15 @@ def _gr00t_text(instruction: str, state: np.ndarray) -> str:
     return instruction
 
 
-FAMILIES: Mapping[str, Family] = {
-    Pi05Policy.family: Family(
+FAMILIES: Mapping[str, TrainedFamily] = {
+    Pi05Policy.family: TrainedFamily(
         processor=pi05_processor,
         text=_pi05_text,
         learner=_pi05_learner,
         policy=lambda processor: Pi05Policy(Pi05Module(processor.config), processor),
         write=write_openpi,
     ),
-    Gr00tN15Policy.family: Family(
+    Gr00tN15Policy.family: TrainedFamily(
         processor=gr00t_processor,
         text=_gr00t_text,
         learner=_gr00t_learner,

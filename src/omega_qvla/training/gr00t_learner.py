@@ -33,7 +33,7 @@ class Gr00tLearner(Learner):
         # Not by ``embed_prompt``: padding is the token that stands for images.
         return self.policy.embed_tokens(tokens)
 
-    def read(self, prompt: Tensor, seen: Tensor, batch: Batch) -> tuple[Tensor, Observed]:
+    def prefill(self, prompt: Tensor, seen: Tensor, batch: Batch) -> tuple[Tensor, Observed]:
         policy, mask = self.policy, seen[:, None, None, :]
         features = policy.backbone_features(prompt)
         padding = policy.config.state_width - batch.state.shape[-1]

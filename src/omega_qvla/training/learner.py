@@ -83,7 +83,7 @@ class Learner(nn.Module, ABC):
         point_loss = self.heads.point_loss(images, batch.points)
         prompt = torch.cat((images, self.embed_text(batch.tokens)), dim=1)
         seen = prefix_mask(batch, prompt.shape[1])
-        residual, observed = self.read(prompt, seen, batch)
+        residual, observed = self.prefill(prompt, seen, batch)
         last = residual[torch.arange(len(residual)), seen.sum(1) - 1]
         position_loss = self.heads.position_loss(last, batch.positions)
 
@@ -98,7 +98,7 @@ class Learner(nn.Module, ABC):
         """Token ids [B, T] → [B, T, D]."""
 
     @abstractmethod
-    def read(self, prompt: Tensor, seen: Tensor, batch: Batch) -> tuple[Tensor, Any]:
+    def prefill(self, prompt: Tensor, seen: Tensor, batch: Batch) -> tuple[Tensor, Any]:
         """Run everything that does not depend on the flow time, once per observation.
 
         Args:

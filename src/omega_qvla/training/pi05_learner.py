@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from omega_qvla.policies.layers.gemma import KeyValue
+from omega_qvla.policies.layers.attention import KeyValue
 from omega_qvla.policies.pi05.network import Pi05Module
-from omega_qvla.policies.processing.observations import STATE_BINS, WordTokenizer
+from omega_qvla.policies.processing.prompts import STATE_BINS
+from omega_qvla.policies.processing.tokenizers import WordTokenizer
 from omega_qvla.training.dataset import Batch
 from omega_qvla.training.learner import Learner, draw_dense, repeat
 
@@ -34,7 +35,7 @@ class Pi05Learner(Learner):
     def embed_text(self, tokens: Tensor) -> Tensor:
         return self.policy.embed_text(tokens)
 
-    def read(self, prompt: Tensor, seen: Tensor, batch: Batch) -> tuple[Tensor, Prefix]:
+    def prefill(self, prompt: Tensor, seen: Tensor, batch: Batch) -> tuple[Tensor, Prefix]:
         positions = seen.long().cumsum(1) - 1
         cache, residual = self.policy.prefill(prompt, positions, seen[:, None, None, :])
         return residual, Prefix(cache, seen)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.training.dataset import Processor, TrainingSet, load_demonstrations
-from omega_qvla.training.families import Family
+from omega_qvla.training.families import TrainedFamily
 from omega_qvla.training.train import Trainer, TrainingPlan
 
 MISMATCH = 0.08
@@ -17,7 +17,7 @@ SHARES = {"pick-place-v3": 2.0, "push-v3": 1.5}
 
 
 def train_policy(
-    family: Family,
+    family: TrainedFamily,
     demonstrations: Path,
     tasks: Sequence[str],
     plan: TrainingPlan,

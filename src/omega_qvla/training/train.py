@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from omega_qvla.errors import ResumeError
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.training.dataset import Batch, TrainingSet
-from omega_qvla.training.families import Family
+from omega_qvla.training.families import TrainedFamily
 
 Losses = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -96,7 +96,7 @@ class Trainer:
     """One run: its state, its steps and its files under ``directory``."""
 
     def __init__(
-        self, family: Family, data: TrainingSet, plan: TrainingPlan, directory: Path
+        self, family: TrainedFamily, data: TrainingSet, plan: TrainingPlan, directory: Path
     ) -> None:
         self.family, self.data, self.plan, self.directory = family, data, plan, directory
         self.learner = family.learner(data.processor, plan.seed)

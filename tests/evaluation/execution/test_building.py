@@ -13,7 +13,7 @@ import torch
 from wired_executor import WiredExecutor
 
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import ArtifactError, PolicyError
 from omega_qvla.evaluation.comparison import Compared, comparison_rows, discard_simulations
 from omega_qvla.evaluation.execution.building import artifact_blueprint, origin_of, saved
@@ -44,7 +44,7 @@ def comparison(tmp_path: Path) -> Compared:
     return Compared(
         label=SOURCE,
         policy=policy,
-        choices=Choices(),
+        choices=CheckpointOptions(),
         weights=weights_fingerprint(policy),
         checkpoint_bytes=123,
         calibration=Observations.load(SOURCE)[:1],

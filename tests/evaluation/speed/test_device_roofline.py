@@ -13,6 +13,7 @@ import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli import main
 from omega_qvla.errors import PolicyError
+from omega_qvla.evaluation.chunk_reads import chunk_reads
 from omega_qvla.evaluation.speed.device_roofline import (
     DEVICES,
     PARTS,
@@ -45,7 +46,7 @@ def test_multiply_adds_are_those_that_pytorch_counts(
     policy = structure(request.getfixturevalue(family))
     policy.schedule(policy.steps)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        observed = policy.read(policy.see(few[0]))
+        observed = policy.prefill(policy.encode_images(policy.processor.encode(few[0])))
         noise = torch.zeros((1, *policy.noise_shape), device="meta")
         policy.denoise(observed, noise, policy.steps)
     counted = count(policy, few[0])
@@ -65,8 +66,9 @@ def test_an_artifact_reads_the_bytes_that_its_runtime_reads(
     ours = sum(bytes_read(found, stored, count(found, few[0])).values())
     loaded = oq.load(tmp_path / "out", kernel="reference").policy
     assert isinstance(loaded, NativePolicy)
+    times, _ = chunk_reads(loaded, few[0])
     theirs = sum(
-        loaded.reads_per_chunk(path) * tensor.nbytes
+        times[path] * tensor.nbytes
         for path, child in loaded.module.named_modules()
         for tensor in held_tensors(child)
     )

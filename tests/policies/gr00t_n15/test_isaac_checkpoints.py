@@ -26,17 +26,18 @@ from checkpoint_formats import (
 from safetensors.torch import load_file, save_file
 
 import omega_qvla as oq
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.gr00t_n15.checkpoints import sizes
 from omega_qvla.policies.gr00t_n15.checkpoints.data_config import DATA_CONFIGS, UNSUPPORTED
 from omega_qvla.policies.gr00t_n15.checkpoints.metadata import METADATA
-from omega_qvla.policies.gr00t_n15.network import Gr00tN15Config, dropped_shapes, stacked_keys
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
+from omega_qvla.policies.gr00t_n15.network import dropped_shapes, stacked_keys
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.processing.normalization import Range
 
-LIBERO = Choices(data_config="libero")
+LIBERO = CheckpointOptions(data_config="libero")
 GATE = "backbone.eagle_model.language_model.model.layers.11.mlp.gate_proj.weight"
 
 
@@ -107,7 +108,7 @@ def test_actions_come_back_in_the_robots_units(gr00t_directory: Callable[..., Pa
     chunk = torch.full((16, 8), 0.5)
     min_max = load_policy(directory, LIBERO).processor.decode(chunk)
     assert np.allclose(min_max[0], [1.0] * 6 + [0.75])
-    mean_std = load_policy(directory, Choices(data_config="libero_mean_std")).processor
+    mean_std = load_policy(directory, CheckpointOptions(data_config="libero_mean_std")).processor
     assert np.allclose(mean_std.decode(chunk)[0], [0.5 + 0.5 * 0.25] * 6 + [0.75])
 
 
@@ -130,19 +131,28 @@ def test_the_artifact_needs_neither_checkpoint_nor_tokenizer_files(
 @pytest.mark.parametrize(
     ("choices", "expected"),
     [
-        (Choices(), r"Name one \(fourier_gr1_arms_only.*--data-config"),
-        (Choices(data_config="moon"), "unknown data configuration 'moon'; known: fourier"),
-        (Choices(data_config="oxe_droid"), "converts rotations"),
-        (Choices(data_config="nowhere.json"), r"cannot read the data configuration nowhere\.json"),
-        (Choices(data_config="so100"), r"has no camera webcam; it knows image, wrist_image"),
+        (CheckpointOptions(), r"Name one \(fourier_gr1_arms_only.*--data-config"),
         (
-            Choices(embodiment="gr1", data_config="libero"),
+            CheckpointOptions(data_config="moon"),
+            "unknown data configuration 'moon'; known:",
+        ),
+        (CheckpointOptions(data_config="oxe_droid"), "converts rotations"),
+        (
+            CheckpointOptions(data_config="nowhere.json"),
+            r"cannot read the data configuration nowhere\.json",
+        ),
+        (
+            CheckpointOptions(data_config="so100"),
+            r"has no camera webcam; it knows image, wrist_image",
+        ),
+        (
+            CheckpointOptions(embodiment="gr1", data_config="libero"),
             "has no embodiment 'gr1'; it knows new_embodiment",
         ),
     ],
 )
 def test_what_the_checkpoint_does_not_say_is_asked_for(
-    choices: Choices, expected: str, gr00t_directory: Callable[..., Path]
+    choices: CheckpointOptions, expected: str, gr00t_directory: Callable[..., Path]
 ) -> None:
     with pytest.raises(PolicyError, match=expected):
         load_policy(gr00t_directory(), choices)
@@ -154,10 +164,10 @@ def test_of_several_embodiments_one_has_to_be_chosen(
     directory = gr00t_directory(tags=("gr1", "new_embodiment", "robocasa"))
     with pytest.raises(PolicyError, match=r"3 embodiments: gr1, new_embodiment, robocasa"):
         load_policy(directory, LIBERO)
-    chosen = load_policy(directory, Choices(embodiment="gr1", data_config="libero"))
+    chosen = load_policy(directory, CheckpointOptions(embodiment="gr1", data_config="libero"))
     assert chosen.config.embodiments == (24,)
     with pytest.raises(PolicyError, match=r"'robocasa' has no layers of its own; known: gr1"):
-        load_policy(directory, Choices(embodiment="robocasa", data_config="libero"))
+        load_policy(directory, CheckpointOptions(embodiment="robocasa", data_config="libero"))
 
 
 def test_a_data_configuration_of_ones_own_is_read_from_a_file(
@@ -166,7 +176,7 @@ def test_a_data_configuration_of_ones_own_is_read_from_a_file(
     own = {"cameras": ["image"], "state": {"x": "sine_cosine"}, "actions": {"gripper": "binary"}}
     path = tmp_path / "own.json"
     path.write_text(json.dumps(own | {"horizon": 8, "instruction": "plain"}))
-    policy = load_policy(gr00t_directory(), Choices(data_config=str(path)))
+    policy = load_policy(gr00t_directory(), CheckpointOptions(data_config=str(path)))
     observation = robot_observation(("image",)) | {"state": np.array([np.pi / 2], np.float32)}
     state = policy.processor.encode(observation).state[0, :3]
     assert torch.allclose(state, torch.tensor([1.0, 0.0, 0.0]), atol=1e-6)
@@ -174,7 +184,7 @@ def test_a_data_configuration_of_ones_own_is_read_from_a_file(
     assert chunk.shape == (8, 1) and set(chunk.ravel().tolist()) <= {0.0, 1.0}
     path.write_text(json.dumps(own | {"state": {"x": "sigmoid"}}))
     with pytest.raises(PolicyError, match=r"cannot read the data configuration .*own\.json"):
-        load_policy(gr00t_directory("again"), Choices(data_config=str(path)))
+        load_policy(gr00t_directory("again"), CheckpointOptions(data_config=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -356,9 +366,9 @@ def test_another_embodiment_of_lerobots_may_be_chosen(
     groot_directory: Callable[..., Path],
 ) -> None:
     directory = groot_directory()
-    assert load_policy(directory, Choices(embodiment="so100")).config.embodiments == (2,)
+    assert load_policy(directory, CheckpointOptions(embodiment="so100")).config.embodiments == (2,)
     with pytest.raises(PolicyError, match=r"'moon' has no layers.*new_embodiment, oxe_droid"):
-        load_policy(directory, Choices(embodiment="moon"))
+        load_policy(directory, CheckpointOptions(embodiment="moon"))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.policies.gr00t_n15.config import EMBODIMENTS, Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.network import (
-    EMBODIMENTS,
-    Gr00tN15Config,
     Gr00tN15Module,
     Observed,
     dropped_keys,

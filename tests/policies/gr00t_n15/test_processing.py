@@ -10,12 +10,12 @@ import torch
 
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.gr00t_n15.network import CHAT_PROMPT, PLAIN_PROMPT, PromptTemplate
+from omega_qvla.policies.gr00t_n15.config import CHAT_PROMPT, PLAIN_PROMPT, PromptTemplate
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor, identity_statistics
 from omega_qvla.policies.processing.images import crop_and_resize
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, Range
-from omega_qvla.policies.processing.observations import ByteTokenizer
+from omega_qvla.policies.processing.tokenizers import ByteTokenizer
 
 
 def test_statistics_survive_their_file_and_refuse_others() -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.gr00t_n15.checkpoints import sizes as gr00t_sizes
@@ -28,7 +28,9 @@ def flattened(tower: str) -> Rename:
     return lambda _, name: name.replace(f"{tower}.vision_model.", f"{tower}.")
 
 
-def weights(directory: Path, choices: Choices | None = None) -> Mapping[str, torch.Tensor]:
+def weights(
+    directory: Path, choices: CheckpointOptions | None = None
+) -> Mapping[str, torch.Tensor]:
     return load_policy(directory, choices).module.state_dict()
 
 
@@ -45,7 +47,9 @@ def test_later_names_are_read_as_the_earlier_ones(
 ) -> None:
     write = request.getfixturevalue(layout)
     training = tmp_path / "training.json"
-    choices = Choices(training_config=str(training)) if layout.startswith("openpi") else None
+    choices = (
+        CheckpointOptions(training_config=str(training)) if layout.startswith("openpi") else None
+    )
     earlier, later = write("earlier"), write("later")
     renamed(later, flattened(tower))
     with safe_open(later / "model.safetensors", framework="pt") as file:

@@ -14,7 +14,7 @@ from checkpoint_formats import older_lerobot_config, robot_observation
 from safetensors.torch import load_file, save_file
 
 import omega_qvla as oq
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.processing.normalization import MeanStd, Range, Unchanged
@@ -84,7 +84,9 @@ def test_the_network_is_shown_what_the_release_that_wrote_the_checkpoint_shows_i
     evidence: str,
     lerobot_directory: Callable[..., Path],
 ) -> None:
-    policy = load_policy(written_by(lerobot_directory(), *without), Choices(written_by=said))
+    policy = load_policy(
+        written_by(lerobot_directory(), *without), CheckpointOptions(written_by=said)
+    )
     observation = robot_observation(CAMERAS)
     prompt = policy.processor.prompt(observation)
     assert prompt == f"Task: pick up the black bowl, State: {bins};\nAction: "
@@ -111,7 +113,7 @@ def test_a_release_that_contradicts_the_files_is_refused(
 ) -> None:
     directory = written_by(lerobot_directory(), *without)
     with pytest.raises(PolicyError, match=rf"not by {said}: leave --written-by out"):
-        load_policy(directory, Choices(written_by=said))
+        load_policy(directory, CheckpointOptions(written_by=said))
 
 
 def test_a_fine_tune_that_kept_the_pipelines_of_an_older_base_is_read_by_its_own_release(
@@ -134,10 +136,10 @@ def test_a_setting_that_is_not_known_is_refused_by_name_unless_the_user_knows_it
     change_json(directory / "config.json", lambda content: content.update({name: value}))
     with pytest.raises(PolicyError, match=rf"{name} = {value}.*--ignore-settings {name}"):
         load_policy(directory)
-    policy = load_policy(directory, Choices(ignore_settings=(name,)))
+    policy = load_policy(directory, CheckpointOptions(ignore_settings=(name,)))
     assert policy.decisions["ignored settings"] == name
     with pytest.raises(PolicyError, match="names chunk_size, which is not an unknown setting"):
-        load_policy(directory, Choices(ignore_settings=(name, "chunk_size")))
+        load_policy(directory, CheckpointOptions(ignore_settings=(name, "chunk_size")))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_steps_in_another_order_are_refused(lerobot_directory: Callable[..., Pat
 def test_answers_to_what_a_checkpoint_does_not_ask_are_refused(
     lerobot_directory: Callable[..., Path],
 ) -> None:
-    given = Choices(training_config="pi05_libero", data_config="libero")
+    given = CheckpointOptions(training_config="pi05_libero", data_config="libero")
     expected = r"LeRobot's pi05, which has no use for --training-config, --data-config"
     with pytest.raises(PolicyError, match=expected):
         load_policy(lerobot_directory(), given)
@@ -439,7 +441,7 @@ def test_a_tokenizer_in_the_hubs_cache_is_found(
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert load_policy(directory).processor.tokenizer.size > 0
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    given = Choices(tokenizer=tmp_path / "elsewhere.model")
+    given = CheckpointOptions(tokenizer=tmp_path / "elsewhere.model")
     assert load_policy(directory, given).processor.tokenizer.size > 0
 
 

@@ -14,18 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.policies.base import FlowClock, euler_times, shared_input
+from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.policies.layers.attention import KeyValue, PreallocatedKVCache, attend, split_heads
 from omega_qvla.policies.layers.elementwise import TORCH
-from omega_qvla.policies.layers.gemma import KeyValue, Roomy, adaptive_rms_norm, attend, split_heads
-from omega_qvla.policies.pi05.network import (
-    GemmaConfig,
-    Pi05Config,
-    Pi05Module,
-    VisionConfig,
-    dropped_keys,
-    dropped_shapes,
-    sample_chunk,
-)
+from omega_qvla.policies.layers.gemma import GemmaConfig
+from omega_qvla.policies.layers.modules import shared_input
+from omega_qvla.policies.layers.norms import adaptive_rms_norm
+from omega_qvla.policies.layers.siglip import VisionConfig
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import Pi05Module, dropped_keys, dropped_shapes, sample_chunk
 from omega_qvla.policies.pi05.stages import pi05_stages
 
 TOLERANCE = 2e-5
@@ -445,8 +442,8 @@ def test_fusing_every_site_without_bias_leaves_the_actions_unchanged() -> None:
 
 def test_a_roomy_cache_gives_what_putting_side_by_side_gives_again_and_again() -> None:
     past = (torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 4))
-    roomy = Roomy.behind(past, 3)
+    preallocated = PreallocatedKVCache.after(past, 3)
     for _ in range(2):
         own = (torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4))
-        for whole, before, behind in zip(roomy.filled(own), past, own, strict=True):
+        for whole, before, behind in zip(preallocated.filled(own), past, own, strict=True):
             assert torch.equal(whole, torch.cat((before, behind), dim=-2))

@@ -21,23 +21,24 @@ from checkpoint_formats import (
 from safetensors.torch import load_file, save_file
 
 import omega_qvla as oq
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.layers import siglip_checkpoints
 from omega_qvla.policies.pi05.checkpoints import sizes
 from omega_qvla.policies.pi05.checkpoints.openpi_training import TRAINING_CONFIGS, UNSUPPORTED
 from omega_qvla.policies.pi05.checkpoints.sizes import EMBEDDING, TIED_HEAD
-from omega_qvla.policies.pi05.network import Pi05Config, dropped_shapes
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import dropped_shapes
 from omega_qvla.policies.pi05.policy import Pi05Policy
 
 GATE = "paligemma_with_expert.paligemma.model.language_model.layers.3.mlp.gate_proj.weight"
 
 
-def choices(directory: Path, **changes: Any) -> Choices:
+def choices(directory: Path, **changes: Any) -> CheckpointOptions:
     path = directory.parent / "chosen.json"
     path.write_text(json.dumps(TRAINING | changes))
-    return Choices(training_config=str(path))
+    return CheckpointOptions(training_config=str(path))
 
 
 def test_a_converted_checkpoint_loads_with_what_its_training_code_says(
@@ -119,7 +120,7 @@ def test_what_the_checkpoint_does_not_say_is_asked_for(
     choice: str | None, expected: str, openpi_directory: Callable[..., Path]
 ) -> None:
     with pytest.raises(PolicyError, match=expected):
-        load_policy(openpi_directory(), Choices(training_config=choice))
+        load_policy(openpi_directory(), CheckpointOptions(training_config=choice))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_the_published_layout_is_accepted_to_the_last_key(
     """812 tensors: openpi's 813 names, of which embedding and head are one."""
     shapes = official_shapes(Pi05Config.full())
     assert len(shapes) == 812
-    policy = stream_policy(full_directory(shapes), Choices(training_config="pi05_droid"))
+    policy = stream_policy(full_directory(shapes), CheckpointOptions(training_config="pi05_droid"))
     full = Pi05Config.full(horizon=15, cameras=2)
     changes = {"robot_action_dim": 8, "state_dim": 8, "image_fit": "antialiased"}
     assert policy.config == full.model_copy(update=changes)
@@ -278,7 +279,7 @@ def test_one_key_of_the_full_layout_missing_extra_or_misshaped_is_named(
     shapes = official_shapes(Pi05Config.full()) | change
     directory = full_directory({name: shape for name, shape in shapes.items() if shape is not None})
     with pytest.raises(PolicyError, match=expected):
-        stream_policy(directory, Choices(training_config="pi05_droid"))
+        stream_policy(directory, CheckpointOptions(training_config="pi05_droid"))
 
 
 def test_every_missing_key_of_a_small_checkpoint_is_named(

@@ -13,16 +13,12 @@ from hypothesis import strategies as st
 
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.images import pad_bilinear
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, Quantiles
-from omega_qvla.policies.processing.observations import (
-    ByteTokenizer,
-    WordTokenizer,
-    discretize_state,
-    format_prompt,
-    load_tokenizer,
-)
+from omega_qvla.policies.processing.prompts import discretize_state, format_prompt
+from omega_qvla.policies.processing.tokenizers import ByteTokenizer, WordTokenizer, load_tokenizer
 
 QUANTILES = Quantiles(q01=(-2.0, 0.0, 5.0), q99=(2.0, 10.0, 5.0))
 

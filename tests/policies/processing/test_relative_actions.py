@@ -16,7 +16,8 @@ import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.evaluation.openloop import sample_together
-from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, Quantiles
 from omega_qvla.policies.processing.relative_actions import relative_mask, to_absolute
 from omega_qvla.serving.server.policy_engine import PolicyEngine

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from omega_qvla.errors import PolicyError, ResourceError
-from omega_qvla.policies.gr00t_n15.network import CHAT_PROMPT
-from omega_qvla.policies.processing.observations import load_tokenizer
-from omega_qvla.policies.processing.tokenizers import (
+from omega_qvla.policies.gr00t_n15.config import CHAT_PROMPT
+from omega_qvla.policies.processing.published_tokenizers import (
     QWEN_FILES,
     QwenTokenizer,
     SentencePieceTokenizer,
 )
+from omega_qvla.policies.processing.tokenizers import load_tokenizer
 
 pytest.importorskip("tokenizers", reason="the extra hub is not installed")
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "qwen_tokenizer"
+REAL = Path(__file__).parents[4] / "shared" / "data" / "qwen_tokenizer"
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from typing import Any
 
 from omega_qvla.api import quantize
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import ArtifactError, OmegaError, PolicyError
 from omega_qvla.evaluation.execution.blueprint import Blueprint, Built, Report
 from omega_qvla.evaluation.footprints import artifact_footprint, full_footprint
@@ -46,7 +46,7 @@ _HERE = "omega_qvla.evaluation.execution.building"
 
 def full_blueprint(
     source: str,
-    choices: Choices,
+    choices: CheckpointOptions,
     weights: str,
     magnitude: float,
     *,
@@ -255,14 +255,14 @@ def _absolute(name: str) -> str:
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
-def _answers(content: Mapping[str, Any]) -> Choices:
-    """Choices after their way through JSON, which has neither paths nor tuples."""
+def _answers(content: Mapping[str, Any]) -> CheckpointOptions:
+    """CheckpointOptions after their way through JSON, which has neither paths nor tuples."""
     tokenizer = content["tokenizer"]
     typed = {
         "tokenizer": None if tokenizer is None else Path(tokenizer),
         "ignore_settings": tuple(content["ignore_settings"]),
     }
-    return Choices(**{**content, **typed})
+    return CheckpointOptions(**{**content, **typed})
 
 
 def _load_full(

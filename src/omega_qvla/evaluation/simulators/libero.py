@@ -60,7 +60,6 @@ from omega_qvla.evaluation.simulators.libero_suites import (
     TASKS_PER_SUITE,
     VIEWS,
     Gripper,
-    convention_of,
 )
 from omega_qvla.extras import needing
 
@@ -119,8 +118,10 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], Array]):
 
     Args:
         task: ``suite:number``, see ``libero_suites.suite_tasks``; numbers are LIBERO's own order.
-        family: whose convention is followed, see ``libero_suites.CONVENTIONS``.
         cameras: names of the two views in the observation.
+        gripper: ``signed`` is LIBERO's own action, ``opening`` 1 for open and 0 for closed.
+        simulator_seed: of the simulator, before every episode.
+        max_steps: by suite, settling not included.
 
     Raises:
         SimulatorUnavailable: LIBERO, its scenes or a renderer is missing; says which files.
@@ -128,14 +129,20 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], Array]):
 
     metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium's own form
 
-    def __init__(self, task: str, family: str, cameras: Sequence[str]) -> None:
+    def __init__(
+        self,
+        task: str,
+        cameras: Sequence[str],
+        gripper: Gripper,
+        simulator_seed: int,
+        max_steps: Mapping[str, int],
+    ) -> None:
         self._suite, _, number = task.partition(":")
-        convention = convention_of(family)
-        self._gripper: Gripper = convention.gripper
-        self._seed = convention.seed
+        self._gripper: Gripper = gripper
+        self._seed = simulator_seed
         self._cameras = tuple(cameras)
         limit = SIMULATOR_STEPS - SETTLING_STEPS
-        self.max_steps = min(convention.max_steps[self._suite], limit)
+        self.max_steps = min(max_steps[self._suite], limit)
         package = _locate()
         suite = _suite(SUITES[self._suite])
         described = suite.get_task(int(number))

@@ -1,13 +1,9 @@
-"""LIBERO's suites, and the conventions by which a family's policies are evaluated on them.
-
-Known without the simulator; ``libero.py`` has the table of conventions and their sources.
-"""
+"""LIBERO's suites and sizes, known without the simulator."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from omega_qvla.errors import PolicyError
 
@@ -30,46 +26,6 @@ VIEWS = ("agentview_image", "robot0_eye_in_hand_image")
 
 
 Gripper = Literal["signed", "opening"]
-
-
-@dataclass(frozen=True)
-class Convention:
-    """How the policies of one family are evaluated.
-
-    Attributes:
-        execute: actions carried out of each chunk.
-        max_steps: by suite, settling not included.
-        gripper: ``signed`` is LIBERO's own action, ``opening`` 1 for open and 0 for closed.
-        seed: of the simulator.
-    """
-
-    execute: int
-    max_steps: Mapping[str, int]
-    gripper: Gripper
-    seed: int
-
-
-CONVENTIONS = {
-    "pi05": Convention(5, {"spatial": 220, "object": 280, "goal": 300, "long": 520}, "signed", 7),
-    "gr00t_n15": Convention(
-        1, {"spatial": 220, "object": 280, "goal": 600, "long": 1000}, "opening", 0
-    ),
-}
-"""By policy family."""
-
-
-def convention_of(family: str) -> Convention:
-    """The convention of a policy family.
-
-    Raises:
-        PolicyError: none is published.
-    """
-    if family not in CONVENTIONS:
-        raise PolicyError(
-            f"no LIBERO convention is known for policies of family {family!r}; known: "
-            f"{', '.join(CONVENTIONS)}"
-        )
-    return CONVENTIONS[family]
 
 
 def suite_tasks(suites: str) -> list[str]:
@@ -111,25 +67,3 @@ def per_suite(success: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         count[0] += solved
         count[1] += episodes
     return suites
-
-
-def environment_options(
-    family: str, cameras: Sequence[str], state_dim: int, action_dim: int
-) -> dict[str, Any]:
-    """Keyword arguments of ``libero.LiberoEnv`` for a policy, as JSON values.
-
-    Args:
-        cameras: the policy's names for the fixed and the wrist view.
-        state_dim, action_dim: numbers of its state and its actions.
-
-    Raises:
-        PolicyError: the policy was not made for LIBERO's robot.
-    """
-    if (len(cameras), state_dim, action_dim) != (len(VIEWS), STATE_DIM, ACTION_DIM):
-        raise PolicyError(
-            f"LIBERO gives {len(VIEWS)} views and {STATE_DIM} state numbers and takes {ACTION_DIM} "
-            f"action numbers; the policy has {len(cameras)} ({', '.join(cameras)}), {state_dim} "
-            f"and {action_dim}"
-        )
-    convention_of(family)
-    return {"family": family, "cameras": list(cameras)}

@@ -17,6 +17,7 @@ as int8 ones, as the GPU kernels do; what 4 bits save is memory.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,16 +32,17 @@ from torch.overrides import TorchFunctionMode
 from omega_qvla.artifact.directory import read_artifact
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
+from omega_qvla.evaluation.chunk_reads import chunk_reads, counted_calls, weight_reads
+from omega_qvla.policies.adaptive_norms import AdaptiveNorms
 from omega_qvla.policies.base import Observation, sites_of
 from omega_qvla.policies.full_precision import policy_skeleton, policy_structure
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.memory import site_bytes
 
 PARTS: tuple[str, ...] = ("vision", "prefix", "denoise")
 _BF16_BYTES = 2
-_PART_OF = {"vision": "vision", "projector": "vision", "backbone": "prefix"}
-"""Where weights are read whose module is never called as such; the others while denoising."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,12 @@ class Counted:
     Attributes:
         linears: multiply-adds by path of the linear.
         others: attention, convolutions and whatever else multiplies matrices.
-        called: paths of the modules that ran.
+        called: how often each module was called, by path.
     """
 
     linears: dict[str, int] = field(default_factory=dict)
     others: int = 0
-    called: set[str] = field(default_factory=set)
+    called: Counter[str] = field(default_factory=Counter)
 
 
 class _Counter(TorchFunctionMode):
@@ -150,9 +152,9 @@ def count(policy: NativePolicy, observation: Observation) -> dict[str, Counted]:
     with torch.inference_mode():
         policy.schedule(policy.steps)  # depends on the flow time alone: computed once, ahead
         with _counting(policy.module, found["vision"]):
-            seen = policy.see(observation)
+            encoded = policy.encode_images(policy.processor.encode(observation))
         with _counting(policy.module, found["prefix"]):
-            observed = policy.read(seen)
+            observed = policy.prefill(encoded)
         with _counting(policy.module, found["denoise"]):
             policy.denoise(observed, noise, policy.steps)
     return found
@@ -166,16 +168,9 @@ def _counting(module: nn.Module, counted: Counted) -> Iterator[None]:
         if isinstance(child, nn.Linear)
     }
 
-    def note(path: str) -> Any:
-        return lambda _module, _inputs: counted.called.add(path)
-
-    hooks = [child.register_forward_pre_hook(note(path)) for path, child in module.named_modules()]
-    try:
-        with _Counter(counted, paths):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with counted_calls(module) as called, _Counter(counted, paths):
+        yield
+    counted.called = called
 
 
 @dataclass(frozen=True)
@@ -238,7 +233,7 @@ def artifact_structure(directory: Path) -> tuple[NativePolicy, Stored]:
     """
     artifact = read_artifact(directory, verify=False)
     family = str(artifact.config["policy"]["family"])
-    if family == "torch":
+    if family == TorchPolicy.family:
         raise PolicyError(
             f"{directory} was made from a module of your own; the roofline is calculated for the "
             "policies of this project"
@@ -251,23 +246,13 @@ def bytes_read(
     policy: NativePolicy, stored: Stored, counted: Mapping[str, Counted]
 ) -> dict[str, float]:
     """Bytes of weight read per part of one chunk."""
-    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    modules = dict(policy.module.named_modules())
-    skipped = set(policy.modulation_paths)
-    for path, size in stored.held.items():
-        if path in modules and path not in skipped:
-            part = _part(policy, path, counted)
-            found[part] += policy.reads_per_chunk(path) * size
-    row = math.prod(policy.modulation_shape) * 4
-    found["denoise"] += policy.steps * row  # scale and shift of the norms, float32
-    return found
-
-
-def _part(policy: NativePolicy, path: str, counted: Mapping[str, Counted]) -> str:
+    found: dict[str, float] = {}
     for part in PARTS:
-        if path in counted[part].called:
-            return part
-    return _PART_OF.get(policy.component_of(f"{path}.weight"), "denoise")
+        times = weight_reads(policy.module, counted[part].called)
+        found[part] = sum(times.get(path, 0.0) * size for path, size in stored.held.items())
+    if isinstance(policy, AdaptiveNorms):  # scale, shift and gate of the norms, float32
+        found["denoise"] += policy.steps * math.prod(policy.modulation_shape) * 4
+    return found
 
 
 def roofline_row(
@@ -335,7 +320,7 @@ def roofline(
         "calculation": True,
         "device": {"key": device, **asdict(chosen)},
         "weights": "stored" if artifact is not None else f"predicted for {recipe}",
-        "prefix_tokens": structure.prompt_tokens(observation),
+        "prefix_tokens": chunk_reads(structure, observation)[1],
         "horizon": config.horizon,
         "steps": structure.steps,
         "rows": rows,

@@ -25,6 +25,7 @@ from torch import nn
 
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError, PolicyError, RecipeError, ResourceError
+from omega_qvla.evaluation.chunk_reads import chunk_reads
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime.engine import kernels_of
@@ -183,9 +184,9 @@ def _observation(policy: NativePolicy) -> dict[str, Any]:
 def time_chunk(policy: NativePolicy, observation: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of the parts of one chunk, observation to actions."""
     begin = perf_counter()
-    seen = policy.see(observation)
+    encoded = policy.encode_images(policy.processor.encode(observation))
     looked = perf_counter()
-    observed = policy.read(seen)
+    observed = policy.prefill(encoded)
     filled = perf_counter()
     noise = torch.zeros((1, *policy.noise_shape))
     chunk = policy.denoise(observed, noise, policy.steps)
@@ -197,8 +198,9 @@ def time_chunk(policy: NativePolicy, observation: dict[str, Any]) -> dict[str, f
 
 def _sizes(policy: NativePolicy, subject: Subject) -> dict[str, Any]:
     module = policy.module
+    times, tokens = chunk_reads(policy, _observation(policy))
     read = sum(
-        policy.reads_per_chunk(path) * tensor.nbytes
+        times[path] * tensor.nbytes
         for path, child in module.named_modules()
         for tensor in held_tensors(child)
     )
@@ -207,7 +209,7 @@ def _sizes(policy: NativePolicy, subject: Subject) -> dict[str, Any]:
         "kernel": kernel,
         "weight_bytes_read": round(read),
         "checkpoint_bytes": _checkpoint_bytes(policy, subject.source),
-        "prefix_tokens": policy.prompt_tokens(_observation(policy)),
+        "prefix_tokens": tokens,
         "horizon": policy.config.horizon,
         "steps": policy.steps,
     }

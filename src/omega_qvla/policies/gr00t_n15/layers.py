@@ -1,12 +1,9 @@
-"""Layers of GR00T N1.5 that pi0.5 has not: Qwen3, the diffusion transformer, embodiments.
+"""Layers of GR00T N1.5 alone: the diffusion transformer and embodiments.
 
 Semantics follow the public sources (NVIDIA's Isaac-GR00T at its N1.5 release, which builds on
-transformers' Qwen3 and on diffusers' attention; checked in ``tests/parity``), parameter names are
-the official state-dict keys.  Shapes: ``B`` batch, ``T`` tokens, ``D`` width, ``h`` heads, ``d``
-head width.
+diffusers' attention; checked in ``tests/parity``), parameter names are the official keys.
+Shapes: ``B`` batch, ``T`` tokens, ``D`` width, ``h`` heads, ``d`` head width.
 
-* Qwen's RMSNorm has an ordinary gain, y = x / rms(x) · w.  Queries and keys are normalized per
-  head before they are rotated, and attention is causal.
 * The adaptive layer norm of the diffusion transformer has no gain of its own:
   y = layernorm(x) · (1 + scale) + shift, with (scale, shift) from a dense layer that reads the
   flow time alone.  They are computed outside the layer and passed in.  There is no gate.
@@ -21,82 +18,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.base import shared_input
+from omega_qvla.policies.layers.attention import KeyValue, attend, attention_logits, split_heads
 from omega_qvla.policies.layers.elementwise import (
     TORCH,
     Elementwise,
     ElementwiseModule,
-    Gate,
-    RotaryTable,
 )
-from omega_qvla.policies.layers.gemma import (
-    GatedMLP,
-    KeyValue,
-    LayerNorm,
-    Node,
-    attend,
-    attention_logits,
-    split_heads,
-)
+from omega_qvla.policies.layers.modules import Node, shared_input
+from omega_qvla.policies.layers.norms import LayerNorm
 
 LAYER_NORM_EPS = 1e-5
-
-
-class QwenRMSNorm(ElementwiseModule):
-    """RMSNorm with an ordinary gain."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.elementwise.rms_norm(x, self.weight, 0.0)
-
-
-class QwenMLP(GatedMLP):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
-
-    gate: Gate = "silu"
-
-
-class QwenAttention(ElementwiseModule):
-    """Causal grouped-query attention with normalized queries and keys."""
-
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
-        self.q_norm = QwenRMSNorm(head_dim)
-        self.k_norm = QwenRMSNorm(head_dim)
-
-    def forward(self, x: Tensor, rotary: RotaryTable) -> Tensor:
-        """x [B, T, D] → [B, T, D]; a token attends to itself and to those before it."""
-        q, k, v = (
-            split_heads(y, self.head_dim)
-            for y in shared_input(x, self.q_proj, self.k_proj, self.v_proj)
-        )
-        rotate = self.elementwise.rotate
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        causal = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril()
-        return self.o_proj(attend(q, k, v, causal))
-
-
-class QwenLayer(nn.Module):
-    """Pre-norm Qwen3 layer."""
-
-    def __init__(self, width: int, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.input_layernorm = QwenRMSNorm(width)
-        self.self_attn = QwenAttention(width, heads, kv_heads, head_dim)
-        self.post_attention_layernorm = QwenRMSNorm(width)
-        self.mlp = QwenMLP(width, hidden)
-
-    def forward(self, x: Tensor, rotary: RotaryTable) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class SelfAttention(nn.Module):
@@ -257,6 +188,11 @@ class EmbodimentLinear(nn.Module):
     """
 
     any_precision = True
+
+    @property
+    def read_share(self) -> float:
+        """Which share of the stack one call reads."""
+        return 1.0 / self.W.shape[0]
 
     def __init__(self, embodiments: int, inputs: int, outputs: int) -> None:
         super().__init__()

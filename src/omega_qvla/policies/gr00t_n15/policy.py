@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.adaptive_norms import AdaptiveNorms
 from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
-from omega_qvla.policies.gr00t_n15.layers import EmbodimentLinear
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.network import (
-    Gr00tN15Config,
     Gr00tN15Module,
     Observed,
     Schedule,
@@ -28,18 +26,12 @@ from omega_qvla.policies.gr00t_n15.stages import (
     BLOCKS,
     LANGUAGE,
     MODULATION_PATHS,
-    TRANSFORMER,
     component_of,
     gr00t_stages,
 )
-from omega_qvla.policies.native import NativePolicy
-from omega_qvla.policies.processing.normalization import NormalizationStatistics
-from omega_qvla.policies.processing.observations import load_tokenizer
-
-_STATISTICS, _TOKENIZER = "statistics.json", "tokenizer.json"
 
 
-class Seen(NamedTuple):
+class EncodedImages(NamedTuple):
     """Image tokens [B, V·patches, D], token ids [B, T] and normalized state [B, state_width]."""
 
     images: Tensor
@@ -47,13 +39,14 @@ class Seen(NamedTuple):
     state: Tensor
 
 
-class Gr00tN15Policy(NativePolicy):
+class Gr00tN15Policy(AdaptiveNorms):
     """A GR00T N1.5 policy, full precision or with quantized modules in place of its linears."""
 
     family = "gr00t_n15"
     module: Gr00tN15Module
     processor: Gr00tProcessor
     config: Gr00tN15Config
+    config_type, module_type, processor_type = Gr00tN15Config, Gr00tN15Module, Gr00tProcessor
     embedding_path = f"{LANGUAGE}.embed_tokens"
 
     @property
@@ -71,26 +64,6 @@ class Gr00tN15Policy(NativePolicy):
     def make_schedule(self, times: Tensor) -> Schedule:
         return Schedule(self._modulation(times), self.module.time_part(times))
 
-    def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        files = {
-            _STATISTICS: self.processor.statistics.dump().encode(),
-            _TOKENIZER: json.dumps(self.processor.tokenizer.dump()).encode(),
-            **self.processor.tokenizer.files(),
-        }
-        return self.config.model_dump(mode="json"), files
-
-    @classmethod
-    def skeleton(cls, config: Mapping[str, Any], files: Mapping[str, bytes]) -> Gr00tN15Policy:
-        try:
-            parsed = Gr00tN15Config.model_validate(config)
-            statistics = NormalizationStatistics.parse(files[_STATISTICS], _STATISTICS)
-            tokenizer = load_tokenizer(json.loads(files[_TOKENIZER]), _TOKENIZER, files)
-        except (ValidationError, KeyError, ValueError) as error:
-            raise PolicyError(f"this GR00T description is invalid: {error}") from error
-        with torch.device("meta"):
-            module = Gr00tN15Module(parsed)
-        return cls(module, Gr00tProcessor(parsed, statistics, tokenizer))
-
     def component_of(self, parameter: str) -> str:
         return component_of(parameter)
 
@@ -101,14 +74,14 @@ class Gr00tN15Policy(NativePolicy):
         noise = torch.randn((1, *self.noise_shape), generator=generator)
         return {**self.processor.encode(observation)._asdict(), "noise": noise}
 
-    def embed(self, inputs: Sequence[Tensor]) -> Seen:
+    def encode_images(self, inputs: Sequence[Tensor]) -> EncodedImages:
         pixels, token_ids, state = (part.to(self.device) for part in inputs)
-        return Seen(self.module.embed_images(pixels), token_ids, state)
+        return EncodedImages(self.module.embed_images(pixels), token_ids, state)
 
-    def read(self, seen: Seen) -> Observed:
-        prompt = self.module.embed_prompt(seen.images, seen.token_ids)
+    def prefill(self, encoded: EncodedImages) -> Observed:
+        prompt = self.module.embed_prompt(encoded.images, encoded.token_ids)
         features = self.module.head_features(self.module.backbone_features(prompt))
-        return self.module.observe(features, seen.state)
+        return self.module.observe(features, encoded.state)
 
     def denoise(self, observed: Observed, noise: Tensor, steps: int) -> Tensor:
         return sample_chunk(self.module, observed, noise, self.schedule(steps), self.clock)
@@ -120,20 +93,6 @@ class Gr00tN15Policy(NativePolicy):
             AttentionLayer(p, f"{p}.to_q", f"{p}.to_out.0", head.heads, head.width // head.heads)
             for p in paths
         ]
-
-    def reads_per_chunk(self, path: str) -> float:
-        if path == self.embedding_path or path.endswith(("future_tokens", "position_embedding")):
-            return 0.0
-        module = self.module.get_submodule(path)
-        # Of a stack, the acting embodiment's matrix is read and no other.
-        share = 1.0 / module.W.shape[0] if isinstance(module, EmbodimentLinear) else 1.0
-        blocks = range(0, self.config.head.depth, 2)
-        once = {f"{BLOCKS}.{i}.attn1.to_{kind}" for i in blocks for kind in "kv"}
-        repeated = path.startswith((f"{TRANSFORMER}.", "action_head.action_")) and path not in once
-        return share * self.steps if repeated else share
-
-    def prompt_tokens(self, observation: Observation) -> int:
-        return self.processor.encode(observation).token_ids.shape[1]
 
     def keep_embodiments(
         self, embodiments: Sequence[int], embodiment: int | None = None

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import Observation
-from omega_qvla.policies.gr00t_n15.network import Gr00tN15Config
+from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.processing.images import crop_and_resize, stretch_bicubic
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, Unchanged
 from omega_qvla.policies.processing.observations import (
-    Tokenizer,
     require_images,
     require_prompt,
     require_state,
 )
 from omega_qvla.policies.processing.relative_actions import Mask
+from omega_qvla.policies.processing.tokenizers import Tokenizer
 
 
 class Gr00tInputs(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from omega_qvla.policies.base import shared_input
+from omega_qvla.policies.layers.modules import shared_input
 
 RMS_EPS = 1e-6
 Gate = Literal["gelu_tanh", "silu"]

@@ -11,8 +11,9 @@ import math
 
 from omega_qvla.checkpoints.shapes import Shapes
 from omega_qvla.checkpoints.stored_tensors import StoredTensors
+from omega_qvla.checkpoints.tied import Tie, TiedHalf, untie
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.layers.gemma import VisionConfig
+from omega_qvla.policies.layers.siglip import VisionConfig
 
 INSIDE = "vision_model."
 
@@ -78,3 +79,20 @@ def tower_sizes(shape: Shapes, stem: str) -> VisionConfig:
         image_size=edge * patch,
         patch_size=patch,
     )
+
+
+def official_names(
+    stored: StoredTensors, tower: str, tie: Tie, told: TiedHalf | None
+) -> StoredTensors:
+    """The tensors under the original's names, whichever transformers they were saved with.
+
+    Args:
+        stored: the checkpoint, without a prefix.
+        tower: the outer module of the vision tower, ``….vision_tower``.
+        tie: the names of token embedding and head, and whether the original keeps them apart.
+        told: which half of the tie to take where they differ, or None.
+
+    Raises:
+        PolicyError: the vision tower has the names of two of them; or as ``untie``.
+    """
+    return untie(nested_tower(stored, tower), tie, told)

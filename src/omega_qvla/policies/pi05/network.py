@@ -23,216 +23,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.base import (
-    FlowClock,
-    euler_times,
-)
-from omega_qvla.policies.layers.elementwise import ElementwiseModule, RotaryTable
-from omega_qvla.policies.layers.gemma import (
-    AdaptiveRMSNorm,
-    GatedMLP,
+from omega_qvla.policies.base import FlowClock, euler_times
+from omega_qvla.policies.layers.attention import (
     KeyValue,
-    KeyValueProjection,
-    Node,
-    RMSNorm,
-    Roomy,
-    RotaryAttention,
-    SiglipVisionModel,
-    VisionConfig,
-    embedding,
+    PreallocatedKVCache,
     rotary_table,
 )
-from omega_qvla.policies.processing.images import ImageFit
-from omega_qvla.policies.processing.relative_actions import Mask
+from omega_qvla.policies.layers.elementwise import RotaryTable
+from omega_qvla.policies.layers.gemma import AdaptiveGemmaLayer, GemmaLayer, KeyValueGemmaLayer
+from omega_qvla.policies.layers.modules import Node, embedding
+from omega_qvla.policies.layers.norms import AdaptiveRMSNorm
+from omega_qvla.policies.layers.siglip import SiglipVisionModel
+from omega_qvla.policies.pi05.config import Pi05Config
 
 TIME_MIN_PERIOD, TIME_MAX_PERIOD = 4e-3, 4.0
-
-
-class GemmaConfig(BaseModel):
-    """Sizes of one Gemma transformer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    width: int
-    hidden: int
-    heads: int
-    kv_heads: int = 1
-    head_dim: int
-
-
-class Pi05Config(BaseModel):
-    """Everything that fixes the shape and the conventions of a pi0.5 policy.
-
-    Attributes:
-        depth: layers of the backbone and of the action expert (they are paired, so equal).
-        action_dim: width of the action vector the network sees (padded for the full model).
-        robot_action_dim: how many of those belong to the robot.
-        state_dim: width of the robot's state.
-        cameras: image names in the order their tokens enter the prefix.
-        prompt_length: maximum number of prompt tokens; longer prompts are refused.
-        state_in_prompt: whether the state is written into the prompt as 256-bin integers
-            (openpi's ``discrete_state_input``).
-        steps: default number of denoising steps.
-        prompt_state_dim: width to which the normalized state is padded with zeros before it is
-            written into the prompt (LeRobot: 32); None writes the robot's own dimensions (openpi).
-        image_fit: how images are fitted into the square, see ``images.py``.
-        relative_actions: which of the robot's actions are relative to its state, see
-            ``relative_actions.py``.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    family: Literal["pi05"] = "pi05"
-    vision: VisionConfig
-    backbone: GemmaConfig
-    expert: GemmaConfig
-    depth: int
-    vocabulary: int
-    horizon: int
-    action_dim: int
-    robot_action_dim: int
-    state_dim: int
-    cameras: tuple[str, ...]
-    prompt_length: int
-    state_in_prompt: bool
-    steps: int = 10
-    prompt_state_dim: int | None = None
-    image_fit: ImageFit = "bilinear"
-    relative_actions: Mask = ()
-
-    @model_validator(mode="after")
-    def _relative_actions_must_have_a_state(self) -> Pi05Config:
-        if len(self.relative_actions) > min(self.state_dim, self.robot_action_dim):
-            raise ValueError(
-                f"{len(self.relative_actions)} actions may be relative to the state, but the robot "
-                f"has {self.robot_action_dim} actions and {self.state_dim} numbers of state"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _attention_must_match(self) -> Pi05Config:
-        ours, theirs = self.backbone, self.expert
-        if (ours.heads, ours.kv_heads, ours.head_dim) != (
-            theirs.heads,
-            theirs.kv_heads,
-            theirs.head_dim,
-        ):
-            raise ValueError("the expert attends to the backbone's keys: heads must be the same")
-        return self
-
-    @classmethod
-    def full(cls, horizon: int = 50, cameras: int = 3) -> Pi05Config:
-        """The published 3.6 B-parameter policy."""
-        names = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-        return cls(
-            vision=VisionConfig(width=1152, hidden=4304, heads=16, depth=27, image_size=224),
-            backbone=GemmaConfig(width=2048, hidden=16384, heads=8, head_dim=256),
-            expert=GemmaConfig(width=1024, hidden=4096, heads=8, head_dim=256),
-            depth=18,
-            vocabulary=257152,
-            horizon=horizon,
-            action_dim=32,
-            robot_action_dim=32,
-            state_dim=32,
-            cameras=names[:cameras],
-            prompt_length=200,
-            state_in_prompt=True,
-        )
-
-    @classmethod
-    def tiny(cls, vocabulary: int, *, horizon: int = 10, action_dim: int = 4) -> Pi05Config:
-        """The embedded policy: same graph, about 5 M parameters, two 84-pixel cameras."""
-        return cls(
-            vision=VisionConfig(width=192, hidden=384, heads=3, depth=4, image_size=84),
-            backbone=GemmaConfig(width=192, hidden=512, heads=4, head_dim=64),
-            expert=GemmaConfig(width=128, hidden=384, heads=4, head_dim=64),
-            depth=5,
-            vocabulary=vocabulary,
-            horizon=horizon,
-            action_dim=action_dim,
-            robot_action_dim=action_dim,
-            state_dim=4,
-            cameras=("base", "wrist"),
-            prompt_length=32,
-            state_in_prompt=True,
-        )
-
-    @property
-    def tokens_per_image(self) -> int:
-        return self.vision.tokens_per_image
-
-    @property
-    def norms(self) -> int:
-        """Adaptive norms of the expert: two per layer and the final one."""
-        return 2 * self.depth + 1
-
-
-class BackboneLayer(nn.Module):
-    """Pre-norm Gemma layer."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.width)
-        self.self_attn = RotaryAttention(
-            config.width, config.heads, config.kv_heads, config.head_dim
-        )
-        self.post_attention_layernorm = RMSNorm(config.width)
-        self.mlp = GatedMLP(config.width, config.hidden)
-
-    def forward(
-        self, x: Tensor, rotary: RotaryTable, mask: Tensor | None = None
-    ) -> tuple[Tensor, KeyValue]:
-        attended, kv = self.self_attn(self.input_layernorm(x), rotary, mask=mask)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
-
-
-class LastBackboneLayer(nn.Module):
-    """The backbone's last layer: only its keys and values are read by the expert."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.width)
-        self.self_attn = KeyValueProjection(config.width, config.kv_heads, config.head_dim)
-
-    def forward(
-        self, x: Tensor, rotary: RotaryTable, mask: Tensor | None = None
-    ) -> tuple[Tensor, KeyValue]:
-        return x, self.self_attn(self.input_layernorm(x), rotary)
-
-
-class ExpertLayer(ElementwiseModule):
-    """Gemma layer with adaptive norms and gated residuals, attending to the prefix."""
-
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.input_layernorm = AdaptiveRMSNorm(config.width, config.width)
-        self.self_attn = RotaryAttention(
-            config.width, config.heads, config.kv_heads, config.head_dim
-        )
-        self.post_attention_layernorm = AdaptiveRMSNorm(config.width, config.width)
-        self.mlp = GatedMLP(config.width, config.hidden)
-
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        rotary: RotaryTable,
-        past: KeyValue | Roomy,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """x [B, H, D], modulation [B, 2, 3, D] → [B, H, D]."""
-        attention_modulation, mlp_modulation = modulation.unbind(-3)
-        normed, gate = self.input_layernorm(x, attention_modulation)
-        attended, _ = self.self_attn(normed, rotary, past, mask)
-        x = self.elementwise.add_gated(x, gate, attended)
-        normed, gate = self.post_attention_layernorm(x, mlp_modulation)
-        return self.elementwise.add_gated(x, gate, self.mlp(normed))
 
 
 class Pi05Module(nn.Module):
@@ -249,8 +58,8 @@ class Pi05Module(nn.Module):
         model.multi_modal_projector.linear = nn.Linear(vision.width, config.backbone.width)
         language.embed_tokens = embedding(config.vocabulary, config.backbone.width)
         language.layers = nn.ModuleList(
-            [BackboneLayer(config.backbone) for _ in range(config.depth - 1)]
-            + [LastBackboneLayer(config.backbone)]
+            [GemmaLayer(config.backbone) for _ in range(config.depth - 1)]
+            + [KeyValueGemmaLayer(config.backbone)]
         )
         model.language_model = language
         paligemma.model = model
@@ -258,7 +67,7 @@ class Pi05Module(nn.Module):
         root.gemma_expert = Node()
         root.gemma_expert.model = Node()
         root.gemma_expert.model.layers = nn.ModuleList(
-            ExpertLayer(expert) for _ in range(config.depth)
+            AdaptiveGemmaLayer(expert) for _ in range(config.depth)
         )
         root.gemma_expert.model.norm = AdaptiveRMSNorm(expert.width, expert.width)
         self.paligemma_with_expert = root
@@ -360,7 +169,7 @@ class Pi05Module(nn.Module):
         self,
         x_t: Tensor,
         modulation: Tensor,
-        cache: Sequence[KeyValue | Roomy],
+        cache: Sequence[KeyValue | PreallocatedKVCache],
         rotary: RotaryTable,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -406,11 +215,11 @@ def sample_chunk(
     """
     steps = modulation.shape[0]
     rotary = module.suffix_rotary(prefix_length)
-    roomy = [Roomy.behind(kv, noise.shape[-2]) for kv in cache]
+    preallocated = [PreallocatedKVCache.after(kv, noise.shape[-2]) for kv in cache]
     x = noise
     for i, t in enumerate(euler_times(steps)):
         with clock.step(i, t):
-            x = x - module.velocity(x, modulation[i : i + 1], roomy, rotary) / steps
+            x = x - module.velocity(x, modulation[i : i + 1], preallocated, rotary) / steps
     return x
 
 

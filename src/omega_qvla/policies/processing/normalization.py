@@ -324,3 +324,8 @@ class NormalizationStatistics(BaseModel):
 def _first(x: np.ndarray, values: Sequence[float]) -> np.ndarray:
     """Statistics of the dimensions that x has; padded policies have more."""
     return np.asarray(values, dtype=np.float64)[: x.shape[-1]]
+
+
+def unit_quantiles(width: int) -> Quantiles:
+    """Quantiles of -1 and 1, which change nothing; for policies with random weights."""
+    return Quantiles(q01=(-1.0,) * width, q99=(1.0,) * width)

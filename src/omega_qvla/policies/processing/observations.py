@@ -1,28 +1,14 @@
-"""Between the robot's units and the network's: images, state, prompts, actions.
-
-Conventions follow openpi (``transforms.py``, ``tokenizer.py``):
-
-* images are resized with padding to a square and mapped from [0, 255] to [-1, 1] (``images.py``);
-* state and actions are normalized, by quantiles unless the checkpoint says otherwise
-  (``normalization.py``);
-* with ``state_in_prompt`` the normalized state becomes integers of 256 equal bins over [-1, 1]
-  (values below the first bin give -1, as in the original) written into the prompt.
-"""
+"""What a policy requires of an observation: images, state and prompt, checked."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from omega_qvla.errors import ObservationError, PolicyError
-from omega_qvla.policies.processing.tokenizers import QwenTokenizer, SentencePieceTokenizer
-
-STATE_BINS = 256
-_WORD = re.compile(r"-?\d+|\w+|[^\w\s]")
+from omega_qvla.errors import ObservationError
 
 
 class Encoded(NamedTuple):
@@ -36,115 +22,6 @@ class Encoded(NamedTuple):
 
     inputs: Sequence[Tensor]
     anchor: np.ndarray | None
-
-
-class Tokenizer(Protocol):
-    """Text → token ids below ``size``, beginning-of-sequence included."""
-
-    @property
-    def size(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def dump(self) -> dict[str, Any]: ...
-
-    def files(self) -> dict[str, bytes]:
-        """What ``dump`` refers to, by file name."""
-        ...
-
-
-class WordTokenizer:
-    """A closed vocabulary of words, integers and punctuation, for the embedded policies."""
-
-    def __init__(self, vocabulary: Sequence[str]) -> None:
-        self.vocabulary = tuple(vocabulary)
-        self._ids = {word: i for i, word in enumerate(self.vocabulary)}
-
-    @property
-    def size(self) -> int:
-        return len(self.vocabulary)
-
-    @classmethod
-    def for_instructions(cls, instructions: Sequence[str]) -> WordTokenizer:
-        """The vocabulary that covers pi0.5's prompt format around these instructions."""
-        words = {"Task", "State", "Action", ":", ",", ";"}
-        for instruction in instructions:
-            words.update(_WORD.findall(instruction))
-        numbers = [str(i) for i in range(-1, STATE_BINS)]
-        return cls(["<pad>", "<bos>", *numbers, *sorted(words)])
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``.
-
-        Raises:
-            ObservationError: a word is not in the vocabulary.
-        """
-        words = _WORD.findall(text)
-        unknown = [word for word in words if word not in self._ids]
-        if unknown:
-            raise ObservationError(
-                f"the prompt has words this policy was never taught: {', '.join(unknown[:5])}; "
-                f"it knows {', '.join(w for w in self.vocabulary if w.isalpha())}"
-            )
-        return [self._ids["<bos>"], *(self._ids[word] for word in words)]
-
-    def dump(self) -> dict[str, Any]:
-        return {"kind": "words", "vocabulary": list(self.vocabulary)}
-
-    def files(self) -> dict[str, bytes]:
-        return {}
-
-
-class ByteTokenizer:
-    """UTF-8 bytes plus an offset; for policies with random weights, which have no vocabulary."""
-
-    size = 3 + 256
-
-    def encode(self, text: str) -> list[int]:
-        return [1, *(3 + byte for byte in text.encode("utf-8"))]
-
-    def dump(self) -> dict[str, Any]:
-        return {"kind": "bytes"}
-
-    def files(self) -> dict[str, bytes]:
-        return {}
-
-
-def load_tokenizer(
-    content: Mapping[str, Any], where: str, files: Mapping[str, bytes] | None = None
-) -> Tokenizer:
-    """A tokenizer from what its ``dump`` and its ``files`` wrote.
-
-    Raises:
-        PolicyError: unknown kind, or a file is missing or invalid.
-        ResourceError: the library that the tokenizer needs is not installed.
-    """
-    match content:
-        case {"kind": "words", "vocabulary": list(vocabulary)} if (
-            all(isinstance(word, str) for word in vocabulary) and "<bos>" in vocabulary
-        ):
-            return WordTokenizer(vocabulary)
-        case {"kind": "bytes"}:
-            return ByteTokenizer()
-        case {"kind": SentencePieceTokenizer.kind}:
-            return SentencePieceTokenizer.from_files(files or {}, where)
-        case {"kind": QwenTokenizer.kind}:
-            return QwenTokenizer.from_files(files or {}, where)
-    raise PolicyError(f"{where} does not describe a known tokenizer")
-
-
-def discretize_state(normalized: np.ndarray) -> list[int]:
-    """Normalized state [n] → bin numbers of 256 equal bins over [-1, 1]; below the range is -1."""
-    edges = np.linspace(-1.0, 1.0, STATE_BINS + 1)[:-1]
-    return [int(i) for i in np.digitize(normalized, bins=edges) - 1]
-
-
-def format_prompt(instruction: str, state_bins: Sequence[int] | None) -> str:
-    """pi0.5's prompt; without state bins, openpi's plain form ending in a newline."""
-    text = instruction.strip().replace("_", " ").replace("\n", " ")
-    if state_bins is None:
-        return f"{text}\n"
-    return f"Task: {text}, State: {' '.join(map(str, state_bins))};\nAction: "
 
 
 def require_images(observation: Mapping[str, Any], cameras: Sequence[str]) -> list[np.ndarray]:

@@ -1,193 +1,111 @@
-"""The tokenizers of published policies, rebuilt from their own vocabulary files.
-
-* pi0.5 reads PaliGemma's sentencepiece model, ``tokenizer.model`` (openpi downloads it as
-  ``paligemma_tokenizer.model``); the beginning-of-sequence token comes first.
-* GR00T N1.5 reads Qwen's byte-level byte pairs, ``vocab.json``, ``merges.txt`` and
-  ``added_tokens.json``.
-
-The originals pad prompts to one length, pi0.5 on the right and GR00T on the left, and mask the
-padding.  Here an observation is one prompt of its own length, which gives the same.
-
-An artifact keeps these files, so that it never needs the checkpoint again.
-"""
+"""Text → token ids: closed vocabularies, bytes, and what a tokenizer is saved as."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from omega_qvla.checkpoints.files import parse_json
-from omega_qvla.errors import PolicyError
-from omega_qvla.extras import needing
-
-SENTENCEPIECE_FILE = "tokenizer.model"
-QWEN_FILES: tuple[str, ...] = ("vocab.json", "merges.txt", "added_tokens.json")
-
-# Qwen2's own splitting rule: contractions, words, single digits, punctuation, line breaks, spaces.
-_QWEN_PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from omega_qvla.errors import ObservationError, PolicyError
+from omega_qvla.policies.processing.prompts import STATE_BINS
+from omega_qvla.policies.processing.published_tokenizers import (
+    QwenTokenizer,
+    SentencePieceTokenizer,
 )
 
+_WORD = re.compile(r"-?\d+|\w+|[^\w\s]")
 
-class SentencePieceTokenizer:
-    """A sentencepiece model with a beginning-of-sequence token.
 
-    Args:
-        model: the bytes of ``tokenizer.model``.
-        where: names it in errors.
+class Tokenizer(Protocol):
+    """Text → token ids below ``size``, beginning-of-sequence included."""
 
-    Raises:
-        PolicyError: not a sentencepiece model, or without a beginning-of-sequence token.
-        ResourceError: sentencepiece is not installed.
-    """
+    @property
+    def size(self) -> int: ...
 
-    kind: Literal["sentencepiece"] = "sentencepiece"
+    def encode(self, text: str) -> list[int]: ...
 
-    def __init__(self, model: bytes, where: str) -> None:
-        with needing(where, "hub"):
-            from sentencepiece import SentencePieceProcessor
-        try:
-            self._processor = SentencePieceProcessor(model_proto=model)
-            if not model or self._processor.vocab_size() == 0:
-                raise RuntimeError("it is empty")
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise PolicyError(f"{where} is not a sentencepiece model: {error}") from error
-        if self._processor.bos_id() < 0:
-            raise PolicyError(f"{where} has no beginning-of-sequence token: not PaliGemma's")
-        self._model = model
+    def dump(self) -> dict[str, Any]: ...
 
-    @classmethod
-    def from_files(cls, files: Mapping[str, bytes], where: str) -> SentencePieceTokenizer:
-        """The tokenizer whose ``files`` these are.
+    def files(self) -> dict[str, bytes]:
+        """What ``dump`` refers to, by file name."""
+        ...
 
-        Raises:
-            PolicyError, ResourceError: the file is missing, or as the constructor.
-        """
-        return cls(_required(files, SENTENCEPIECE_FILE, where), SENTENCEPIECE_FILE)
+
+class WordTokenizer:
+    """A closed vocabulary of words, integers and punctuation, for the embedded policies."""
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self.vocabulary = tuple(vocabulary)
+        self._ids = {word: i for i, word in enumerate(self.vocabulary)}
 
     @property
     def size(self) -> int:
-        """Number of tokens."""
-        return self._processor.vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, beginning-of-sequence first."""
-        return [self._processor.bos_id(), *self._processor.encode(text)]
-
-    def dump(self) -> dict[str, Any]:
-        """The kind; the vocabulary is in ``files``."""
-        return {"kind": self.kind}
-
-    def files(self) -> dict[str, bytes]:
-        """The model's bytes."""
-        return {SENTENCEPIECE_FILE: self._model}
-
-
-class QwenTokenizer:
-    """Qwen's byte-level byte pairs with added tokens.
-
-    Args:
-        files: contents of ``vocab.json``, ``merges.txt`` and ``added_tokens.json``.
-        where: names them in errors.
-
-    Raises:
-        PolicyError: a file is missing or invalid.
-        ResourceError: tokenizers is not installed.
-    """
-
-    kind: Literal["qwen"] = "qwen"
-
-    def __init__(self, files: Mapping[str, bytes], where: str) -> None:
-        with needing(where, "hub"):
-            import tokenizers
-        vocab, merges, added = (_required(files, name, where) for name in QWEN_FILES)
-        self._files = dict(zip(QWEN_FILES, (vocab, merges, added), strict=True))
-        ids = _token_ids(vocab, f"{where}: vocab.json")
-        pairs = _pairs(merges, where)
-        try:
-            model = tokenizers.models.BPE(vocab=ids, merges=pairs)
-        except Exception as error:  # the library raises nothing more specific
-            raise PolicyError(f"{where}: vocab.json and merges.txt do not fit: {error}") from error
-        self._tokenizer = tokenizers.Tokenizer(model)
-        self._tokenizer.normalizer = tokenizers.normalizers.NFC()
-        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [
-                tokenizers.pre_tokenizers.Split(tokenizers.Regex(_QWEN_PIECES), "isolated"),
-                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        wanted = _token_ids(added, f"{where}: added_tokens.json")
-        self._tokenizer.add_special_tokens(
-            [
-                tokenizers.AddedToken(text, normalized=False, special=True)
-                for text in sorted(wanted, key=lambda text: wanted[text])
-            ]
-        )
-        for text, number in wanted.items():
-            found = self._tokenizer.token_to_id(text)
-            if found != number:
-                raise PolicyError(
-                    f"{where}: added_tokens.json gives {text!r} the number {number}, after "
-                    f"vocab.json it would be {found}: the files are not of one tokenizer"
-                )
+        return len(self.vocabulary)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, bytes], where: str) -> QwenTokenizer:
-        """The tokenizer whose ``files`` these are."""
-        return cls(files, where)
-
-    @property
-    def size(self) -> int:
-        """Number of tokens, added ones included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
-
-    def token_id(self, text: str) -> int:
-        """The number of one token.
-
-        Raises:
-            PolicyError: there is no such token.
-        """
-        number = self._tokenizer.token_to_id(text)
-        if number is None:
-            raise PolicyError(f"this tokenizer has no token {text!r}")
-        return number
+    def for_instructions(cls, instructions: Sequence[str]) -> WordTokenizer:
+        """The vocabulary that covers pi0.5's prompt format around these instructions."""
+        words = {"Task", "State", "Action", ":", ",", ";"}
+        for instruction in instructions:
+            words.update(_WORD.findall(instruction))
+        numbers = [str(i) for i in range(-1, STATE_BINS)]
+        return cls(["<pad>", "<bos>", *numbers, *sorted(words)])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; nothing is put in front."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of ``text``.
+
+        Raises:
+            ObservationError: a word is not in the vocabulary.
+        """
+        words = _WORD.findall(text)
+        unknown = [word for word in words if word not in self._ids]
+        if unknown:
+            raise ObservationError(
+                f"the prompt has words this policy was never taught: {', '.join(unknown[:5])}; "
+                f"it knows {', '.join(w for w in self.vocabulary if w.isalpha())}"
+            )
+        return [self._ids["<bos>"], *(self._ids[word] for word in words)]
 
     def dump(self) -> dict[str, Any]:
-        """The kind; the vocabulary is in ``files``."""
-        return {"kind": self.kind}
+        return {"kind": "words", "vocabulary": list(self.vocabulary)}
 
     def files(self) -> dict[str, bytes]:
-        """Vocabulary, merges and added tokens."""
-        return dict(self._files)
+        return {}
 
 
-def _token_ids(content: bytes, where: str) -> dict[str, int]:
-    ids = parse_json(content, where)
-    numbers = ids.values()
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in numbers):
-        raise PolicyError(f"{where} must map tokens to their numbers")
-    return ids
+class ByteTokenizer:
+    """UTF-8 bytes plus an offset; for policies with random weights, which have no vocabulary."""
+
+    size = 3 + 256
+
+    def encode(self, text: str) -> list[int]:
+        return [1, *(3 + byte for byte in text.encode("utf-8"))]
+
+    def dump(self) -> dict[str, Any]:
+        return {"kind": "bytes"}
+
+    def files(self) -> dict[str, bytes]:
+        return {}
 
 
-def _pairs(content: bytes, where: str) -> list[tuple[str, str]]:
-    try:
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise PolicyError(f"{where}: merges.txt is not text: {error}") from error
-    if lines[0].startswith("#version"):
-        del lines[0]
-    pairs = [line.split(" ") for line in lines if line]
-    if not all(len(pair) == 2 for pair in pairs):
-        raise PolicyError(f"{where}: merges.txt must have two tokens a line")
-    return [(first, second) for first, second in pairs]
+def load_tokenizer(
+    content: Mapping[str, Any], where: str, files: Mapping[str, bytes] | None = None
+) -> Tokenizer:
+    """A tokenizer from what its ``dump`` and its ``files`` wrote.
 
-
-def _required(files: Mapping[str, bytes], name: str, where: str) -> bytes:
-    if name not in files:
-        raise PolicyError(f"{where} refers to {name}, which is missing")
-    return files[name]
+    Raises:
+        PolicyError: unknown kind, or a file is missing or invalid.
+        ResourceError: the library that the tokenizer needs is not installed.
+    """
+    match content:
+        case {"kind": "words", "vocabulary": list(vocabulary)} if (
+            all(isinstance(word, str) for word in vocabulary) and "<bos>" in vocabulary
+        ):
+            return WordTokenizer(vocabulary)
+        case {"kind": "bytes"}:
+            return ByteTokenizer()
+        case {"kind": SentencePieceTokenizer.kind}:
+            return SentencePieceTokenizer.from_files(files or {}, where)
+        case {"kind": QwenTokenizer.kind}:
+            return QwenTokenizer.from_files(files or {}, where)
+    raise PolicyError(f"{where} does not describe a known tokenizer")

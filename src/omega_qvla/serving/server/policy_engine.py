@@ -11,6 +11,7 @@ import torch
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Policy
+from omega_qvla.policies.families import titles
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.processing.normalization import (
     Binary,
@@ -20,7 +21,7 @@ from omega_qvla.policies.processing.normalization import (
     Quantiles,
     Range,
 )
-from omega_qvla.policies.processing.observations import WordTokenizer
+from omega_qvla.policies.processing.tokenizers import WordTokenizer
 from omega_qvla.serving.server.safety import ActionLimits
 from omega_qvla.serving.wire.specification import NATIVE, Layout, Specification
 
@@ -63,8 +64,8 @@ class PolicyEngine:
     def __init__(self, policy: Policy, *, threads: int = 1, steps: int | None = None) -> None:
         if not isinstance(policy, NativePolicy):
             raise PolicyError(
-                f"a {policy.family!r} policy cannot be served: only pi0.5 and GR00T N1.5 describe "
-                "the observations they need"
+                f"a {policy.family!r} policy cannot be served: only {titles()} describe the "
+                "observations they need"
             )
         self._policy = policy
         self._threads, self._steps = threads, steps

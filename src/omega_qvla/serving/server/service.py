@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.full_precision import load_policy
@@ -27,7 +27,7 @@ from omega_qvla.serving.wire.specification import LAYOUTS
 _PORTS = {"openpi": 8000, "gr00t": 5555}
 
 
-_NO_CHOICES = Choices()
+_NO_CHOICES = CheckpointOptions()
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Served:
     kernel: str
 
 
-def open_policy(source: str | Path, settings: Settings, choices: Choices) -> Served:
+def open_policy(source: str | Path, settings: Settings, choices: CheckpointOptions) -> Served:
     """An artifact where the directory is one, else a policy in full precision.
 
     Raises:
@@ -156,7 +156,11 @@ class Service:
 
     @classmethod
     def build(
-        cls, source: str | Path, settings: Settings, log: Log, choices: Choices = _NO_CHOICES
+        cls,
+        source: str | Path,
+        settings: Settings,
+        log: Log,
+        choices: CheckpointOptions = _NO_CHOICES,
     ) -> Service:
         """Load, check what can be checked, compute once, and be ready to listen.
 

@@ -122,7 +122,7 @@ def data_config(choice: str | None, directory: Path) -> DataConfig:
             f"{directory} does not say how state and actions are put together and normalized: "
             f"Isaac-GR00T keeps that in its data configurations. Name one ({known}), or a JSON "
             f"file with {', '.join(DataConfig.model_fields)}: --data-config, or "
-            "Choices(data_config=...)"
+            "CheckpointOptions(data_config=...)"
         )
     if choice in DATA_CONFIGS:
         return DATA_CONFIGS[choice]

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omega_qvla.checkpoints.files import read_json
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import StoredTensors, find_tensors
 from omega_qvla.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.errors import PolicyError
@@ -29,16 +29,14 @@ from omega_qvla.policies.gr00t_n15.checkpoints.metadata import (
     read_metadata,
     require_cameras,
 )
-from omega_qvla.policies.gr00t_n15.checkpoints.sizes import Sizes, infer_sizes, official_names
-from omega_qvla.policies.gr00t_n15.network import (
-    CHAT_PROMPT,
-    Gr00tN15Config,
-    Gr00tN15Module,
-    dropped_shapes,
-)
+from omega_qvla.policies.gr00t_n15.checkpoints.releases import refuse_others
+from omega_qvla.policies.gr00t_n15.checkpoints.sizes import TIE, TOWER, Sizes, infer_sizes
+from omega_qvla.policies.gr00t_n15.checkpoints.tokenizer import IMAGE_TOKEN, qwen_tokenizer
+from omega_qvla.policies.gr00t_n15.config import CHAT_PROMPT, Gr00tN15Config
+from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module, dropped_shapes
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor
-from omega_qvla.policies.processing.qwen import IMAGE_TOKEN, qwen_tokenizer
+from omega_qvla.policies.layers.siglip_checkpoints import official_names
 
 CONFIG = "config.json"
 PROMPT_LENGTH = 512
@@ -85,26 +83,28 @@ class Gr00tSettings(BaseModel):
     backbone_cfg: _Backbone
 
 
-def stream_gr00t(directory: Path, choices: Choices) -> Gr00tN15Policy:
+def stream_gr00t(directory: Path, options: CheckpointOptions) -> Gr00tN15Policy:
     """A policy from a directory that Isaac-GR00T saved, its weights left in the files.
 
     Raises:
         PolicyError: a file is missing or invalid, the embodiment is unknown, the weights do not fit
-            the configuration, or something has to be chosen that ``choices`` leaves open.
+            the configuration, or something has to be chosen that ``options`` leaves open.
         ResourceError: a library for the tokenizer is missing.
     """
     where = directory / CONFIG
-    settings = _settings(read_json(directory, CONFIG), where)
-    tag, metadata = read_metadata(directory, choices.embodiment)
-    data = data_config(choices.data_config, directory)
+    content = read_json(directory, CONFIG)
+    refuse_others(content, where)
+    settings = _settings(content, where)
+    tag, metadata = read_metadata(directory, options.embodiment)
+    data = data_config(options.data_config, directory)
     require_cameras(metadata, data, directory / METADATA)
     statistics = part_statistics(metadata, data, directory / METADATA)
-    stored = official_names(find_tensors(directory), choices.tied)
+    stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
     head = settings.action_head_cfg
     heads = head.vl_self_attention_cfg, head.diffusion_model_cfg
     sizes = infer_sizes(stored, (heads[0].num_attention_heads, heads[1].num_attention_heads))
     _require_agreement(settings, sizes, where)
-    tokenizer = qwen_tokenizer(directory, choices.tokenizer)
+    tokenizer = qwen_tokenizer(directory, options.tokenizer)
     prompt = CHAT_PROMPT.model_copy(update={"instruction": data.instruction})
     config = make_config(
         sizes,
@@ -123,7 +123,7 @@ def stream_gr00t(directory: Path, choices: Choices) -> Gr00tN15Policy:
     decisions = {
         "layout": "Isaac-GR00T N1.5",
         "embodiment": f"{tag} ({config.embodiment})",
-        "data configuration": str(choices.data_config),
+        "data configuration": str(options.data_config),
         "cameras": ", ".join(data.cameras),
         "images": f"center crop of {data.image_crop:g}, stretched to a square",
         "state": ", ".join(f"{part} {mode}" for part, mode in data.state.items()),

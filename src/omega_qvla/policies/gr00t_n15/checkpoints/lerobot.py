@@ -32,7 +32,7 @@ from omega_qvla.checkpoints.lerobot_pipelines import (
     require_step,
 )
 from omega_qvla.checkpoints.lerobot_weights import lerobot_tensors
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.gr00t_n15.checkpoints.isaac import (
     CONFIG,
@@ -41,17 +41,19 @@ from omega_qvla.policies.gr00t_n15.checkpoints.isaac import (
     make_config,
 )
 from omega_qvla.policies.gr00t_n15.checkpoints.metadata import embodiment_id
-from omega_qvla.policies.gr00t_n15.checkpoints.sizes import infer_sizes, official_names
-from omega_qvla.policies.gr00t_n15.network import CHAT_PROMPT
+from omega_qvla.policies.gr00t_n15.checkpoints.releases import refuse_lerobot_n1_7
+from omega_qvla.policies.gr00t_n15.checkpoints.sizes import TIE, TOWER, infer_sizes
+from omega_qvla.policies.gr00t_n15.checkpoints.tokenizer import ASSETS, IMAGE_TOKEN, qwen_tokenizer
+from omega_qvla.policies.gr00t_n15.config import CHAT_PROMPT
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor
+from omega_qvla.policies.layers.siglip_checkpoints import official_names
 from omega_qvla.policies.processing.normalization import (
     Normalization,
     NormalizationStatistics,
     Range,
     Unchanged,
 )
-from omega_qvla.policies.processing.qwen import ASSETS, IMAGE_TOKEN, qwen_tokenizer
 
 PREFIX = "_groot_model."
 PACK, ENCODE, COLLATE = "groot_pack_inputs_v3", "groot_eagle_encode_v3", "groot_eagle_collate_v3"
@@ -137,7 +139,7 @@ class _Eagle(StepSettings):
     """The steps that tokenize have no settings in a file."""
 
 
-def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
+def stream_lerobot_groot(directory: Path, options: CheckpointOptions) -> Gr00tN15Policy:
     """A GR00T policy from a directory in LeRobot's layout, its weights left in the file.
 
     Raises:
@@ -146,8 +148,9 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
         ResourceError: a library for the tokenizer is missing.
     """
     content, where = read_json(directory, CONFIG), directory / CONFIG
+    refuse_lerobot_n1_7(content, where)
     known = BOOKKEEPING | TRAINING | frozenset(LerobotGroot.model_fields)
-    require_known_settings(content, known, choices.ignore_settings, str(where))
+    require_known_settings(content, known, options.ignore_settings, str(where))
     settings: LerobotGroot = parse_config(content, LerobotGroot, str(where))
     before = read_pipeline(directory, PREPROCESSOR, (RENAME, PACK, ENCODE, COLLATE))
     after = read_pipeline(directory, POSTPROCESSOR, (UNPACK,))
@@ -165,7 +168,11 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
         state=_min_max(packing, STATE, state_dim), actions=_min_max(unpacking, ACTION, action_dim)
     )
     stored = lerobot_tensors(
-        directory, content, PREFIX, choices, partial(official_names, told=choices.tied)
+        directory,
+        content,
+        PREFIX,
+        options,
+        partial(official_names, tower=TOWER, tie=TIE, told=options.tied),
     )
     sizes = infer_sizes(stored)
     for key, given, found in (
@@ -174,8 +181,8 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
     ):
         if given != found:
             raise PolicyError(f"{where} has {key} {given}, the weights have {found}")
-    tokenizer = qwen_tokenizer(directory, choices.tokenizer, settings.tokenizer_assets_repo)
-    tag = choices.embodiment or pack.embodiment_tag
+    tokenizer = qwen_tokenizer(directory, options.tokenizer, settings.tokenizer_assets_repo)
+    tag = options.embodiment or pack.embodiment_tag
     cameras = renamed_cameras(settings, before, ordered=sorted)
     if not cameras:
         raise PolicyError(f"{where} has no image among its input features")
@@ -202,8 +209,8 @@ def stream_lerobot_groot(directory: Path, choices: Choices) -> Gr00tN15Policy:
         "the files do not say)",
         "actions": "absolute",
     }
-    if choices.ignore_settings:
-        decisions["ignored settings"] = ", ".join(choices.ignore_settings)
+    if options.ignore_settings:
+        decisions["ignored settings"] = ", ".join(options.ignore_settings)
     return build(Gr00tProcessor(config, statistics, tokenizer), stored, decisions)
 
 

@@ -107,7 +107,7 @@ def read_metadata(directory: Path, tag: str | None) -> tuple[str, EmbodimentMeta
         if len(content) != 1:
             raise PolicyError(
                 f"{where} knows {len(content)} embodiments: {known}. Choose one: --embodiment TAG, "
-                "or Choices(embodiment=...)"
+                "or CheckpointOptions(embodiment=...)"
             )
         (tag,) = content
     if tag not in content:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 from omega_qvla.checkpoints.shapes import Shapes
 from omega_qvla.checkpoints.stored_tensors import StoredTensors
-from omega_qvla.checkpoints.tied import Tie, TiedHalf, untie
+from omega_qvla.checkpoints.tied import Tie
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.gr00t_n15.network import QwenConfig, TransformerConfig
-from omega_qvla.policies.layers.gemma import VisionConfig
-from omega_qvla.policies.layers.siglip_checkpoints import nested_tower, tower_sizes
+from omega_qvla.policies.gr00t_n15.config import TransformerConfig
+from omega_qvla.policies.layers.qwen3 import QwenConfig
+from omega_qvla.policies.layers.siglip import VisionConfig
+from omega_qvla.policies.layers.siglip_checkpoints import tower_sizes
 
 EAGLE = "backbone.eagle_model"
 TOWER = f"{EAGLE}.vision_model"
@@ -49,20 +50,6 @@ class Sizes(NamedTuple):
     action_dim: int
     state_width: int
     embodiments: tuple[int, ...]
-
-
-def official_names(stored: StoredTensors, told: TiedHalf | None, tie: Tie = TIE) -> StoredTensors:
-    """The tensors under Isaac-GR00T's names, whichever transformers they were saved with.
-
-    Args:
-        stored: the checkpoint, without a prefix.
-        told: which half of the tie to take where they differ, or None.
-        tie: the names of the two halves, and whether the original keeps them apart.
-
-    Raises:
-        PolicyError: the vision tower has the names of two of them; or as ``untie``.
-    """
-    return untie(nested_tower(stored, TOWER), tie, told)
 
 
 def infer_sizes(stored: StoredTensors, heads: tuple[int, int] | None = None) -> Sizes:

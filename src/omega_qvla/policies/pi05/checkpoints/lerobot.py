@@ -35,25 +35,27 @@ from omega_qvla.checkpoints.lerobot_pipelines import (
     require_step,
 )
 from omega_qvla.checkpoints.lerobot_weights import lerobot_tensors
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.layers.siglip_checkpoints import official_names
 from omega_qvla.policies.pi05.checkpoints.lerobot_releases import Writer, writer_of
 from omega_qvla.policies.pi05.checkpoints.sizes import (
     GEMMA_VARIANTS,
     TIE,
+    TOWER,
     Sizes,
     infer_sizes,
-    official_names,
 )
+from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import (
     TIME_MAX_PERIOD,
     TIME_MIN_PERIOD,
-    Pi05Config,
     Pi05Module,
     dropped_shapes,
 )
-from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.lerobot import (
     ABSOLUTE,
     RELATIVE,
@@ -63,7 +65,7 @@ from omega_qvla.policies.processing.lerobot import (
     relative_actions,
 )
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
-from omega_qvla.policies.processing.paligemma import paligemma_tokenizer
+from omega_qvla.policies.processing.published_tokenizers import paligemma_tokenizer
 
 CONFIG, PREFIX = "config.json", "model."
 PROMPT, TOKENIZE = "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor"
@@ -132,25 +134,27 @@ class _Tokenize(StepSettings):
     truncation: Literal[True] = True
 
 
-def stream_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
+def stream_lerobot_pi05(directory: Path, options: CheckpointOptions) -> Pi05Policy:
     """A pi0.5 policy from a directory in LeRobot's layout, its weights left in the file.
 
     Raises:
         PolicyError: a file is missing or invalid, a setting or a processing step is not known,
             statistics are missing, the weights do not fit the configuration, or something has to
-            be said that ``choices`` leaves open.
+            be said that ``options`` leaves open.
         ResourceError: a library for the tokenizer is missing.
     """
     content, where = read_json(directory, CONFIG), str(directory / CONFIG)
     known = BOOKKEEPING | TRAINING | frozenset(LerobotPi05.model_fields)
-    require_known_settings(content, known, choices.ignore_settings, where)
+    require_known_settings(content, known, options.ignore_settings, where)
     settings: LerobotPi05 = parse_config(content, LerobotPi05, where)
-    writer = writer_of(content, choices.written_by, where)
-    official = partial(official_names, told=choices.tied, tie=TIE._replace(apart=_APART))
-    stored = lerobot_tensors(directory, content, PREFIX, choices, official)
+    writer = writer_of(content, options.written_by, where)
+    official = partial(
+        official_names, tower=TOWER, tie=TIE._replace(apart=_APART), told=options.tied
+    )
+    stored = lerobot_tensors(directory, content, PREFIX, options, official)
     sizes = infer_sizes(stored)
     _require_agreement(settings, sizes, where)
-    processor = _processor(directory, choices, settings, sizes, writer)
+    processor = _processor(directory, options, settings, sizes, writer)
     with torch.device("meta"):
         module = Pi05Module(processor.config)
     dropped = dropped_shapes(module.config)
@@ -159,12 +163,12 @@ def stream_lerobot_pi05(directory: Path, choices: Choices) -> Pi05Policy:
         processor,
         dropped_parameters=dropped_count(stored, dropped),
         store=map_strictly(module, stored, dropped=dropped),
-        decisions={**_decisions(settings, processor, writer, choices), **stored.decisions},
+        decisions={**_decisions(settings, processor, writer, options), **stored.decisions},
     )
 
 
 def _processor(
-    directory: Path, choices: Choices, settings: LerobotPi05, sizes: Sizes, writer: Writer
+    directory: Path, options: CheckpointOptions, settings: LerobotPi05, sizes: Sizes, writer: Writer
 ) -> Pi05Processor:
     where = str(directory / CONFIG)
     state_dim, action_dim = (settings.width(key, where) for key in (STATE, ACTION))
@@ -200,11 +204,11 @@ def _processor(
         state=normalization(normalize, STATE, state_dim),
         actions=normalization(unnormalize, ACTION, action_dim),
     )
-    return Pi05Processor(config, statistics, paligemma_tokenizer(directory, choices.tokenizer))
+    return Pi05Processor(config, statistics, paligemma_tokenizer(directory, options.tokenizer))
 
 
 def _decisions(
-    settings: LerobotPi05, processor: Pi05Processor, writer: Writer, choices: Choices
+    settings: LerobotPi05, processor: Pi05Processor, writer: Writer, options: CheckpointOptions
 ) -> dict[str, str]:
     """What the files say, or the user said, about how this policy is to be shown the world."""
     config = processor.config
@@ -223,8 +227,8 @@ def _decisions(
         "cameras": f"{', '.join(config.cameras)}{left_out}",
         "actions": describe_actions(config.relative_actions, settings.action_feature_names),
     }
-    if choices.ignore_settings:
-        found["ignored settings"] = ", ".join(choices.ignore_settings)
+    if options.ignore_settings:
+        found["ignored settings"] = ", ".join(options.ignore_settings)
     return found
 
 

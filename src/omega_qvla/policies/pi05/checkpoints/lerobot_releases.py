@@ -63,7 +63,7 @@ def writer_of(content: Mapping[str, Any], said: WrittenBy | None, where: str) ->
             f"{where} was written by {release} ({because}). 0.4 and 0.5 show the network "
             "different prompts and images, and nothing in the checkpoint says which it was trained "
             "with: give --written-by lerobot-0.4 (0.4.3, 0.4.4) or --written-by lerobot-0.5 "
-            "(0.5.0), in Python Choices(written_by=...)"
+            "(0.5.0), in Python CheckpointOptions(written_by=...)"
         )
     if told is not None and said is not None and told != said:
         raise PolicyError(

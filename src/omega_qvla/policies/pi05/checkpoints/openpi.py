@@ -12,6 +12,7 @@ openpi keeps most of a policy in its training code.  Two forms are read:
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,42 @@ import torch
 from pydantic import ValidationError
 
 from omega_qvla.checkpoints.files import read_bytes, read_json
-from omega_qvla.checkpoints.options import Choices
+from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import StoredTensors, find_tensors, write_weights
 from omega_qvla.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.layers.siglip_checkpoints import official_names
 from omega_qvla.policies.pi05.checkpoints.openpi_training import training_config
-from omega_qvla.policies.pi05.checkpoints.sizes import infer_sizes, official_names
-from omega_qvla.policies.pi05.network import Pi05Config, Pi05Module, dropped_shapes
-from omega_qvla.policies.pi05.policy import Pi05Policy, Pi05Processor
+from omega_qvla.policies.pi05.checkpoints.sizes import TIE, TOWER, infer_sizes
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import Pi05Module, dropped_shapes
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
-from omega_qvla.policies.processing.observations import load_tokenizer
-from omega_qvla.policies.processing.paligemma import paligemma_tokenizer
+from omega_qvla.policies.processing.published_tokenizers import paligemma_tokenizer
+from omega_qvla.policies.processing.tokenizers import load_tokenizer
 
 CONFIG, TOKENIZER, STATISTICS = "config.json", "tokenizer.json", "norm_stats.json"
 
 
-def stream_openpi(directory: Path, choices: Choices) -> Pi05Policy:
+def is_openpi(directory: Path, content: Mapping[str, Any] | None) -> bool:
+    """Whether a directory is openpi's, or self-contained in its layout."""
+    if content is None:
+        return True
+    if content.get("family", Pi05Policy.family) != Pi05Policy.family:
+        return False
+    return "paligemma_variant" in content or (directory / "assets").exists()
+
+
+def stream_openpi(directory: Path, options: CheckpointOptions) -> Pi05Policy:
     """A policy from a directory in openpi's layout, its weights left in the file.
 
     Raises:
         PolicyError: a file is missing or invalid, the weights do not fit the configuration, or
-            something has to be chosen that ``choices`` leaves open.
+            something has to be chosen that ``options`` leaves open.
         ResourceError: a library for the tokenizer is missing.
     """
-    module, processor, stored, decisions = _read_structure(directory, choices)
+    module, processor, stored, decisions = _read_structure(directory, options)
     dropped = dropped_shapes(module.config)
     store = map_strictly(module, stored, dropped=dropped)
     count = dropped_count(stored, dropped)
@@ -51,27 +64,27 @@ def stream_openpi(directory: Path, choices: Choices) -> Pi05Policy:
 
 
 def _read_structure(
-    directory: Path, choices: Choices
+    directory: Path, options: CheckpointOptions
 ) -> tuple[Pi05Module, Pi05Processor, StoredTensors, dict[str, str]]:
     """Module on the meta device, processor, tensors under the module's names, and decisions."""
     content = read_json(directory, CONFIG) if (directory / CONFIG).exists() else {}
     if "vision" in content or content.get("family") == Pi05Policy.family:
         processor, decisions = _self_contained(directory), {}
-        stored = official_names(find_tensors(directory), choices.tied)
+        stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
     else:
-        stored = official_names(find_tensors(directory), choices.tied)
-        processor = _as_published(directory, choices, stored, content)
-        decisions = _decisions(processor.config, choices)
+        stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
+        processor = _as_published(directory, options, stored, content)
+        decisions = _decisions(processor.config, options)
     with torch.device("meta"):
         return Pi05Module(processor.config), processor, stored, decisions
 
 
-def _decisions(config: Pi05Config, choices: Choices) -> dict[str, str]:
+def _decisions(config: Pi05Config, options: CheckpointOptions) -> dict[str, str]:
     """What the user's training configuration says of how the policy is shown the world."""
     own = f"the robot's {config.state_dim} numbers"
     return {
         "layout": "openpi, PyTorch",
-        "training configuration": str(choices.training_config),
+        "training configuration": str(options.training_config),
         "state in the prompt": own if config.state_in_prompt else "none",
         "images": "padded to a square with -1 (black)",
         "cameras": ", ".join(config.cameras),
@@ -86,15 +99,15 @@ def _self_contained(directory: Path) -> Pi05Processor:
 
 
 def _as_published(
-    directory: Path, choices: Choices, stored: StoredTensors, converted: dict[str, Any]
+    directory: Path, options: CheckpointOptions, stored: StoredTensors, converted: dict[str, Any]
 ) -> Pi05Processor:
-    training = training_config(choices.training_config, directory)
+    training = training_config(options.training_config, directory)
     sizes = infer_sizes(stored)
     for key, ours in (("action_horizon", training.horizon), ("action_dim", sizes.action_dim)):
         if converted.get(key, ours) != ours:
             raise PolicyError(
                 f"{directory / CONFIG} has {key} {converted[key]}, the training configuration "
-                f"{choices.training_config} and the tensors say {ours}: it is another policy's"
+                f"{options.training_config} and the tensors say {ours}: it is another policy's"
             )
     config = Pi05Config(
         **sizes._asdict(),
@@ -109,7 +122,7 @@ def _as_published(
     return Pi05Processor(
         config,
         _statistics(directory, training.asset_id),
-        paligemma_tokenizer(directory, choices.tokenizer),
+        paligemma_tokenizer(directory, options.tokenizer),
     )
 
 

@@ -91,7 +91,7 @@ def training_config(choice: str | None, directory: Path) -> TrainingConfig:
             "robot dimensions, whether the state is in the prompt): openpi keeps that in its code. "
             f"Name the training configuration ({known}), or a JSON file with "
             f"{', '.join(TrainingConfig.model_fields)}: --training-config, or "
-            "Choices(training_config=...)"
+            "CheckpointOptions(training_config=...)"
         )
     if choice in TRAINING_CONFIGS:
         return TRAINING_CONFIGS[choice]

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from omega_qvla.checkpoints.shapes import Shapes
 from omega_qvla.checkpoints.stored_tensors import StoredTensors
-from omega_qvla.checkpoints.tied import Tie, TiedHalf, untie
+from omega_qvla.checkpoints.tied import Tie
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.layers.gemma import VisionConfig
-from omega_qvla.policies.layers.siglip_checkpoints import nested_tower, tower_sizes
-from omega_qvla.policies.pi05.network import GemmaConfig
+from omega_qvla.policies.layers.gemma import GemmaConfig
+from omega_qvla.policies.layers.siglip import VisionConfig
+from omega_qvla.policies.layers.siglip_checkpoints import tower_sizes
 
 ROOT = "paligemma_with_expert"
 TOWER = f"{ROOT}.paligemma.model.vision_tower"
@@ -42,20 +42,6 @@ class Sizes(NamedTuple):
     depth: int
     vocabulary: int
     action_dim: int
-
-
-def official_names(stored: StoredTensors, told: TiedHalf | None, tie: Tie = TIE) -> StoredTensors:
-    """The tensors under openpi's names, whichever transformers they were saved with.
-
-    Args:
-        stored: the checkpoint, without a prefix.
-        told: which half of the tie to take where they differ, or None.
-        tie: the names of the two halves, and whether the original keeps them apart.
-
-    Raises:
-        PolicyError: the vision tower has the names of two of them; or as ``untie``.
-    """
-    return untie(nested_tower(stored, TOWER), tie, told)
 
 
 def require_pi05(stored: StoredTensors) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from omega_qvla.checkpoints.files import read_bytes
 from omega_qvla.checkpoints.hub import cached_file
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.processing.tokenizers import QWEN_FILES, QwenTokenizer
+from omega_qvla.policies.processing.published_tokenizers import QWEN_FILES, QwenTokenizer
 
 ASSETS = "lerobot/eagle2hg-processor-groot-n1p5"
 """Where LeRobot keeps vocabulary and merges."""

@@ -1,4 +1,4 @@
-"""Policies that look like those this version reads and are others: what each is, and what reads it.
+"""The other releases of GR00T, which look like N1.5 in a checkpoint and are other networks.
 
 ``config.json`` of an Isaac-GR00T release names it in ``model_type``: ``gr00t_n1``, ``gr00t_n1_5``,
 ``Gr00tN1d6``, ``Gr00tN1d7``.  LeRobot's ``type`` is ``groot`` for both the releases it has read:
@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.errors import PolicyError
-
-AS_MODULE = (
-    "quantize it where it runs, as a module of your own: load it there and wrap it in "
-    "omega_qvla.TorchPolicy (README)"
-)
+from omega_qvla.policies.torch_module import AS_MODULE
 
 _NOT_BUILT = "which is another network than N1.5, the one that this version builds"
 
@@ -27,19 +23,13 @@ _GR00T = {
 }
 """``model_type`` or architecture in lower case → its name, and what reads it."""
 
-_LEROBOT = {
-    "pi0": "pi0",
-    "pi0_fast": "pi0-FAST",
-    "smolvla": "SmolVLA",
-    "xvla": "X-VLA",
-    "act": "ACT, whose attention (nn.MultiheadAttention) would stay as it is",
-    "diffusion": "Diffusion Policy, nearly all convolutions, which are not quantized",
-    "multi_task_dit": "a multi-task diffusion transformer",
-}
-"""LeRobot's ``type`` → what it is, where something can be said."""
+
+def is_gr00t(directory: Path, content: Mapping[str, Any] | None) -> bool:
+    """Whether Isaac-GR00T saved a directory, in whatever release."""
+    return any(kind.startswith("gr00t") for kind in _kinds(content or {}))
 
 
-def refuse_gr00t(content: Mapping[str, Any], where: Path) -> None:
+def refuse_others(content: Mapping[str, Any], where: Path) -> None:
     """Refuse the other releases of GR00T, as Isaac-GR00T saves them.
 
     Raises:
@@ -65,22 +55,6 @@ def refuse_lerobot_n1_7(content: Mapping[str, Any], where: Path) -> None:
             f"{where} is LeRobot's groot of GR00T N1.7 (LeRobot 0.6.0 or later), {_NOT_BUILT}. "
             f"{reader}; {AS_MODULE}"
         )
-
-
-def lerobot_type_message(kind: object, where: Path, read: str) -> str:
-    """Why a LeRobot policy of another type is not read, and what can be done with it.
-
-    Args:
-        kind: the ``type`` of ``config.json``.
-        where: names that file.
-        read: the types that are read.
-    """
-    name = _LEROBOT.get(str(kind))
-    what = f"of type {kind!r}" + ("" if name is None else f" ({name})")
-    return (
-        f"{where} is a LeRobot policy {what}; this version builds only {read}. LeRobot runs it: "
-        f"{AS_MODULE}"
-    )
 
 
 def _kinds(content: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,56 @@
+"""pi0.5 as the rest of the project sees it."""
+
+from __future__ import annotations
+
+from omega_qvla.policies.family import CheckpointLayout, Family, LiberoConvention
+from omega_qvla.policies.pi05.checkpoints.lerobot import stream_lerobot_pi05
+from omega_qvla.policies.pi05.checkpoints.openpi import is_openpi, stream_openpi
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import dropped_parameters
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.processing.normalization import NormalizationStatistics, unit_quantiles
+from omega_qvla.policies.processing.tokenizers import ByteTokenizer
+
+
+def _sized(config: Pi05Config) -> Pi05Policy:
+    """A policy that reads bytes, tensors on the meta device."""
+    config = config.model_copy(update={"prompt_length": 256})
+    statistics = NormalizationStatistics(
+        state=unit_quantiles(config.state_dim), actions=unit_quantiles(config.robot_action_dim)
+    )
+    return Pi05Policy.structure(
+        config, statistics, ByteTokenizer(), dropped_parameters=dropped_parameters(config)
+    )
+
+
+FAMILY = Family(
+    policy=Pi05Policy,
+    title="pi0.5",
+    sizes={
+        "pi05": lambda: _sized(Pi05Config.full()),
+        # As it runs LIBERO: two cameras, ten actions.
+        "pi05-libero": lambda: _sized(Pi05Config.full(horizon=10, cameras=2)),
+        "tiny-pi05": lambda: _sized(Pi05Config.tiny(vocabulary=ByteTokenizer.size)),
+    },
+    embedded={"tiny-pi05": "tiny_pi05"},
+    layouts=(
+        CheckpointLayout(
+            "openpi's (there is no config.json that names another)",
+            stream_openpi,
+            frozenset({"training_config", "tokenizer", "tied"}),
+            is_openpi,
+        ),
+        CheckpointLayout(
+            "LeRobot's pi05",
+            stream_lerobot_pi05,
+            frozenset({"tokenizer", "written_by", "ignore_settings", "base", "tied"}),
+            lerobot_type="pi05",
+        ),
+    ),
+    libero=LiberoConvention(
+        execute=5,
+        max_steps={"spatial": 220, "object": 280, "goal": 300, "long": 520},
+        gripper="signed",
+        seed=7,
+    ),
+)
