@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("gymnasium", reason="the simulator is an optional extra")
 
+import omega_qvla as oq
 from omega_qvla.cli import main
 from omega_qvla.environments import action_limits, begin, carry_out
 
@@ -84,6 +85,13 @@ def test_an_environment_of_the_users_own_is_evaluated_and_resumed(here, capsys):
     assert [line["steps"] for line in lines[1:3]] == [min(goal, 7) for goal in goals[:2]]
     assert len(lines) == 7
     assert f"open{' ' * 20} {expected[0]}/3" in capsys.readouterr().out
+
+
+def test_python_gives_the_row_of_the_command(here):
+    found = oq.evaluate(POLICY, "my_robot:Wait", tasks=["open"], episodes=2, seed=10, execute=4)
+    goals = [int(np.random.Generator(np.random.PCG64(s)).integers(3, 12)) for s in (10, 11)]
+    assert found.row.success == {"open": (sum(goal <= 7 for goal in goals), 2)}
+    assert (found.row.environment, found.row.execute) == ("my_robot:Wait", 4)
 
 
 @pytest.mark.parametrize(
