@@ -30,6 +30,7 @@ import gpu_speed
 import torch
 from random_artifact import random_artifact
 
+from omega_qvla.devices import EXPERIMENTAL
 from omega_qvla.errors import OmegaError, ResourceError
 from omega_qvla.evaluation.speed.kernel_speed import SHAPES
 from omega_qvla.files import write_json
@@ -221,6 +222,7 @@ def main(results: Path) -> int:
     except ResourceError as error:
         print(f"no GPU to measure: {error}", file=sys.stderr)
         return error.exit_status
+    print(EXPERIMENTAL, flush=True)
     document: dict[str, Any] = {
         "schema": 1,
         "machine": found.name,

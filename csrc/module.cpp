@@ -11,18 +11,21 @@
 
 #include "w4a4.h"
 
+// The paths of this machine's architecture, best first; CMakeLists.txt writes the list.
+namespace w4a4 {
+#define W4A4_PATH(name) extern const Path name;
+#include "instruction_sets.inc"
+#undef W4A4_PATH
+}  // namespace w4a4
+
 namespace {
 
 using w4a4::Path;
 
 const Path* const kPaths[] = {
-#if defined(W4A4_X86)
-    &w4a4::kAvx512Vnni,
-    &w4a4::kAvx2,
-#endif
-#if defined(W4A4_ARM64)
-    &w4a4::kNeonDot,
-#endif
+#define W4A4_PATH(name) &w4a4::name,
+#include "instruction_sets.inc"
+#undef W4A4_PATH
     &w4a4::kGeneric,
 };
 constexpr int kPathCount = static_cast<int>(sizeof(kPaths) / sizeof(kPaths[0]));

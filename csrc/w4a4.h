@@ -89,13 +89,6 @@ inline int64_t scratch_floats(const Problem& p) {
 }
 
 extern const Path kGeneric;
-#if defined(W4A4_X86)
-extern const Path kAvx2;
-extern const Path kAvx512Vnni;
-#endif
-#if defined(W4A4_ARM64)
-extern const Path kNeonDot;
-#endif
 
 // Run one problem on `threads` threads (the caller is one of them).
 void run(const Path& path, const Problem& problem, int threads);

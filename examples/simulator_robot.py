@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from omega_qvla.evaluation.simulators.metaworld import ACTION_DIM, MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld_tasks import ACTION_DIM
 from omega_qvla.serving.client import RemotePolicy, drive
 from omega_qvla.serving.client.action_queue import Blending
 
@@ -31,7 +32,7 @@ class SimulatedRobot:
 
     def __init__(self, task: str, seed: int) -> None:
         self._env = MetaWorldEnv(task)
-        self._env.reset(seed)
+        self._env.reset(seed=seed)
         self.max_steps = self._env.max_steps
 
     def observe(self) -> Mapping[str, Any]:
@@ -40,7 +41,7 @@ class SimulatedRobot:
 
     def act(self, action: np.ndarray) -> bool:
         """One control step; whether the task is solved."""
-        return self._env.step(action)
+        return self._env.advance(action)[0]
 
     def close(self) -> None:
         """Free the renderer."""

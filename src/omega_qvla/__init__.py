@@ -25,6 +25,7 @@ from omega_qvla.errors import OmegaError
 from omega_qvla.evaluation.benchmark_run import benchmark
 from omega_qvla.evaluation.closed_loop import Episodes, Resources
 from omega_qvla.evaluation.comparison import compare
+from omega_qvla.evaluation.evaluation import evaluate
 from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.torch_module import TorchPolicy
@@ -45,6 +46,7 @@ __all__ = [
     "TorchPolicy",
     "benchmark",
     "compare",
+    "evaluate",
     "load",
     "load_policy",
     "quantize",

@@ -19,6 +19,12 @@ from omega_qvla.errors import ResourceError
 
 CPU = torch.device("cpu")
 
+EXPERIMENTAL = (
+    "GPU support is experimental: nothing of it has run on a GPU yet; docs/gpu.md says what was "
+    "proven without one"
+)
+"""What commands say before they use a GPU."""
+
 
 @dataclass(frozen=True)
 class Gpu:

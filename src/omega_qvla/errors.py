@@ -79,6 +79,10 @@ class SimulatorUnavailable(OmegaError):  # noqa: N818 - a state of the machine, 
     exit_status = 3
 
 
+class SimulatorError(OmegaError):
+    """A simulator does not do what is asked of one; says what it should return, and what it did."""
+
+
 class ServingError(OmegaError):
     """A request that was not answered with actions.
 

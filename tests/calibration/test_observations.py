@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -181,25 +182,29 @@ def test_files_that_are_no_archive_of_arrays_are_refused(tmp_path: Path) -> None
 
 
 class Line:
-    """A robot on a line: every action moves it, an episode ends after ``max_steps``."""
+    """A robot on a line: every action moves it, an episode ends after six."""
 
-    max_steps = 6
+    action_space = SimpleNamespace(low=np.float32([-1]), high=np.float32([1]))
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
         self.steps = 0
 
-    def reset(self, seed: int) -> dict[str, Any]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        assert seed is not None
         self.seeds.append(seed)
         self.steps = 0
-        return self.observe()
+        return self.observe(), {}
 
     def observe(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"images": {}, "state": np.zeros(1), "prompt": "go", "steps": self.steps}
 
-    def step(self, action: np.ndarray) -> bool:
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.steps += 1
-        return False
+        return self.observe(), 0.0, False, self.steps == 6, {"is_success": False}
+
+    def close(self) -> None:
+        pass
 
 
 class Still:

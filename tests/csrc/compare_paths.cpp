@@ -122,15 +122,12 @@ bool elementwise_differs(const Path& path, std::mt19937& random) {
 
 }  // namespace
 
+namespace w4a4 {
+extern const Path W4A4_TESTED;
+}  // namespace w4a4
+
 int main() {
-  const Path* paths[] = {
-#if defined(W4A4_X86)
-      &w4a4::kAvx512Vnni, &w4a4::kAvx2,
-#endif
-#if defined(W4A4_ARM64)
-      &w4a4::kNeonDot,
-#endif
-  };
+  const Path* paths[] = {&w4a4::W4A4_TESTED};
   for (const Path* path : paths) {
     if (!path->runs_here()) continue;
     std::mt19937 random(1);

@@ -25,7 +25,7 @@ def compile_for_arm(folder: Path) -> Path:
                 CROSS,
                 *FLAGS,
                 *extra,
-                "-DW4A4_ARM64=1",
+                "-DW4A4_TESTED=kNeonDot",
                 "-c",
                 SOURCES / f"{source}.cpp",
                 "-o",
@@ -41,7 +41,7 @@ def compile_for_arm(folder: Path) -> Path:
         [
             CROSS,
             *FLAGS,
-            "-DW4A4_ARM64=1",
+            "-DW4A4_TESTED=kNeonDot",
             f"-I{SOURCES}",
             main,
             *objects,

@@ -11,12 +11,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 
 class FakeEnvironment:
     max_steps = 13
+    action_space = SimpleNamespace(low=-np.ones(3, np.float32), high=np.ones(3, np.float32))
 
     def __init__(self, task, deaths=None, starts=None, fail=None, sleep_s=0.0):
         if fail == "construct":
@@ -25,14 +27,14 @@ class FakeEnvironment:
         self._deaths = None if deaths is None else Path(deaths)
         self._starts = None if starts is None else Path(starts)
 
-    def reset(self, seed):
+    def reset(self, *, seed=None, options=None):
         self._seed, self._step = seed, 0
         self._position = np.zeros(3)
         self._target = np.random.default_rng(seed).uniform(0.5, 4.5, size=3)
         if self._starts is not None:
             with self._starts.open("a") as file:
                 file.write(f"{self.task} {seed} {os.getpid()}\n")
-        return self.observe()
+        return self.observe(), {}
 
     def step(self, action):
         self._step += 1
@@ -42,7 +44,9 @@ class FakeEnvironment:
         time.sleep(self._sleep_s)
         assert np.abs(action).max() <= 1.0
         self._position = self._position + np.asarray(action, dtype=np.float64) * 0.3
-        return bool(np.abs(self._target - self._position).max() < 0.12)
+        solved = bool(np.abs(self._target - self._position).max() < 0.12)
+        over = self._step >= self.max_steps
+        return self.observe(), 0.0, solved, over, {"is_success": solved}
 
     def observe(self):
         return {
@@ -94,3 +98,11 @@ def with_public_api(task):
 
     assert issubclass(omega_qvla.OmegaError, Exception)
     return FakeEnvironment(task)
+
+
+def libero_without_torch(task, **options):
+    """LIBERO's interpreter has no torch."""
+    from omega_qvla.evaluation.simulators.libero import LiberoEnv
+
+    assert "torch" not in sys.modules
+    return LiberoEnv(task, **options)

@@ -13,6 +13,7 @@ from omega_qvla.evaluation.drift import hand_drift
 from omega_qvla.evaluation.rollout import rollout, seed_groups
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.results.episodes import EpisodeJournal, EpisodeRecord
+from omega_qvla.results.rows import HandDrift
 
 TASKS = ["near", "far"]
 
@@ -145,8 +146,8 @@ def test_drift_is_the_distance_of_the_hands_where_both_still_move():
     moved = [(0.0, 0.0, 0.0)] * 5 + [(0.03, 0.04, 0.0)] * 6
     theirs = [walk(0, moved), walk(1, moved), walk(2, still)]
     assert hand_drift(ours, theirs, execute=5) == {
-        "25": {"median_m": 0.05, "p90_m": 0.05, "episodes": 3},
-        "50": {"median_m": 0.025, "p90_m": 0.045, "episodes": 2},
+        "25": HandDrift(median_m=0.05, p90_m=0.05, episodes=3),
+        "50": HandDrift(median_m=0.025, p90_m=0.045, episodes=2),
     }
     with pytest.raises(ValueError, match="same episodes"):
         hand_drift(ours, theirs[:2], execute=5)

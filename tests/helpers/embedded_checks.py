@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from step_change import measure_step_change
 
 import omega_qvla as oq
 from omega_qvla.evaluation.openloop import NOISES, draw_noises, relative_error, sample_chunks
 from omega_qvla.evaluation.outlier_injection import outlier_injected
-from omega_qvla.evaluation.step_change import measure_step_change
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
 

@@ -40,8 +40,6 @@ class Call:
     static_scale: float | None = None
     dtype: str = "float32"
     tilings: tuple[Tiling, ...] = ()
-    stream: np.ndarray | None = None
-    gain: np.ndarray | None = None
     offset: np.ndarray | None = None
     bias: np.ndarray | None = None
     gate: Gate | None = None
@@ -135,16 +133,12 @@ def answer(call: Call | Chunk | Step | Check) -> Answer | np.ndarray | dict[str,
     layer = gpu.PackedLinear(operands.pop("words"), operands.pop("weight_scale"), **operands)
     x = torch.from_numpy(call.x).to(getattr(torch, call.dtype))
     scale = None if call.static_scale is None else torch.tensor(call.static_scale)
-    residual = None
-    if call.stream is not None:
-        gain = None if call.gain is None else torch.from_numpy(call.gain)
-        residual = gpu.Residual(torch.from_numpy(call.stream).to(x.dtype), gain)
     offset = None if call.offset is None else spread_offset(torch.from_numpy(call.offset))
     bias = None if call.bias is None else torch.from_numpy(call.bias)
     integers, scales = layer.quantize(x, scale, offset)
-    epilogue = gpu.Epilogue(layer.bias if bias is None else bias, residual, call.gate)
+    epilogue = gpu.Epilogue(layer.bias if bias is None else bias, call.gate)
     if call.gate is None:
-        output = layer(x, scale, residual, offset=offset, bias=bias)
+        output = layer(x, scale, offset=offset, bias=bias)
     else:
         output = layer.gated(x, call.gate, scale, offset=offset, bias=bias)
     found = Answer(integers.numpy(), output.float().numpy())

@@ -134,40 +134,6 @@ def test_layers_equal_the_reference_bit_for_bit(interpreted: Interpreter, **laye
 
 
 @needs_triton
-@pytest.mark.parametrize("gained", [False, True])
-@pytest.mark.parametrize("group", [None, 64])
-def test_a_residual_is_added_as_if_afterwards_bit_for_bit(
-    interpreted: Interpreter, gained: bool, group: int | None
-) -> None:
-    """stream + gain · y in float32, cut along K or not, with tails of M and N."""
-    generator = torch.Generator().manual_seed(11)
-    m, n, k = 19, 70, 200
-    weight = integers(n, k, generator)
-    operands: dict[str, Any] = {
-        "words": pack_int4(weight),
-        "weight_scale": torch.rand((n,) if group is None else (n, 4), generator=generator) + 0.05,
-        "columns": k,
-        "group": group,
-        "bias": torch.randn(n, generator=generator),
-        "activation_bits": 4,
-    }
-    rows, stream = (torch.randn((m, width), generator=generator) for width in (k, n))
-    gain = torch.randn(n, generator=generator) if gained else None
-    _, y = expected(rows, weight, operands, None)
-    call = Call(
-        numpy_operands(**operands),
-        rows.numpy(),
-        tilings=() if group else TILINGS,
-        stream=stream.numpy(),
-        gain=None if gain is None else gain.numpy(),
-    )
-    found = interpreted(call)
-    wanted = stream + (y if gain is None else gain * y)
-    for output in (found.output, *found.tiled):
-        assert np.array_equal(output, wanted.numpy())
-
-
-@needs_triton
 @pytest.mark.slow
 @settings(relaxed, max_examples=600)
 @given(**layers)
@@ -370,23 +336,6 @@ def test_no_rows_give_no_rows() -> None:
 def test_inputs_the_kernel_cannot_read_are_refused(rows: Tensor, message: str) -> None:
     with pytest.raises(ObservationError, match=message):
         small()(rows)
-
-
-@pytest.mark.parametrize("what", ["residual", "gain"])
-@pytest.mark.parametrize("wrong", ["shape", "dtype", "stride", "device"])
-def test_residuals_the_kernel_cannot_add_are_refused_by_name(what: str, wrong: str) -> None:
-    layer = small()
-    outputs = layer.out_features
-    given = {"residual": torch.zeros(2, outputs), "gain": torch.zeros(outputs)}
-    changes = {
-        "shape": lambda x: x[..., 1:].contiguous(),
-        "dtype": lambda x: x.double(),
-        "stride": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
-        "device": lambda x: x.to("meta"),
-    }
-    given[what] = changes[wrong](given[what])
-    with pytest.raises(ObservationError, match=f"{what} is .*needs contiguous"):
-        layer(torch.zeros((2, 12)), None, gpu.Residual(given["residual"], given["gain"]))
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,7 @@ TYPES = {
     "weights": "*i8",
     "partial": "*i32",
     **dict.fromkeys(("scale", "scales", "maxima", "weight_scale", "bias", "out"), "*fp32"),
-    **dict.fromkeys(
-        ("gain", "residual", "offset", "gate", "up", "shift", "cosine", "sine"), "*fp32"
-    ),
+    **dict.fromkeys(("offset", "gate", "up", "shift", "cosine", "sine"), "*fp32"),
 }
 ALIGNED = {*TYPES, "width", "size", "half", "stride", "share"}
 """Arguments that are multiples of 16 in every layer of the policies."""
@@ -50,8 +48,8 @@ LARGE: dict[str, Any] = {
     "BYTES": 64,
     "LIMIT": 128,
 }
-ABSENT = SMALL | dict.fromkeys(("transform", "offset", "bias", "gain", "residual"))
-"""A layer with neither transform nor offset nor bias, added to nothing."""
+ABSENT = SMALL | dict.fromkeys(("transform", "offset", "bias"))
+"""A layer with neither transform nor offset nor bias."""
 ONES = ABSENT | dict.fromkeys(("count", "blocks", "parts", "share", "size", "per_row", "groups"), 1)
 """One row, one block, one part, one output."""
 EXACT = ("multiply", "multiply_part", "multiply_grouped")
@@ -188,10 +186,10 @@ def test_what_is_between_two_products_on_every_gpu(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_adding_a_residual_is_not_contracted_with_anything(
+def test_adding_a_bias_is_not_contracted_with_anything(
     device: ModuleType, capability: int, tmp_path: Path
 ) -> None:
-    """gain · y and its sum with the residual are rounded one after the other, on every GPU."""
+    """A scaled product and its sum with the bias are rounded one after the other, on every GPU."""
     compiled = compile_program(device.add_parts, capability, SMALL, tmp_path)
     check_rounding(compiled.asm["ptx"])
     assert not re.search(r"\bFFMA\b", machine_code(compiled, tmp_path))
@@ -203,7 +201,7 @@ def test_adding_a_residual_is_not_contracted_with_anything(
 def test_rows_of_16_bits_compile_too(
     device: ModuleType, name: str, dtype: str, tmp_path: Path
 ) -> None:
-    types = TYPES | {name: f"*{dtype}" for name in ("x", "out", "residual")}
+    types = TYPES | {name: f"*{dtype}" for name in ("x", "out")}
     compiled = compile_program(getattr(device, name), 90, SMALL, tmp_path, types)
     check_rounding(compiled.asm["ptx"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 from omega_qvla.results.statistics import wilson_interval
 from omega_qvla.training.admission import _shuffle, _swaps, admitted
 from omega_qvla.training.embedded import EMBEDDED, EmbeddedPolicy

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol, overload
+from typing import NoReturn, overload
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from omega_qvla.calibration.fingerprint import content_digest, fingerprint_of
 from omega_qvla.calibration.lerobot import Cameras, stream_lerobot
 from omega_qvla.calibration.lerobot_metadata import is_dataset
 from omega_qvla.calibration.streamed import SourceReport, Streamed
+from omega_qvla.environments import Environment, action_limits, begin, carry_out
 from omega_qvla.errors import ObservationError
 from omega_qvla.files import new_file
 from omega_qvla.policies.base import Observation, Policy
@@ -32,18 +33,6 @@ from omega_qvla.policies.processing.normalization import dimension_names
 
 FILE = "observations.npz"
 _TEXT = ("prompt", "task", "split")
-
-
-class Environment(Protocol):
-    """What rollouts need of a simulator."""
-
-    max_steps: int
-
-    def reset(self, seed: int) -> Observation: ...
-
-    def observe(self) -> Observation: ...
-
-    def step(self, action: np.ndarray) -> bool: ...
 
 
 class Observations(Sequence[Observation]):
@@ -248,23 +237,26 @@ class Observations(Sequence[Observation]):
         execute: int = 5,
         seed: int = 0,
     ) -> Observations:
-        """Run the policy in a simulator and keep every ``every``-th observation it acted on."""
+        """Run the policy in a simulator and keep every ``every``-th observation it acted on.
+
+        Args:
+            env: a ``gymnasium.Env`` with the policy's observations (docs/evaluate-your-robot.md).
+            episodes: how many.
+            execute: actions carried out of each chunk.
+            seed: of the first episode, and of its noise.
+        """
         kept: list[Observation] = []
+        limits = action_limits(env)
         for episode in range(episodes):
-            observation = env.reset(seed + episode)
+            observation: Observation | None = begin(env, seed + episode)
             generator = torch.Generator().manual_seed(seed + episode)
-            taken, done, chunk_number = 0, False, 0
-            while taken < env.max_steps and not done:
-                if chunk_number % every == 0:
+            number = 0
+            while observation is not None:
+                if number % every == 0:
                     kept.append(observation)
-                chunk_number += 1
+                number += 1
                 chunk = policy.sample_actions(observation, generator=generator)
-                for action in chunk[:execute]:
-                    done = bool(env.step(action))
-                    taken += 1
-                    if done or taken >= env.max_steps:
-                        break
-                observation = env.observe()
+                observation = carry_out(env, np.clip(chunk[:execute], *limits)).observation
         return cls(kept)
 
 

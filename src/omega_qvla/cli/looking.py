@@ -32,7 +32,7 @@ from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.closed_loop import simulated
 from omega_qvla.evaluation.diagnostics import diagnose
 from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
-from omega_qvla.evaluation.simulators.pool import METAWORLD
+from omega_qvla.evaluation.simulators.metaworld_tasks import METAWORLD
 from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.extras import require

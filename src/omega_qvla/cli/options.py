@@ -13,7 +13,7 @@ from omega_qvla.checkpoints.options import CheckpointOptions, WrittenBy
 from omega_qvla.checkpoints.tied import TiedHalf
 from omega_qvla.errors import ResourceError, UsageError
 from omega_qvla.evaluation.closed_loop import Resources
-from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 from omega_qvla.files import write_json
 
 EVALUATION_SEED = 0
@@ -95,8 +95,8 @@ class Simulation(Execution):
     workers: Annotated[
         int | None,
         tyro.conf.arg(
-            help="simulators of a policy, whose episodes advance together and share its passes; 8, "
-            "or 2 of LIBERO"
+            help="simulators of a policy; 8 of Meta-World, whose episodes advance together and "
+            "share its passes, else 2"
         ),
         PROCESSES,
     ] = None

@@ -23,7 +23,7 @@ from omega_qvla.cli.options import (
 from omega_qvla.cli.outputs import prepare_journal, require_free_artifact
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import calibration_of
-from omega_qvla.devices import find_gpu
+from omega_qvla.devices import EXPERIMENTAL, find_gpu
 from omega_qvla.errors import RecipeError
 from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.policies.full_precision import load_policy, policy_structure, stream_policy
@@ -66,6 +66,7 @@ class Quantize(Calibrated, Checkpoint, Common):
     def run(self, screen: Screen) -> int:
         if self.device != "cpu":
             find_gpu(self.device)  # refused before anything is read
+            screen.say(EXPERIMENTAL)
         if self.threads is not None:
             check_threads(self.threads)
         recipe = Recipe.load(self.recipe).scoped(self.scope)

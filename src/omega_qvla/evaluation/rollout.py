@@ -40,6 +40,7 @@ from omega_qvla.errors import (
     OmegaError,
     PolicyError,
     ResourceError,
+    SimulatorError,
     SimulatorUnavailable,
 )
 from omega_qvla.evaluation.openloop import Sampler, sample_together, shape_of_noise
@@ -56,8 +57,6 @@ Observation = dict[str, Any]
 Transform = Callable[[Observation], Observation]
 Progress = Callable[[int, int], None]
 
-ACTION_LIMITS = (-1.0, 1.0)
-"""Executed actions are clipped to these limits, the simulators' own."""
 MAX_DEATHS = 3
 """An episode on which this many simulators died is given up with an error."""
 
@@ -75,6 +74,8 @@ class _Attempt:
     task: str
     seed: int
     chunks: int = 0
+    limits: tuple[Actions, Actions] | None = None
+    """Lowest and highest action of the environment; executed actions are clipped to them."""
     planned: Actions | None = None
     executed: list[Actions] = field(default_factory=list[Actions])
     states: list[list[float]] = field(default_factory=list[list[float]])
@@ -367,7 +368,7 @@ class _Run:
         for attempt, observation, chunk in zip(attempts, observations, chunks, strict=True):
             attempt.latencies_ms.append(share_ms)
             attempt.states.append(_state_of(observation))
-            attempt.planned = np.clip(self._checked(attempt, chunk), *ACTION_LIMITS)
+            attempt.planned = self._checked(attempt, chunk)
             attempt.chunks += 1
 
     def _checked(self, attempt: _Attempt, sampled: Any) -> Actions:
@@ -382,7 +383,14 @@ class _Run:
             raise NonFiniteError(
                 f"{attempt.name}, chunk {attempt.chunks}: the policy returned a non-finite action"
             )
-        return chunk[: self._execute]
+        assert attempt.limits is not None
+        low, high = attempt.limits
+        if chunk.shape[1] != len(low):
+            raise PolicyError(
+                f"{attempt.name}: the policy's actions have {chunk.shape[1]} numbers, the "
+                f"environment takes {len(low)}"
+            )
+        return np.clip(chunk[: self._execute], low, high)
 
     def _record(self, group: _Group, attempt: _Attempt, success: bool) -> EpisodeRecord:
         actions = np.concatenate(attempt.executed)
@@ -424,6 +432,7 @@ def _state_of(observation: Observation) -> list[float]:
 def _account(attempt: _Attempt, reply: Mapping[str, Any]) -> tuple[bool, bool]:
     """Book what the simulator executed; returns (episode over, success)."""
     if attempt.planned is None:
+        attempt.limits = (reply["low"], reply["high"])
         return False, False
     steps = reply["steps"]
     attempt.executed.append(attempt.planned[:steps])
@@ -433,6 +442,8 @@ def _account(attempt: _Attempt, reply: Mapping[str, Any]) -> tuple[bool, bool]:
 def _simulator_error(attempt: _Attempt, error: Mapping[str, str]) -> OmegaError:
     if error["kind"] == "unavailable":
         return SimulatorUnavailable(error["message"])
+    if error["kind"] == "fault":
+        return SimulatorError(f"{attempt.name}: {error['message']}")
     return EvaluationError(f"{attempt.name}: the simulator failed: {error['message']}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 from omega_qvla.calibration.mismatch import examine
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.checkpoints.options import CheckpointOptions
-from omega_qvla.errors import PolicyError
-from omega_qvla.evaluation.execution.blueprint import Built
+from omega_qvla.errors import PolicyError, UsageError
+from omega_qvla.evaluation.execution.blueprint import Built, Footprint
 from omega_qvla.evaluation.execution.building import artifact_blueprint, full_blueprint
 from omega_qvla.evaluation.execution.plan import SweepRow
 from omega_qvla.evaluation.footprints import artifact_footprint
@@ -67,9 +67,25 @@ def policy_row(source: str, stress: float, choices: CheckpointOptions) -> tuple[
     return row, resident_bytes(policy)
 
 
+def policy_in_memory(policy: Any) -> tuple[SweepRow, int]:
+    """One row for a policy that only this process has, and its bytes in memory, if it tells."""
+    config: Mapping[str, Any] = getattr(policy, "config", {}) or {}
+    recipe = config.get("recipe", {}) if isinstance(config, Mapping) else {}
+    resident = policy.resident_bytes() if hasattr(policy, "resident_bytes") else None
+    built = Built(policy, Footprint(None, resident))
+    label = str(getattr(policy, "family", type(policy).__name__))
+    row = SweepRow(label, recipe.get("name", REFERENCE), lambda _: built, alone=True)
+    return row, resident or 0
+
+
 def identity_of(row: SweepRow) -> str:
-    """What fixes the weights of a policy's row: their fingerprint, or the artifact's hash."""
-    assert row.blueprint is not None
+    """What fixes the weights of a policy's row: their fingerprint, or the artifact's hash.
+
+    Raises:
+        UsageError: it is a policy in memory, which nobody could name again.
+    """
+    if row.blueprint is None:
+        raise UsageError("episodes of a policy in memory cannot be kept: leave `out` away")
     arguments = row.blueprint.arguments
     return str(arguments.get("weights") or arguments.get("content_hash"))
 

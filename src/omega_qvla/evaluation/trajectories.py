@@ -2,7 +2,7 @@
 
 A run is an ordinary episode of :func:`~omega_qvla.evaluation.rollout.rollout`, with the seed, the
 noise and the observations that an evaluation would give it; only the chunks the policy answered are
-remembered.  Their first ``execute`` actions, clipped as the simulator gets them, are then carried
+remembered.  Their first ``execute`` actions, clipped to the limits of the environment, are carried
 out again (``replay.py``) to see where the hand was after every step and what the scene looked like.
 A replay that does not end as the episode did is an error, never a picture of something else.
 """
@@ -21,7 +21,6 @@ import numpy.typing as npt
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
 from omega_qvla.evaluation.openloop import Sampler
 from omega_qvla.evaluation.rollout import (
-    ACTION_LIMITS,
     MAX_DEATHS,
     EvaluationError,
     rollout,
@@ -44,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode of one policy, with the actions it executed, float32 [steps, action_dim]."""
+    """One episode of one policy, with the actions it planned, float32 [steps, action_dim]."""
 
     record: EpisodeRecord
     actions: npt.NDArray[np.float32]
@@ -91,7 +90,7 @@ def run_episode(
     (record,) = rollout(recorder, [task], [seed], pool=pool, execute=execute)
     # Where a simulator died, the chunks of the attempts before are remembered as well.
     chunks = recorder.chunks[-record.chunks :]
-    actions = np.concatenate([np.clip(chunk[:execute], *ACTION_LIMITS) for chunk in chunks])
+    actions = np.concatenate([chunk[:execute] for chunk in chunks])
     return Episode(record, actions[: record.steps])
 
 
@@ -241,9 +240,10 @@ def _carry_out(episode: Episode, simulator: Any, frames: int) -> Track:
     positions: list[Array] = []
     kept: list[tuple[int, Array]] = []
     observation: Mapping[str, Any] = {}
+    actions = episode.actions
     for step in range(steps + 1):
         if step:
-            simulator.request({"actions": episode.actions[step - 1 : step]})
+            simulator.request({"actions": actions[step - 1 : step]})
         reply = simulator.channel.receive()
         if "error" in reply:
             if reply["error"]["kind"] == "unavailable":
@@ -252,6 +252,8 @@ def _carry_out(episode: Episode, simulator: Any, frames: int) -> Track:
                 f"{_name(episode)}: the simulator failed when it was carried out again: "
                 f"{reply['error']['message']}"
             )
+        if not step:
+            actions = np.clip(actions, reply["low"], reply["high"])
         observation = reply["observation"]
         positions.append(_hand(observation))
         if step in wanted:

@@ -32,7 +32,8 @@ from omega_qvla.evaluation.rollout import (
     rollout,
     shifted,
 )
-from omega_qvla.evaluation.simulators.metaworld import TASKS, MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
@@ -183,12 +184,12 @@ def held_out_observations(
 
 def _observe_episode(policy: NativePolicy, env: MetaWorldEnv, seed: int) -> list[dict[str, Any]]:
     """Every observation the policy acts on in one episode."""
-    observation, seen = env.reset(seed), []
+    observation, seen = env.reset(seed=seed)[0], []
     generator = torch.Generator().manual_seed(seed)
     while len(seen) * EXECUTE < env.max_steps:
         seen.append(observation)
         chunk = policy.sample_actions(observation, generator=generator)
-        if any([env.step(action) for action in chunk[:EXECUTE]]):
+        if any([env.advance(action)[0] for action in chunk[:EXECUTE]]):
             break
         observation = env.observe()
     return seen

@@ -61,7 +61,7 @@ def collect_corrections(
     env, expert = MetaWorldEnv(task), expert_for(task)
     kept: list[tuple[int, Samples]] = []
     for episode in range(episodes):
-        env.reset(seed + episode)
+        env.reset(seed=seed + episode)
         behaviour = policy_behaviour(policy, seed + episode)
         samples = record_episode(
             env, expert, behaviour, every, episode, max_steps=max_steps, needs_success=False

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omega_qvla.evaluation.simulators.metaworld import BASE_VIEW, TASKS, WRIST_VIEW, project
+from omega_qvla.evaluation.simulators.metaworld_tasks import BASE_VIEW, TASKS, WRIST_VIEW, project
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
 from omega_qvla.policies.processing.tokenizers import Tokenizer
 from omega_qvla.training.demonstrations import CAMERAS, Demonstrations

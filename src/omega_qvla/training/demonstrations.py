@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.evaluation.simulators.metaworld import ACTION_DIM, MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld_tasks import ACTION_DIM
 from omega_qvla.files import new_file
 
 Array = npt.NDArray[Any]
@@ -132,7 +133,7 @@ def expert_chunk(expert: Any, env: MetaWorldEnv, horizon: int = HORIZON) -> Arra
     with env.undo():
         for index in range(horizon):
             chunk[index] = expert_action(expert, env)
-            env.step(chunk[index])
+            env.advance(chunk[index])
     return chunk
 
 
@@ -202,7 +203,7 @@ def record_episode(
     for step in range(max_steps or env.max_steps):
         if step % every == phase % every:
             samples.add(env, expert_chunk(expert, env))
-        solved += env.step(behaviour(env, expert_action(expert, env)))
+        solved += env.advance(behaviour(env, expert_action(expert, env)))[0]
         if solved > STEPS_AFTER_SUCCESS:
             break
     return samples if solved or not needs_success else None
@@ -216,7 +217,7 @@ def collect(
     kept: list[tuple[int, Samples]] = []
     for episode in range(plan.episodes):
         generator = np.random.default_rng((plan.seed, episode))
-        env.reset(plan.seed + episode)
+        env.reset(seed=plan.seed + episode)
         behaviour = _behaviour(episode, plan.noise, generator)
         samples = record_episode(env, expert, behaviour, plan.every, episode)
         if samples is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from omega_qvla.evaluation.simulators.metaworld import TASKS
+from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy

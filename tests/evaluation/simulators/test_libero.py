@@ -18,17 +18,14 @@ import yaml
 
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
 from omega_qvla.evaluation.rollout import rollout
-from omega_qvla.evaluation.simulators.libero import (
+from omega_qvla.evaluation.simulators.libero import LiberoEnv, axis_angle, robot_action
+from omega_qvla.evaluation.simulators.libero_conventions import convention_of, environment_options
+from omega_qvla.evaluation.simulators.libero_suites import (
     FACTORY,
     PROTOCOLS,
     SUITES,
-    LiberoEnv,
-    axis_angle,
     chosen_tasks,
-    convention_of,
-    environment_options,
     per_suite,
-    robot_action,
     suite_tasks,
 )
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
@@ -117,6 +114,11 @@ def stand_in(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+def opened(task, family):
+    """The environment of a task, as it is for a family."""
+    return LiberoEnv(task, **environment_options(family, CAMERAS, 8, 7))
+
+
 def log():
     return sys.modules["libero.libero.envs"].LOG
 
@@ -183,7 +185,8 @@ def test_suites_and_protocols_are_the_papers():
 
 def test_a_policy_of_another_robot_is_refused():
     options = environment_options("pi05", CAMERAS, 8, 7)
-    assert options == {"family": "pi05", "cameras": CAMERAS}
+    assert options["cameras"] == CAMERAS and options["simulator_seed"] == 7
+    assert options["gripper"] == "signed" and options["max_steps"]["long"] == 520
     with pytest.raises(PolicyError, match=r"has 3 \(a, b, c\), 8 and 7"):
         environment_options("pi05", ["a", "b", "c"], 8, 7)
     with pytest.raises(PolicyError, match="takes 7 action numbers"):
@@ -193,8 +196,8 @@ def test_a_policy_of_another_robot_is_refused():
 
 
 def test_an_episode_settles_from_its_recorded_state_with_the_familys_seed(stand_in):
-    env = LiberoEnv("goal:3", "pi05", CAMERAS)
-    observation = env.reset(7)
+    env = opened("goal:3", "pi05")
+    observation, _ = env.reset(seed=7)
     assert log()[1:4] == [("seed", 7), ("reset",), ("state", 307.0)]
     assert log()[4:] == [("step", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)] * 10
     assert env.max_steps == 300 and observation["prompt"] == "do 3 of libero_goal"
@@ -205,22 +208,22 @@ def test_an_episode_settles_from_its_recorded_state_with_the_familys_seed(stand_
     expected = np.float32([0, 2, 3, 0, 0, np.pi, 0.04, -0.04])
     np.testing.assert_array_equal(observation["state"], expected)
     before = len(log())
-    env.reset(7)
+    env.reset(seed=7)
     assert log()[before : before + 3] == log()[1:4]  # whatever ran in between
     for bad in (-1, 50):
         with pytest.raises(ValueError, match=f"initial state {bad} of 50"):
-            env.reset(bad)
+            env.reset(seed=bad)
 
 
 def test_groot_opens_with_one_and_long_episodes_end_with_the_simulator(stand_in):
-    env = LiberoEnv("long:0", "gr00t_n15", CAMERAS)
-    env.reset(0)
+    env = opened("long:0", "gr00t_n15")
+    env.reset(seed=0)
     assert ("seed", 0) in log()
     assert env.max_steps == 990  # robosuite's 1000 less the settling
     closing = [1.0, 0, 0, 0, 0, 0, 0.2]
-    assert [env.step(closing) for _ in range(4)] == [False, False, False, True]
+    assert [env.advance(closing)[0] for _ in range(4)] == [False, False, False, True]
     assert log()[-1][-1] == 1.0
-    assert {suite: LiberoEnv(f"{suite}:0", "gr00t_n15", CAMERAS).max_steps for suite in SUITES} == {
+    assert {suite: opened(f"{suite}:0", "gr00t_n15").max_steps for suite in SUITES} == {
         **convention_of("gr00t_n15").max_steps,
         "long": 990,
     }
@@ -234,7 +237,8 @@ def test_episodes_run_in_simulator_processes(stand_in):
             assert list(observation["images"]) == CAMERAS
             return np.tile(np.float32([1, 0, 0, 0, 0, 0, 1]), (10, 1))
 
-    with SimulatorPool(1, FACTORY, {"family": "pi05", "cameras": CAMERAS}) as pool:
+    options = environment_options("pi05", CAMERAS, 8, 7)
+    with SimulatorPool(1, "fake_environment:libero_without_torch", options) as pool:
         records = rollout(Reaching(), ["spatial:0", "object:9"], [0, 49], pool=pool)
     assert [(record.success, record.steps) for record in records] == [(True, 4)] * 4
 
@@ -243,11 +247,11 @@ def test_missing_scenes_are_named_with_how_to_get_them(stand_in):
     (stand_in / "assets" / "scenes").rmdir()
     told = r"lacks scenes\. Get them with `hf download lerobot/libero-assets"
     with pytest.raises(SimulatorUnavailable, match=told):
-        LiberoEnv("goal:0", "pi05", CAMERAS)
+        opened("goal:0", "pi05")
 
 
 def test_libero_is_not_let_ask_questions_on_a_terminal(stand_in, tmp_path, monkeypatch):
-    LiberoEnv("goal:0", "pi05", CAMERAS)
+    opened("goal:0", "pi05")
     written = Path(os.environ["LIBERO_CONFIG_PATH"]) / "config.yaml"
     content = yaml.safe_load(written.read_text())
     assert content["init_states"] == str(stand_in / "init_files")
@@ -255,14 +259,14 @@ def test_libero_is_not_let_ask_questions_on_a_terminal(stand_in, tmp_path, monke
     answered.mkdir()
     (answered / "config.yaml").write_text("{}")
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(answered))
-    LiberoEnv("goal:0", "pi05", CAMERAS)
+    opened("goal:0", "pi05")
     assert os.environ["LIBERO_CONFIG_PATH"] == str(answered)
 
 
 def test_without_libero_the_environment_to_make_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "libero", None)
     with pytest.raises(SimulatorUnavailable, match=r"--simulator-python"):
-        LiberoEnv("goal:0", "pi05", CAMERAS)
+        opened("goal:0", "pi05")
 
 
 def test_an_interpreter_that_does_not_exist_is_named(point_policy):
@@ -278,10 +282,10 @@ def test_an_interpreter_that_does_not_exist_is_named(point_policy):
 )
 def test_the_real_simulator_repeats_an_episode_to_the_bit():
     try:
-        env = LiberoEnv("spatial:0", "pi05", CAMERAS)
+        env = opened("spatial:0", "pi05")
     except SimulatorUnavailable as error:
         pytest.skip(str(error))
-    first, second = env.reset(3), env.reset(3)
+    first, second = env.reset(seed=3)[0], env.reset(seed=3)[0]
     np.testing.assert_array_equal(first["state"], second["state"])
     np.testing.assert_array_equal(first["images"]["base"], second["images"]["base"])
     env.close()

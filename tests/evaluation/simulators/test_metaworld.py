@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from omega_qvla.errors import OmegaError, SimulatorUnavailable
-from omega_qvla.evaluation.simulators.metaworld import TASKS, MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
+from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 
 # Importing metaworld here would load mujoco before the environment has chosen its renderer.
 pytestmark = pytest.mark.skipif(
@@ -24,13 +25,13 @@ import hashlib, numpy as np
 from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
 env = MetaWorldEnv({tasks}[0])
 for task in {tasks}[1:]:
-    env.reset(3)
+    env.reset(seed=3)
     env.turn_to(task)
 digest = hashlib.sha256()
 for seed in {seeds}:
-    observation = env.reset(seed)
+    observation, _ = env.reset(seed=seed)
     for step in range(6):
-        env.step(np.full(4, 0.3 - 0.1 * step, np.float32))
+        env.advance(np.full(4, 0.3 - 0.1 * step, np.float32))
     if seed == 4:
         observation = env.observe()
         digest.update(observation["state"].tobytes())
@@ -57,7 +58,7 @@ import mujoco, numpy as np
 from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
 env = MetaWorldEnv("drawer-open-v3")
 env.turn_to("push-v3")
-ours = env.reset(4)["images"]
+ours = env.reset(seed=4)[0]["images"]
 env._renderer.close()
 model = env._env.model
 model.vis.quality.shadowsize, model.vis.global_.offwidth = 4096, 640
@@ -82,7 +83,7 @@ def digest(seeds: list[int], tasks: list[str]) -> str:
 
 
 def test_an_observation_has_two_views_a_state_and_the_instruction(env):
-    observation = env.reset(0)
+    observation, _ = env.reset(seed=0)
     assert set(observation["images"]) == {"base", "wrist"}
     for image in observation["images"].values():
         assert image.shape == (84, 84, 3) and image.dtype == np.uint8
@@ -110,7 +111,7 @@ def test_pictures_are_those_of_mujocos_own_renderer():
 def test_different_seeds_place_the_objects_and_the_hand_differently(env):
     layouts = []
     for seed in range(5):
-        env.reset(seed)
+        env.reset(seed=seed)
         raw = env.raw_observation
         layouts.append(np.concatenate((raw[:3], raw[4:7], raw[-3:])))
     assert np.std(layouts, axis=0).max() > 0.02
@@ -118,11 +119,11 @@ def test_different_seeds_place_the_objects_and_the_hand_differently(env):
 
 
 def test_undo_restores_the_simulator_exactly(env):
-    env.reset(7)
+    env.reset(seed=7)
     before = env.observe()
     with env.undo():
         for _ in range(10):
-            env.step(np.array([1.0, 0.5, -1.0, 1.0], np.float32))
+            env.advance(np.array([1.0, 0.5, -1.0, 1.0], np.float32))
         moved = env.observe()
     after = env.observe()
     assert not np.array_equal(before["state"], moved["state"])
@@ -132,15 +133,15 @@ def test_undo_restores_the_simulator_exactly(env):
 
 def test_the_future_is_the_same_with_and_without_an_undone_excursion(env):
     def final(excursion: bool) -> np.ndarray:
-        env.reset(11)
+        env.reset(seed=11)
         for _ in range(5):
-            env.step(np.array([0.2, 0.4, -0.8, -1.0], np.float32))
+            env.advance(np.array([0.2, 0.4, -0.8, -1.0], np.float32))
         if excursion:
             with env.undo():
                 for _ in range(8):
-                    env.step(np.ones(4, np.float32))
+                    env.advance(np.ones(4, np.float32))
         for _ in range(10):
-            env.step(np.array([0.1, 0.9, -0.3, 1.0], np.float32))
+            env.advance(np.array([0.1, 0.9, -0.3, 1.0], np.float32))
         return env.raw_observation
 
     # Not to the last bit: restoring runs the solver once more, from a warmer start.
@@ -148,10 +149,10 @@ def test_the_future_is_the_same_with_and_without_an_undone_excursion(env):
 
 
 def test_the_wrist_view_moves_with_the_hand(env):
-    env.reset(3)
+    env.reset(seed=3)
     before = env.observe()["images"]
     for _ in range(15):
-        env.step(np.array([1.0, 0.0, 0.0, 0.0], np.float32))
+        env.advance(np.array([1.0, 0.0, 0.0, 0.0], np.float32))
     after = env.observe()["images"]
     change = {c: np.abs(after[c].astype(int) - before[c]).mean() for c in ("base", "wrist")}
     assert change["wrist"] > change["base"] > 0
@@ -159,7 +160,7 @@ def test_the_wrist_view_moves_with_the_hand(env):
 
 def test_an_action_of_the_wrong_shape_is_refused(env):
     with pytest.raises(ValueError, match=r"expected \(4,\)"):
-        env.step(np.zeros(3, np.float32))
+        env.advance(np.zeros(3, np.float32))
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones():
@@ -168,8 +169,27 @@ def test_an_unknown_task_is_refused_with_the_known_ones():
 
 
 def test_turning_to_an_unknown_task_changes_nothing(env):
-    before = env.reset(5)
+    before, _ = env.reset(seed=5)
     with pytest.raises(OmegaError, match=TASK):
         env.turn_to("juggle-v3")
-    again = env.reset(5)
+    again, _ = env.reset(seed=5)
     assert env.task == TASK and np.array_equal(before["images"]["base"], again["images"]["base"])
+
+
+def test_gymnasiums_own_checker_accepts_it(env):
+    """What a step returns is what it returned before; nothing in the spaces is out of place."""
+    from gymnasium.utils.env_checker import check_env
+
+    check_env(env, skip_render_check=True, skip_close_check=True)
+
+
+def test_a_step_renders_and_ends_the_episode_when_its_time_is_over(env):
+    env.reset(seed=1)
+    for number in range(TASKS[TASK].max_steps):
+        terminated, truncated, info = env.advance(np.zeros(4, np.float32))
+        assert (terminated, truncated) == (False, number == TASKS[TASK].max_steps - 1)
+        assert info == {"is_success": False}
+    env.reset(seed=1)
+    observation, reward, terminated, truncated, _ = env.step(np.zeros(4, np.float32))
+    assert env.observation_space.contains(observation)
+    assert (reward, terminated, truncated) == (0.0, False, False)

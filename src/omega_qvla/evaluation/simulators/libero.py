@@ -26,8 +26,8 @@ failure; here it is an error.  robosuite ends an episode after 1000 steps, settl
 leaves 990 of GR00T's 1000 for the long suite: there the original runs into that exception.
 
 The libraries LIBERO needs cannot live beside this program's (docs/libero.md), so the simulator
-usually runs in an interpreter of its own.  This module is what is imported there: numpy and nothing
-else of ours but the errors.
+usually runs in an interpreter of its own.  This module is what is imported there: it needs numpy,
+gymnasium and LIBERO, and of ours only what has no requirements.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ import importlib.util
 import json
 import math
 import os
+import string
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.errors import PolicyError, SimulatorUnavailable
-from omega_qvla.policies.families import families
-from omega_qvla.policies.family import LiberoConvention
+from omega_qvla.environments import IS_SUCCESS
+from omega_qvla.errors import SimulatorUnavailable
+from omega_qvla.evaluation.simulators.libero_suites import (
+    ACTION_DIM,
+    IMAGE_SIZE,
+    INITIAL_STATES,
+    SETTLING_STEPS,
+    SIMULATOR_STEPS,
+    STATE_DIM,
+    SUITES,
+    TASKS_PER_SUITE,
+    VIEWS,
+    Gripper,
+)
+from omega_qvla.extras import needing
 
-FACTORY = "omega_qvla.evaluation.simulators.libero:LiberoEnv"
-SUITES = {
-    "spatial": "libero_spatial",
-    "object": "libero_object",
-    "goal": "libero_goal",
-    "long": "libero_10",
-}
-"""The paper's names of the suites and LIBERO's."""
-TASKS_PER_SUITE, INITIAL_STATES = 10, 50
-PROTOCOLS = {"paper": 10, "full": INITIAL_STATES}
-"""Trials per task; each starts from the recorded initial state of its number."""
-
-IMAGE_SIZE, ACTION_DIM, STATE_DIM = 256, 7, 8
-SETTLING_STEPS, SIMULATOR_STEPS = 10, 1000
-VIEWS = ("agentview_image", "robot0_eye_in_hand_image")
-"""LIBERO's names of the fixed and the wrist view, in the order of the policies' cameras."""
+with needing("LIBERO's simulator", "libero"):
+    import gymnasium
+    from gymnasium import spaces
 
 _REST = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 _OBJECTS = ("articulated_objects", "stable_hope_objects", "stable_scanned_objects")
@@ -76,85 +76,6 @@ _INSTALL = (
 )
 
 Array = npt.NDArray[Any]
-Gripper = Literal["signed", "opening"]
-
-
-def convention_of(family: str) -> LiberoConvention:
-    """How the authors of a policy family evaluate it.
-
-    Raises:
-        PolicyError: nothing is published.
-    """
-    known = {name: found.libero for name, found in families().items() if found.libero}
-    if family not in known:
-        raise PolicyError(
-            f"no LIBERO convention is known for policies of family {family!r}; known: "
-            f"{', '.join(known)}"
-        )
-    return known[family]
-
-
-def suite_tasks(suites: str) -> list[str]:
-    """Task names ``suite:number`` of one suite, several (with commas) or ``all``.
-
-    Raises:
-        PolicyError: there is no such suite.
-    """
-    names = list(SUITES) if suites == "all" else [name.strip() for name in suites.split(",")]
-    unknown = [name for name in names if name not in SUITES]
-    if unknown:
-        raise PolicyError(
-            f"LIBERO has no suite {', '.join(map(repr, unknown))}: give {', '.join(SUITES)} or all"
-        )
-    return [f"{name}:{index}" for name in names for index in range(TASKS_PER_SUITE)]
-
-
-def chosen_tasks(names: Sequence[str] | None) -> list[str]:
-    """The tasks that a user named; empty if none were.
-
-    Raises:
-        PolicyError: LIBERO has no such task.
-    """
-    known = suite_tasks("all")
-    unknown = [name for name in names or () if name not in known]
-    if unknown:
-        raise PolicyError(
-            f"LIBERO has no task {', '.join(map(repr, unknown))}: tasks are SUITE:NUMBER, from "
-            f"{known[0]} to {known[-1]}"
-        )
-    return list(names or ())
-
-
-def per_suite(success: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """[successes, episodes] of each suite, from those of its tasks."""
-    suites: dict[str, list[int]] = {}
-    for task, (solved, episodes) in success.items():
-        count = suites.setdefault(task.partition(":")[0], [0, 0])
-        count[0] += solved
-        count[1] += episodes
-    return suites
-
-
-def environment_options(
-    family: str, cameras: Sequence[str], state_dim: int, action_dim: int
-) -> dict[str, Any]:
-    """Keyword arguments of :class:`LiberoEnv` for a policy, as JSON values.
-
-    Args:
-        cameras: the policy's names for the fixed and the wrist view.
-        state_dim, action_dim: numbers of its state and its actions.
-
-    Raises:
-        PolicyError: the policy was not made for LIBERO's robot.
-    """
-    if (len(cameras), state_dim, action_dim) != (len(VIEWS), STATE_DIM, ACTION_DIM):
-        raise PolicyError(
-            f"LIBERO gives {len(VIEWS)} views and {STATE_DIM} state numbers and takes {ACTION_DIM} "
-            f"action numbers; the policy has {len(cameras)} ({', '.join(cameras)}), {state_dim} "
-            f"and {action_dim}"
-        )
-    convention_of(family)
-    return {"family": family, "cameras": list(cameras)}
 
 
 def axis_angle(quaternion: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -192,26 +113,36 @@ def upright(image: Array) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(image[::-1, ::-1])
 
 
-class LiberoEnv:
-    """One task of LIBERO.
+class LiberoEnv(gymnasium.Env[dict[str, Any], Array]):
+    """One task of LIBERO; the reward is 1 where it is solved, which ends the episode, else 0.
 
     Args:
-        task: ``suite:number``, see :func:`suite_tasks`; numbers are LIBERO's own order.
-        family: whose convention is followed, see :func:`convention_of`.
+        task: ``suite:number``, see ``libero_suites.suite_tasks``; numbers are LIBERO's own order.
         cameras: names of the two views in the observation.
+        gripper: ``signed`` is LIBERO's own action, ``opening`` 1 for open and 0 for closed.
+        simulator_seed: of the simulator, before every episode.
+        max_steps: by suite, settling not included.
 
     Raises:
         SimulatorUnavailable: LIBERO, its scenes or a renderer is missing; says which files.
     """
 
-    def __init__(self, task: str, family: str, cameras: Sequence[str]) -> None:
+    metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium's own form
+
+    def __init__(
+        self,
+        task: str,
+        cameras: Sequence[str],
+        gripper: Gripper,
+        simulator_seed: int,
+        max_steps: Mapping[str, int],
+    ) -> None:
         self._suite, _, number = task.partition(":")
-        convention = convention_of(family)
-        self._gripper: Gripper = convention.gripper
-        self._seed = convention.seed
+        self._gripper: Gripper = gripper
+        self._seed = simulator_seed
         self._cameras = tuple(cameras)
         limit = SIMULATOR_STEPS - SETTLING_STEPS
-        self.max_steps = min(convention.max_steps[self._suite], limit)
+        self.max_steps = min(max_steps[self._suite], limit)
         package = _locate()
         suite = _suite(SUITES[self._suite])
         described = suite.get_task(int(number))
@@ -225,29 +156,52 @@ class LiberoEnv:
         scene = package / "bddl_files" / described.problem_folder / described.bddl_file
         self._env = _open_scene(scene)
         self._raw: Mapping[str, Any] = {}
+        self._steps = 0
+        picture = spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        self.observation_space = spaces.Dict(
+            {
+                "images": spaces.Dict({name: picture for name in cameras}),
+                "state": spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32),
+                "prompt": spaces.Text(200, charset=string.printable),
+            }
+        )
+        self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
-    def reset(self, seed: int) -> dict[str, Any]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin the episode of an initial state.
 
         Args:
-            seed: number of the recorded initial state, 0 to 49.
+            seed: number of the recorded initial state, 0 to 49; without it one is drawn.
+            options: none are known.
 
         Raises:
             ValueError: there is no such state.
         """
-        if not 0 <= seed < INITIAL_STATES:
+        if seed is not None and not 0 <= seed < INITIAL_STATES:
             raise ValueError(f"initial state {seed} of {INITIAL_STATES}: LIBERO records no others")
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self.np_random.integers(INITIAL_STATES))
         self._env.seed(self._seed)
         self._env.reset()
         self._raw = self._env.set_init_state(self._states[seed])
         for _ in range(SETTLING_STEPS):
             self._raw = self._env.step(list(_REST))[0]
-        return self.observe()
+        self._steps = 0
+        return self.observe(), {}
 
-    def step(self, action: npt.ArrayLike) -> bool:
-        """One control step, 50 ms; returns whether the task is solved."""
+    def step(self, action: Array) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """One control step, 50 ms, and both views after it."""
+        terminated, truncated, info = self.advance(action)
+        return self.observe(), float(info[IS_SUCCESS]), terminated, truncated, info
+
+    def advance(self, action: npt.ArrayLike) -> tuple[bool, bool, dict[str, Any]]:
+        """One control step: (terminated, truncated, info)."""
         self._raw, _, done, _ = self._env.step(robot_action(action, self._gripper).tolist())
-        return bool(done)
+        self._steps += 1
+        return bool(done), self._steps >= self.max_steps, {IS_SUCCESS: bool(done)}
 
     def observe(self) -> dict[str, Any]:
         """Both views uint8 [256, 256, 3], the state and the instruction."""

@@ -11,34 +11,44 @@ module adds what a benchmark for vision-language-action policies needs on a mach
   one generator per episode, over ranges wider than Meta-World's own where the expert still works,
   so that a policy that cannot see cannot succeed.
 
-Physics and rendering are apart: :meth:`MetaWorldEnv.step` never renders, so a chunk costs
-its physics only.
+Physics and rendering are apart: :meth:`MetaWorldEnv.advance` never renders, so a chunk costs its
+physics only (``environments.py``).
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import string
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from omega_qvla.environments import IS_SUCCESS
 from omega_qvla.errors import MissingPackageError, SimulatorUnavailable
+from omega_qvla.evaluation.simulators.metaworld_tasks import (
+    ACTION_DIM,
+    BASE_VIEW,
+    FIELD_OF_VIEW,
+    START_JITTER_M,
+    STATE_DIM,
+    TASKS,
+    WRIST_VIEW,
+    Array,
+    View,
+)
 from omega_qvla.evaluation.simulators.offscreen import OffscreenRenderer
 from omega_qvla.extras import needing
 
-Array = npt.NDArray[Any]
-Observation = dict[str, Any]
+with needing("the Meta-World simulator", "sim"):
+    import gymnasium
+    from gymnasium import spaces
 
-ACTION_DIM = 4
-STATE_DIM = 4
-START_JITTER_M = (0.08, 0.05, 0.04)
-"""Half-ranges, in metres, of the random offset of the hand's starting position."""
+Observation = dict[str, Any]
 
 _RENDERING = (
     "the Meta-World simulator renders without a screen, with the Debian packages libegl1 and "
@@ -53,83 +63,6 @@ _GRIPPER_GEOMS = frozenset({"rightpad_geom", "leftpad_geom", "rail", "rightclaw_
 _RENDER_FLAGS_OFF = ("SHADOW", "REFLECTION", "SKYBOX", "FOG", "HAZE")
 
 
-@dataclass(frozen=True)
-class Task:
-    """One benchmark task: what the policy is told, how long it may take, where things may be.
-
-    ``low`` and ``high`` replace the simulator's own range of the random vector (metres; object
-    position, then goal position where the task draws one); None keeps Meta-World's range.
-    ``start_jitter`` scales the random offset of the hand's start.
-    Tasks of the same ``scene`` look alike: only the instruction tells them apart.
-    """
-
-    instruction: str
-    max_steps: int
-    low: tuple[float, ...] | None = None
-    high: tuple[float, ...] | None = None
-    scene: str = ""
-    grasp: bool = False
-    show_goal: bool = False
-    start_jitter: float = 1.0
-
-
-@dataclass(frozen=True)
-class View:
-    """A camera: distance (m) and angles (degrees) from the point it looks at.
-
-    ``lookat`` is in the world, or, for the wrist view, relative to the hand.
-    """
-
-    lookat: tuple[float, float, float]
-    distance: float
-    azimuth: float
-    elevation: float
-
-
-BASE_VIEW = View((0.0, 0.68, 0.08), 0.95, 112.0, -48.0)
-WRIST_VIEW = View((0.0, 0.0, -0.05), 0.40, 60.0, -38.0)
-FIELD_OF_VIEW = 45.0
-"""Vertical field of view of both cameras, degrees (MuJoCo's default, asserted when rendering)."""
-
-
-def project(points: Array, lookat: Array, view: View) -> Array:
-    """World points [..., 3] → image coordinates [..., 2], right and down, in [0, 1] if visible."""
-    azimuth, elevation = np.radians(view.azimuth), np.radians(view.elevation)
-    level = np.array([np.cos(azimuth), np.sin(azimuth), 0.0])
-    forward = np.cos(elevation) * level + np.array([0.0, 0.0, np.sin(elevation)])
-    right = np.array([level[1], -level[0], 0.0])
-    offset = points - (lookat - view.distance * forward)
-    scale = 0.5 / np.tan(np.radians(FIELD_OF_VIEW) / 2.0) / np.maximum(offset @ forward, 1e-3)
-    across, down = offset @ right * scale, -(offset @ np.cross(right, forward)) * scale
-    return np.stack((across, down), axis=-1) + 0.5
-
-
-TASKS: dict[str, Task] = {
-    "drawer-open-v3": Task(
-        "open the drawer", 200, (-0.2, 0.9, 0.0), (0.2, 0.9, 0.0), scene="drawer"
-    ),
-    "door-open-v3": Task(
-        "open the door",
-        200,
-        (0.06, 0.83, 0.15),
-        (0.18, 0.95, 0.15),
-        scene="door",
-        start_jitter=0.6,
-    ),
-    "faucet-open-v3": Task(
-        "turn the faucet open", 200, (-0.15, 0.72, 0.0), (0.15, 0.85, 0.0), scene="faucet"
-    ),
-    "faucet-close-v3": Task(
-        "turn the faucet closed", 200, (-0.15, 0.72, 0.0), (0.15, 0.85, 0.0), scene="faucet"
-    ),
-    "push-v3": Task("push the puck to the goal", 200, show_goal=True, scene="puck"),
-    "pick-place-v3": Task(
-        "lift the puck to the goal", 200, grasp=True, show_goal=True, scene="puck"
-    ),
-}
-"""The scripted experts solve at least 95 % of these over the ranges given."""
-
-
 def _simulator() -> tuple[Any, Any]:
     """Import mujoco and the tasks' classes; a headless renderer is chosen before mujoco is."""
     os.environ.setdefault("MUJOCO_GL", "egl")
@@ -142,15 +75,28 @@ def _simulator() -> tuple[Any, Any]:
         raise SimulatorUnavailable(f"{error}; {_RENDERING}") from error
 
 
-class MetaWorldEnv:
+class MetaWorldEnv(gymnasium.Env[Observation, npt.NDArray[np.float32]]):
     """One Meta-World task behind the observation format of the policies.
 
     Observations are ``{"images": {"base", "wrist"}, "state", "prompt"}`` with uint8 ``[H, W, 3]``
-    images and float32 ``[4]`` state: hand position in metres, gripper opening from 0 to 1.
+    images and float32 ``[4]`` state: hand position in metres, gripper opening from 0 to 1.  The
+    reward is 1 where the task is solved, which ends the episode, else 0.
     """
+
+    metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium's own form
 
     def __init__(self, task: str, image_size: int = 84) -> None:
         self.image_size = image_size
+        picture = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = spaces.Dict(
+            {
+                "images": spaces.Dict({"base": picture, "wrist": picture}),
+                "state": spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32),
+                "prompt": spaces.Text(80, charset=string.printable),
+            }
+        )
+        self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+        self._steps = 0
         self._mujoco, self._environments = _simulator()
         self._load(task)
         self._renderer = self._make_renderer()
@@ -202,8 +148,17 @@ class MetaWorldEnv:
         """The simulator's own 39 numbers, which scripted experts read; never given to a policy."""
         return self._raw.copy()
 
-    def reset(self, seed: int) -> Observation:
-        """Start the episode that belongs to ``seed``; the same seed gives the same episode."""
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start the episode that belongs to ``seed``; the same seed gives the same episode.
+
+        Without a seed one is drawn by gymnasium's generator.  There are no options.
+        """
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self.np_random.integers(2**31))
+        self._steps = 0
         generator = np.random.default_rng(seed)
         jitter = generator.uniform(-1.0, 1.0, size=3) * np.array(START_JITTER_M)
         jitter *= TASKS[self.task].start_jitter
@@ -214,17 +169,26 @@ class MetaWorldEnv:
         # Meta-World moves bodies after computing their positions: what reset returns is stale.
         self._mujoco.mj_forward(self._env.model, self._env.data)
         self._raw = np.asarray(self._env._get_obs(), dtype=np.float64)
-        return self.observe()
+        return self.observe(), {}
 
-    def step(self, action: npt.ArrayLike) -> bool:
-        """Run one control step; returns whether the task is solved now. Nothing is rendered."""
+    def step(
+        self, action: npt.NDArray[np.float32]
+    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """One control step, and both views after it."""
+        terminated, truncated, info = self.advance(action)
+        return self.observe(), float(info[IS_SUCCESS]), terminated, truncated, info
+
+    def advance(self, action: npt.ArrayLike) -> tuple[bool, bool, dict[str, Any]]:
+        """One control step of which nothing is rendered: (terminated, truncated, info)."""
         clipped = np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
         if clipped.shape != (ACTION_DIM,):
             raise ValueError(f"action has shape {clipped.shape}, expected ({ACTION_DIM},)")
         self._env.curr_path_length = 0
         raw, _, _, _, info = self._env.step(clipped)
         self._raw = np.asarray(raw, dtype=np.float64)
-        return bool(info["success"] > 0)
+        self._steps += 1
+        solved = bool(info["success"] > 0)
+        return solved, self._steps >= self.max_steps, {IS_SUCCESS: solved}
 
     def observe(self) -> Observation:
         """Render both views of the present state."""
@@ -241,13 +205,13 @@ class MetaWorldEnv:
         spec = mujoco.mjtState.mjSTATE_INTEGRATION
         saved = np.empty(mujoco.mj_stateSize(model, spec))
         mujoco.mj_getState(model, data, saved, spec)
-        raw, previous = self._raw.copy(), np.array(self._env._prev_obs)
+        raw, previous, steps = self._raw.copy(), np.array(self._env._prev_obs), self._steps
         try:
             yield
         finally:
             mujoco.mj_setState(model, data, saved, spec)
             mujoco.mj_forward(model, data)
-            self._raw, self._env._prev_obs = raw, previous
+            self._raw, self._env._prev_obs, self._steps = raw, previous, steps
 
     def close(self) -> None:
         """Free the renderer; the environment cannot be used afterwards."""

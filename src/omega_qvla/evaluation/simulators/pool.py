@@ -7,6 +7,7 @@ ours: the sources are read from where this process has them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,9 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from omega_qvla.evaluation.simulators.child import Child
+from omega_qvla.evaluation.simulators.metaworld_tasks import METAWORLD
 from omega_qvla.evaluation.simulators.simulator_process import BOOTSTRAP
 
-METAWORLD = "omega_qvla.evaluation.simulators.metaworld:MetaWorldEnv"
 _SHUTDOWN_S, _DEATH_S = 3.0, 0.3
 _PACKAGE = str(Path(__file__).resolve().parents[2])
 
@@ -32,7 +33,7 @@ class Simulator(Child):
         own = python is None
         super().__init__(
             BOOTSTRAP,
-            [_PACKAGE, *(sys.path if own else ())],
+            [_PACKAGE, *([*sys.path, os.getcwd()] if own else ())],
             timeout_s=timeout_s,
             python=sys.executable if python is None else python,
         )
@@ -45,9 +46,9 @@ class SimulatorPool:
     Args:
         workers: number of processes.
         environment: factory as ``module:callable``, called as ``factory(task, **options)`` in the
-            simulator process; it returns an object with ``reset(seed)``, ``step(action)``,
-            ``observe()``, ``close()`` and ``max_steps``, and perhaps ``turn_to(task)`` where it can
-            become another task for less than a new one costs (see ``metaworld.MetaWorldEnv``).
+            simulator process; it returns a ``gymnasium.Env`` (``environments.py``), perhaps with
+            ``turn_to(task)`` where it can become another task for less than a new one costs (see
+            ``metaworld.MetaWorldEnv``).  A module in the working directory is found too.
         options: keyword arguments of the factory, JSON values.
         timeout_s: a simulator silent for longer counts as dead; building an environment included.
         python: the interpreter the simulators run in; None is this one.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from omega_qvla.environments import IS_SUCCESS
 from omega_qvla.evaluation.simulators.simulator_process import import_factory
 
 REPLAY = "omega_qvla.evaluation.simulators.replay:Replay"
@@ -29,26 +30,22 @@ class Replay:
 
     def __init__(self, task: str, environment: str, options: Mapping[str, Any]) -> None:
         self._environment = import_factory(environment)(task, **options)
+        self.action_space = self._environment.action_space
         self._solved = False
 
-    @property
-    def max_steps(self) -> int:
-        """One more than the environment's: the view after the last action is wanted too."""
-        return self._environment.max_steps + 1
-
-    def reset(self, seed: int) -> Mapping[str, Any]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """Start the episode again."""
+        observation, info = self._environment.reset(seed=seed, options=options)
         self._solved = False
-        return {**self._environment.reset(seed), SOLVED: False}
+        return {**observation, SOLVED: False}, info
 
-    def step(self, action: Any) -> bool:
+    def step(self, action: Any) -> tuple[Mapping[str, Any], float, bool, bool, dict[str, Any]]:
         """Carry out one action; never over."""
-        self._solved = bool(self._environment.step(action)) or self._solved
-        return False
-
-    def observe(self) -> Mapping[str, Any]:
-        """What is seen now."""
-        return {**self._environment.observe(), SOLVED: self._solved}
+        observation, _, _, _, info = self._environment.step(action)
+        self._solved = bool(info.get(IS_SUCCESS)) or self._solved
+        return {**observation, SOLVED: self._solved}, 0.0, False, False, info
 
     def close(self) -> None:
         """Free the environment."""

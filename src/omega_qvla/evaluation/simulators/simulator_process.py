@@ -7,10 +7,11 @@ simulator.  The process ends when the parent closes its end or dies.
 
 Requests and replies (see ``channel.py``):
 
-* ``{"start": {"environment", "options", "task", "seed"}}`` → ``{"observation", "max_steps"}``;
+* ``{"start": {"environment", "options", "task", "seed"}}`` → ``{"observation", "low", "high"}``,
+  the last two the limits of an action;
 * ``{"actions": float32 [n, action_dim]}`` → ``{"success", "steps", "observation"}``, where
-  ``steps`` counts the actions executed (fewer than n when the task was solved or time ran out) and
-  ``observation`` is None when the episode is over;
+  ``steps`` counts the actions executed (fewer than n when the episode ended) and ``observation`` is
+  None when it is over;
 * anything that raises → ``{"error": {"kind", "message"}}``.
 
 The environment is kept while the task stays the same, and asked to turn to another one if it can;
@@ -25,7 +26,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
-from omega_qvla.errors import OmegaError, SimulatorUnavailable
+from omega_qvla.environments import MOST_STEPS, Environment, action_limits, begin, carry_out
+from omega_qvla.errors import (
+    MissingPackageError,
+    OmegaError,
+    SimulatorError,
+    SimulatorUnavailable,
+)
 from omega_qvla.evaluation.simulators.channel import Channel, ChannelError
 
 BOOTSTRAP = """
@@ -59,21 +66,6 @@ need; here it is loaded only if an environment asks for it.
 """
 
 
-class Environment(Protocol):
-    """What a simulator environment offers."""
-
-    @property
-    def max_steps(self) -> int: ...
-
-    def reset(self, seed: int) -> Mapping[str, Any]: ...
-
-    def step(self, action: Any) -> bool: ...
-
-    def observe(self) -> Mapping[str, Any]: ...
-
-    def close(self) -> None: ...
-
-
 @runtime_checkable
 class HasTasks(Protocol):
     """An environment that can become another task for less than a new one would cost."""
@@ -103,7 +95,7 @@ class _Server:
     def __init__(self) -> None:
         self._built: tuple[Any, ...] | None = None
         self._environment: Environment | None = None
-        self._steps_left = 0
+        self._steps = 0
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The reply to one request."""
@@ -131,23 +123,21 @@ class _Server:
                 self.close()
                 self._environment = import_factory(environment)(task, **options)
             self._built = wanted
-        observation = self._environment.reset(seed)
-        self._steps_left = int(self._environment.max_steps)
-        return {"observation": observation, "max_steps": self._steps_left}
+        low, high = action_limits(self._environment)
+        self._steps = 0
+        return {"observation": begin(self._environment, seed), "low": low, "high": high}
 
     def _act(self, actions: Any) -> dict[str, Any]:
         if self._environment is None:
             raise RuntimeError("actions arrived before an episode was started")
-        steps, success = 0, False
-        for action in actions[: self._steps_left]:
-            success = bool(self._environment.step(action))
-            steps += 1
-            if success:
-                break
-        self._steps_left -= steps
-        over = success or self._steps_left == 0
-        observation = None if over else self._environment.observe()
-        return {"success": success, "steps": steps, "observation": observation}
+        done = carry_out(self._environment, actions)
+        self._steps += done.steps
+        if done.observation is not None and self._steps >= MOST_STEPS:
+            raise SimulatorError(
+                f"the episode has run for {self._steps} steps and did not end: an environment must "
+                "truncate, for example in gymnasium.wrappers.TimeLimit"
+            )
+        return {"success": done.success, "steps": done.steps, "observation": done.observation}
 
 
 def import_factory(path: str) -> Callable[..., Environment]:
@@ -181,8 +171,10 @@ def import_callable(path: str) -> Callable[..., Any]:
 
 
 def _describe(error: Exception) -> dict[str, str]:
-    if isinstance(error, SimulatorUnavailable):
+    if isinstance(error, SimulatorUnavailable | MissingPackageError):
         return {"kind": "unavailable", "message": str(error)}
+    if isinstance(error, SimulatorError):
+        return {"kind": "fault", "message": str(error)}
     if isinstance(error, OmegaError):
         return {"kind": "failed", "message": str(error)}
     frames = traceback.extract_tb(error.__traceback__)

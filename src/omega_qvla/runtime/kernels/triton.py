@@ -31,35 +31,16 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Residual:
-    """What a product is added to: stream + gain · y.
-
-    Attributes:
-        stream: [M, N], contiguous, of the input's dtype.
-        gain: float32 [N], or None for 1 (adaptive norms have a gate per channel and step).
-    """
-
-    stream: Tensor
-    gain: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Epilogue:
     """What becomes of a product after its scales, while it is still in registers.
 
     Attributes:
         bias: float32 [N], or None.
-        residual: what the output is added to, or None.
-        gate: let the second half of the outputs pass through the first; without a residual.
+        gate: let the second half of the outputs pass through the first.
     """
 
     bias: Tensor | None = None
-    residual: Residual | None = None
     gate: Gate | None = None
-
-    def residual_parts(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gain and stream as the programs take them."""
-        return (None, None) if self.residual is None else (self.residual.gain, self.residual.stream)
 
 
 def supports(
@@ -157,7 +138,6 @@ class PackedLinear:
         self,
         x: Tensor,
         static_scale: Tensor | None = None,
-        residual: Residual | None = None,
         *,
         offset: Tensor | None = None,
         bias: Tensor | None = None,
@@ -167,20 +147,15 @@ class PackedLinear:
         Args:
             x: float32, bfloat16 or float16, rows contiguous (any distance apart).
             static_scale: float32, one number, on the device; None for one dynamic scale per row.
-            residual: what the output is added to while it is written.  In float32 that gives
-                exactly ``stream + gain * layer(x)``; in 16 bits the sum is rounded once, not
-                thrice.
             offset: float32, filled up by ``spread_offset``; subtracted from the transformed rows
                 before they are rounded.
             bias: float32 [N], in place of the layer's own.
 
         Raises:
-            ObservationError: x has another dtype, device, shape or stride, or the residual has.
+            ObservationError: x has another dtype, device, shape or stride.
         """
         self._check_input(x)
-        if residual is not None:
-            self._check_residual(x, residual)
-        epilogue = Epilogue(self.bias if bias is None else bias, residual)
+        epilogue = Epilogue(self.bias if bias is None else bias)
         return self._compute(x, self.out_features, static_scale, offset, epilogue)
 
     def gated(
@@ -285,7 +260,6 @@ class PackedLinear:
             "enable_fp_fusion": False,
         }
         bias, gate = epilogue.bias, epilogue.gate
-        gain, stream = epilogue.residual_parts()
         if tiling.parts == 1 and gate is not None:
             self._programs.multiply_gated[grid](
                 integers, self.weight, self.weight_scale, bias, scales, out,
@@ -294,7 +268,7 @@ class PackedLinear:
             return
         if tiling.parts == 1:
             self._programs.multiply[grid](
-                integers, self.weight, self.weight_scale, bias, gain, stream, scales, out,
+                integers, self.weight, self.weight_scale, bias, scales, out,
                 count, size, width, per_row, **sides, BYTES=tiling.bytes, **options,
             )  # fmt: skip
             return
@@ -312,7 +286,7 @@ class PackedLinear:
             )  # fmt: skip
             return
         self._programs.add_parts[grid](
-            partial, self.weight_scale, bias, gain, stream, scales, out,
+            partial, self.weight_scale, bias, scales, out,
             count, size, parts, per_row, **sides, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -330,12 +304,11 @@ class PackedLinear:
     def _multiply_grouped(
         self, integers: Tensor, scales: Tensor, out: Tensor, epilogue: Epilogue
     ) -> None:
-        gain, stream = epilogue.residual_parts()
         count, width = integers.shape
         rows = min(64, max(16, 1 << (count - 1).bit_length()))
         grid = (-(-count // rows), -(-self.out_features // 64))
         self._programs.multiply_grouped[grid](
-            integers, self.weight, self.weight_scale, epilogue.bias, gain, stream, scales, out,
+            integers, self.weight, self.weight_scale, epilogue.bias, scales, out,
             count, self.out_features, width, self.weight_scale.shape[0], _per_row(scales),
             ROWS=rows, OUTPUTS=64, enable_fp_fusion=False,
         )  # fmt: skip
@@ -348,21 +321,6 @@ class PackedLinear:
                 f"{what} is {layout} {found[0]} {list(found[2])} on {found[1]}; the kernel needs "
                 f"contiguous {dtype} {list(shape)} on {self.device}"
             )
-
-    def _check_residual(self, x: Tensor, residual: Residual) -> None:
-        wanted: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = [
-            ("residual", residual.stream, x.dtype, (x.shape[0], self.out_features))
-        ]
-        if residual.gain is not None:
-            wanted.append(("gain", residual.gain, torch.float32, (self.out_features,)))
-        for what, tensor, dtype, shape in wanted:
-            found = (tensor.dtype, tuple(tensor.shape), tensor.device, tensor.is_contiguous())
-            if found != (dtype, shape, x.device, True):
-                raise ObservationError(
-                    f"{what} is {tensor.dtype} {list(tensor.shape)} with strides "
-                    f"{tensor.stride()} on {tensor.device}; the kernel needs contiguous {dtype} "
-                    f"{list(shape)} on {x.device}"
-                )
 
     def _check_input(self, x: Tensor) -> None:
         fits = x.dtype in _FLOATS and x.ndim == 2 and x.shape[1] == self.columns

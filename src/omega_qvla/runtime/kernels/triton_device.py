@@ -13,8 +13,6 @@ is not installed.  Arithmetic is that of ``reference.py``, operation for operati
 * scale: (product · weight scale) · activation scale + bias, each rounded by itself.  Kernels are
   compiled without contraction (``enable_fp_fusion=False``), so the float output is the reference's
   bit for bit too.
-* add, where there is a residual: residual + gain · y, the product rounded by itself if there is a
-  gain, and the sum rounded by itself; all in float32, then once to the output's type.
 * gate, where a layer stands for a gate and what it lets pass: activation(y_j) · y_(j + N/2) for
   j < N/2, from two sums of one program, so that neither half is ever written.
 
@@ -239,18 +237,11 @@ def _scaled(product, bias, scales, rows, count, outputs, size, per_row):
 
 
 @triton.jit
-def _store_scaled(product, bias, gain, residual, scales, out, rows, count, outputs, size, per_row):
-    """``_scaled`` → out [rows, N].
-
-    With a residual [rows, N], residual + gain · that; the gain [N] is one where there is none.
-    """
+def _store_scaled(product, bias, scales, out, rows, count, outputs, size, per_row):
+    """``_scaled`` → out [rows, N]."""
     y = _scaled(product, bias, scales, rows, count, outputs, size, per_row)
     inside = (outputs < size)[:, None] & (rows < count)[None, :]
     place = rows[None, :] * size + outputs[:, None]
-    if gain is not None:
-        y = y * tl.load(gain + outputs, mask=outputs < size, other=0.0)[:, None]
-    if residual is not None:
-        y = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + y
     tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -260,8 +251,6 @@ def multiply(
     weights,
     weight_scale,
     bias,
-    gain,
-    residual,
     scales,
     out,
     count,
@@ -291,7 +280,7 @@ def multiply(
     )
     channel = tl.load(weight_scale + outputs, mask=outputs < size, other=0.0)
     product = (total >> 4).to(tl.float32) * channel[:, None]
-    _store_scaled(product, bias, gain, residual, scales, out, rows, count, outputs, size, per_row)
+    _store_scaled(product, bias, scales, out, rows, count, outputs, size, per_row)
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -338,8 +327,6 @@ def add_parts(
     partial,
     weight_scale,
     bias,
-    gain,
-    residual,
     scales,
     out,
     count,
@@ -359,7 +346,7 @@ def add_parts(
         total += tl.load(place, mask=inside, other=0)
     channel = tl.load(weight_scale + outputs, mask=outputs < size, other=0.0)
     product = (total >> 4).to(tl.float32) * channel[:, None]
-    _store_scaled(product, bias, gain, residual, scales, out, rows, count, outputs, size, per_row)
+    _store_scaled(product, bias, scales, out, rows, count, outputs, size, per_row)
 
 
 @triton.jit
@@ -462,8 +449,6 @@ def multiply_grouped(
     weights,
     weight_scale,
     bias,
-    gain,
-    residual,
     scales,
     out,
     count,
@@ -500,4 +485,4 @@ def multiply_grouped(
         known = (outputs < size) & (group < groups)
         channel = tl.load(weight_scale + group * size + outputs, mask=known, other=0.0)
         y += total.to(tl.float32) * channel[:, None]
-    _store_scaled(y, bias, gain, residual, scales, out, rows, count, outputs, size, per_row)
+    _store_scaled(y, bias, scales, out, rows, count, outputs, size, per_row)
