@@ -20,18 +20,22 @@ from typing import Annotated, Any
 import tyro
 
 from omega_qvla.calibration.mismatch import CalibrationWarning
-from omega_qvla.cli.benchmarking import Benchmark
-from omega_qvla.cli.comparing import Compare, Demo
-from omega_qvla.cli.evaluating import Eval
-from omega_qvla.cli.looking import Diagnose, Report
-from omega_qvla.cli.measuring import Bench
+from omega_qvla.cli.bench import Bench
+from omega_qvla.cli.benchmark import Benchmark
+from omega_qvla.cli.compare import Compare
+from omega_qvla.cli.demo import Demo
+from omega_qvla.cli.diagnose import Diagnose
+from omega_qvla.cli.eval import Eval
+from omega_qvla.cli.inspect import Inspect
 from omega_qvla.cli.options import require_in_range
 from omega_qvla.cli.outputs import claimed_files
-from omega_qvla.cli.quantizing import Inspect, Quantize, Verify
+from omega_qvla.cli.quantize import Quantize
+from omega_qvla.cli.report import Report
 from omega_qvla.cli.screen import Screen
-from omega_qvla.cli.serving import Serve
-from omega_qvla.cli.training import Train
+from omega_qvla.cli.serve import Serve
+from omega_qvla.cli.train import Train
 from omega_qvla.cli.unseen import Unseen
+from omega_qvla.cli.verify import Verify
 from omega_qvla.errors import OmegaError
 
 Command = (

@@ -32,7 +32,7 @@ from omega_qvla.evaluation.simulators.libero_suites import (
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.subjects import Say, identity_of, policy_in_memory, policy_row
 from omega_qvla.evaluation.sweep import run_sweep
-from omega_qvla.results.rows import Evaluation
+from omega_qvla.results.rows import Evaluation, Row
 from omega_qvla.threads import torch_threads
 
 EPISODES, EXECUTE, WORKERS = 20, 5, 2
@@ -163,7 +163,7 @@ def evaluate(
     (measured,) = found.rows
     if env == "libero":
         labels["suites"] = per_suite(measured.success)
-    return Evaluation(row=measured.model_copy(update=labels))
+    return Evaluation(row=Row.model_validate(measured.model_dump() | labels))
 
 
 def _require_sense(

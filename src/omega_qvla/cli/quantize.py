@@ -1,16 +1,17 @@
-"""``quantize``, ``inspect`` and ``verify``: making artifacts and looking into them."""
+"""``quantize``: from a policy to an artifact."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from omega_qvla.api import quantize
-from omega_qvla.artifact import preflight, verify_artifact
+from omega_qvla.artifact import preflight
 from omega_qvla.claims import Claim
+from omega_qvla.cli.inspect import Inspect
 from omega_qvla.cli.options import (
     PROCESSES,
     STEPS,
@@ -31,9 +32,8 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal, finished_sites
 from omega_qvla.quantization.pipeline import planned_sites, work_shares
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
-from omega_qvla.results.memory import Inspection, Verification
+from omega_qvla.results.memory import Inspection
 from omega_qvla.runtime.engine import QuantizedPolicy
-from omega_qvla.runtime.inspection import inspect_artifact, site_failures
 from omega_qvla.runtime.linear import best_kernel
 from omega_qvla.runtime.prediction import predict_directory
 from omega_qvla.threads import check_threads, fitting_threads, widest_linear
@@ -139,55 +139,6 @@ class Quantize(Calibrated, Checkpoint, Common):
         quantized.save_pretrained(self.out, claim=claim)
         discard_journal(self.journal)
         return Inspect(directory=self.out, json=self.json).run(screen)
-
-
-@dataclass(frozen=True)
-class Inspect(Common):
-    """Show what an artifact holds: memory per component, recipe, sites, hash."""
-
-    directory: Positional[Path] = tyro.MISSING
-
-    def run(self, screen: Screen) -> int:
-        looked = inspect_artifact(self.directory)
-        recipe, sites = looked.config["recipe"], looked.config["sites"]
-        decisions = looked.config["policy"].get("decisions", {})
-        found = Inspection.model_validate(
-            {
-                **looked.memory,
-                "recipe": recipe,
-                "kernel": looked.kernel,
-                "sites": sites,
-                "content_hash": looked.content_hash,
-                "decisions": decisions,
-            }
-        )
-        screen.memory(found, str(self.directory))
-        screen.decisions(decisions)
-        screen.say(f"recipe   {recipe['name']} ({looked.config['recipe_hash'][:16]})")
-        screen.say(f"content  {looked.content_hash}")
-        screen.say(f"kernel   {looked.kernel}; {len(sites)} quantized sites")
-        notes = [f"{site['name']}: {site['note']}" for site in sites if site["note"]]
-        for note in notes:
-            screen.say(f"note     {note}")
-        save(self.json, found.to_json())
-        return 0
-
-
-@dataclass(frozen=True)
-class Verify(Common):
-    """Check every byte of an artifact against its SHA-256."""
-
-    directory: Positional[Path] = tyro.MISSING
-
-    def run(self, screen: Screen) -> int:
-        report = verify_artifact(self.directory)
-        if report.ok:
-            report = replace(report, failures=site_failures(self.directory))
-        for failure in report.failures:
-            screen.say(f"FAILED {failure}")
-        screen.say(f"{report.checked} checked, {len(report.failures)} failed")
-        save(self.json, Verification.model_validate(report.to_json()).model_dump())
-        return 0 if report.ok else 1
 
 
 def _with_steps(policy: NativePolicy, steps: int | None) -> NativePolicy:

@@ -1,4 +1,4 @@
-"""``diagnose`` and ``report``: what quantization does to a policy, and all of it on a page."""
+"""``diagnose``: what quantization does to a policy, site by site."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from omega_qvla.cli.options import (
 )
 from omega_qvla.cli.screen import Bars, Screen
 from omega_qvla.cli.sources import observations_of
-from omega_qvla.errors import OutputError, SimulatorUnavailable
+from omega_qvla.errors import SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
 from omega_qvla.evaluation.closed_loop import simulated
 from omega_qvla.evaluation.diagnostics import diagnose
@@ -35,11 +35,9 @@ from omega_qvla.evaluation.outlier_injection import condition_name, outlier_inje
 from omega_qvla.evaluation.simulators.metaworld_tasks import METAWORLD
 from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.evaluation.trajectories import compare_tracks
-from omega_qvla.extras import require
 from omega_qvla.files import write_json
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
-from omega_qvla.report.document import write_report
 from omega_qvla.report.table import site_table
 from omega_qvla.results.diagnostics import Diagnostics
 
@@ -139,28 +137,3 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
         except SimulatorUnavailable as error:
             screen.say(f"no episodes: {error}")
             return None
-
-
-@dataclass(frozen=True)
-class Report(Common):
-    """One HTML file, and the figures as PNG, from saved JSON alone."""
-
-    runs: Positional[tuple[Path, ...]] = ()
-    out: Annotated[Path, tyro.conf.arg(help="the HTML file; figures go beside it")] = Path(
-        "report.html"
-    )
-
-    @property
-    def files(self) -> list[Path]:
-        return [*super().files, self.out]
-
-    def run(self, screen: Screen) -> int:
-        require("a report", "report", "matplotlib", "jinja2")
-        if self.json is not None and self.json.resolve() in [run.resolve() for run in self.runs]:
-            raise OutputError(f"{self.json} would be overwritten by its own report's summary")
-        summary = write_report(self.runs, self.out, overwrite=self.overwrite)
-        for note in summary.notes:
-            screen.say(f"note: {note}")
-        save(self.json, summary.to_json())
-        screen.say(f"report {summary.report} and {len(summary.figures)} figures beside it")
-        return 0

@@ -1,4 +1,4 @@
-"""``demo`` and ``compare``: recipes side by side."""
+"""``compare``: recipes side by side."""
 
 from __future__ import annotations
 
@@ -31,16 +31,13 @@ from omega_qvla.evaluation.openloop import NOISES
 from omega_qvla.evaluation.subjects import admit, default_calibration
 from omega_qvla.extras import require
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.recipe import DEFAULT_RECIPE, Scope
+from omega_qvla.recipe import Scope
 from omega_qvla.report.figure import comparison_figure
 from omega_qvla.report.table import results_table, task_table
 from omega_qvla.results.rows import Comparison
 
 _WIDE_COLUMNS = ("vs full precision", "noise floor", "resident")
 """Columns that are left to the JSON and the picture, so that the table fits a terminal."""
-
-DEMO_NOISES = 2
-DEMO_RECIPES = ",".join(RECIPES)
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
     policy: Positional[str] = tyro.MISSING
     recipes: Annotated[
         str, tyro.conf.arg(help="comma-separated names or YAML files; or: methods, ablations")
-    ] = DEMO_RECIPES
+    ] = ",".join(RECIPES)
     episodes: Annotated[int, tyro.conf.arg(help="per task; 0: open loop only"), COUNT_OR_NONE] = 20
     stress: Annotated[
         str, tyro.conf.arg(help="add stress conditions: magnitudes, comma-separated; 0: none")
@@ -132,41 +129,3 @@ class Compare(Simulation, Calibrated, Checkpoint, Common):
                 say=screen.say,
             )
         return found
-
-
-@dataclass(frozen=True)
-class Demo(Simulation, Common):
-    """The main job on the embedded policy: quantize, save, reload, run the robot, compare."""
-
-    policy: Annotated[Literal["tiny-pi05", "tiny-gr00t"], tyro.conf.arg(help="embedded policy")] = (
-        "tiny-pi05"
-    )
-    episodes: Annotated[
-        int, tyro.conf.arg(help="episodes per task, method and condition"), COUNT_OR_NONE
-    ] = 4
-    out: Annotated[Path, tyro.conf.arg(help="artifacts, table, picture and JSON go here")] = Path(
-        "out/demo"
-    )
-
-    def run(self, screen: Screen) -> int:
-        command = Compare(
-            policy=f"builtin:{self.policy}",
-            recipes=DEMO_RECIPES,
-            episodes=self.episodes,
-            stress="30",
-            noises=DEMO_NOISES,
-            out=self.out,
-            json=self.json,
-            overwrite=self.overwrite,
-            debug=self.debug,
-            workers=self.workers,
-            threads=self.threads,
-            seed=self.seed,
-            processes=self.processes,
-            ray=self.ray,
-        )
-        status = command.run(screen, "demo")
-        artifact = self.out / "artifacts" / f"{DEFAULT_RECIPE}-plain"
-        screen.say(f"\nthe W4A4 policy is in {artifact}")
-        screen.say(f"look into it: omega-qvla inspect {artifact}")
-        return status
