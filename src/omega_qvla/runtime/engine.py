@@ -59,7 +59,7 @@ class QuantizedPolicy:
     ) -> None:
         self.policy = policy
         self.config = config
-        self.sites = tuple(SiteRecord.parse(item) for item in config["sites"])
+        self.sites = tuple(SiteRecord.model_validate(item) for item in config["sites"])
         self.content_hash = content_hash
 
     def __getattr__(self, name: str) -> Any:
