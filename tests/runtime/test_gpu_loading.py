@@ -23,7 +23,7 @@ from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.elementwise import ElementwiseModule
 from omega_qvla.policies.native import NativePolicy
-from omega_qvla.runtime import loading
+from omega_qvla.runtime import load as loading
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.kernels import triton_gpu as gpu
 from omega_qvla.runtime.linear import GpuRun, QuantizedLinear

@@ -29,7 +29,7 @@ from omega_qvla.errors import ObservationError, ResourceError
 from omega_qvla.policies.elementwise import Elementwise
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime import graph as module
-from omega_qvla.runtime import loading
+from omega_qvla.runtime import load as loading
 from omega_qvla.runtime.fused import CpuElementwise
 from omega_qvla.runtime.graph import ChunkGraphs, GraphWarning, use_graphs
 from omega_qvla.runtime.kernels import triton_gpu as gpu

@@ -3,7 +3,7 @@
 ``QuantizedPolicy`` is the policy's own graph with integer modules in place of its linears; the
 full-precision weights they replace are gone.  ``SimulatedPolicy`` is what a recipe that cannot
 exist as integers gives: it can be run and compared, never saved.  Artifacts come back to life in
-``loading.py``.
+``load.py``.
 """
 
 from __future__ import annotations
