@@ -52,7 +52,7 @@ evaluated.""",
     ("`eval`", "", (Evaluation,)),
     (
         "`inspect`, `quantize`",
-        """`quantize` writes what `inspect` would say about its output; `quantize --dry-run` the
+        """`inspect` reads the manifest and the small files, no tensor. `quantize` writes what it would say about its output; `quantize --dry-run` the
 same, predicted: tensors to the byte unless calibration chooses a scale, the whole directory to
 within 1 %. It reads headers, and of a float32 checkpoint the tensors that stay unquantized.""",
         (Inspection,),

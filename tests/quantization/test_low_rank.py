@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omega_qvla.artifact.layout import site_layout
 from omega_qvla.quantization.low_rank import low_rank_branch
 from omega_qvla.quantization.transforms import InputSummary, block_transform
-from omega_qvla.recipe import TransformScheme
+from omega_qvla.recipe import Scheme, TransformScheme, WeightScheme
 
 
 def gen(seed: int) -> torch.Generator:
@@ -57,6 +58,10 @@ def test_a_weight_of_low_rank_leaves_only_what_bfloat16_drops() -> None:
 
 
 def test_the_rank_is_no_more_than_the_weight_has() -> None:
-    shapes = (8, 64), (64, 8), (64, 64)
-    branches = [low_rank_branch(torch.randn(shape, generator=gen(0)), None, 32) for shape in shapes]
-    assert [len(branch.down) for branch in branches] == [8, 8, 32]
+    """And the schema of what is stored says the same."""
+    scheme = Scheme(weights=WeightScheme(low_rank=32), transform=TransformScheme(rotation="none"))
+    for outputs, inputs, rank in ((8, 64, 8), (64, 8, 8), (64, 64, 32)):
+        branch = low_rank_branch(torch.randn(outputs, inputs, generator=gen(0)), None, 32)
+        layout = site_layout(scheme, inputs, [outputs], False, 1)
+        assert branch.down.shape == layout["low_rank_down"].shape == (rank, inputs)
+        assert branch.up.shape == layout["low_rank_up"].shape == (outputs, rank)

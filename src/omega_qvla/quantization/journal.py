@@ -136,7 +136,7 @@ class Journal:
                 said = file.metadata() or {}
             if said["sha256"] != _digest(tensors, said["site"]):
                 raise ValueError("its bytes do not have the SHA-256 written with them")
-            record = SiteRecord.parse(json.loads(said["site"]))
+            record = SiteRecord.model_validate(json.loads(said["site"]))
             if record.site != site:
                 raise ValueError(f"it holds {record.site.name!r}, not {site.name!r}")
             found = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}

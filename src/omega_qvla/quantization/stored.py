@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from omega_qvla.artifact.layout import Layout, TensorSpec, site_layout, stored_width
 from omega_qvla.artifact.packing import pack_int4, unpack_int4
 from omega_qvla.errors import ArtifactError
-from omega_qvla.policies.base import QuantizationSite
+from omega_qvla.policies.base import Component, QuantizationSite
 from omega_qvla.quantization.low_rank import LowRankBranch
 from omega_qvla.quantization.site import QuantizedSite
 from omega_qvla.quantization.transforms import BlockTransform, OutputRotation
@@ -29,80 +29,55 @@ from omega_qvla.recipe import Recipe, Scheme
 TIMES = "activation_step_times"
 
 
-@dataclass(frozen=True)
-class SiteRecord:
-    """What ``omega_config.json`` says about one quantized site."""
+class SiteRecord(BaseModel):
+    """What ``omega_config.json`` says about one quantized site; docs/artifact.md."""
 
-    site: QuantizationSite
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str
+    linears: Annotated[tuple[str, ...], Field(min_length=1)]
+    component: Component
+    per_step: bool
     in_features: int
     splits: tuple[int, ...]
     activation_bits: int
     activation_scale: str
-    activation_clip: float | None
+    activation_clip: Annotated[float | None, Field(strict=True, gt=0.0, le=1.0)] = None
     group: int | None
     proxy_loss: float | None
     note: str
 
     @classmethod
-    def of(cls, site: QuantizedSite, recipe: Recipe) -> SiteRecord:
+    def of(cls, quantized: QuantizedSite, recipe: Recipe) -> SiteRecord:
         """The record of a site that was quantized with this recipe."""
-        scheme, loss = recipe.scheme_of(site.site), site.proxy_loss
+        site, activations = quantized.site, quantized.activations
+        scheme, loss = recipe.scheme_of(site), quantized.proxy_loss
         assert scheme is not None
         return cls(
-            site=site.site,
-            in_features=site.in_features,
-            splits=site.splits,
-            activation_bits=site.activations.bits,
-            activation_scale=site.activations.scale,
-            activation_clip=site.activations.share if scheme.activations.clip == "search" else None,
-            group=site.weight.group,
+            name=site.name,
+            linears=site.linears,
+            component=site.component,
+            per_step=site.per_step,
+            in_features=quantized.in_features,
+            splits=quantized.splits,
+            activation_bits=activations.bits,
+            activation_scale=activations.scale,
+            activation_clip=activations.share if scheme.activations.clip == "search" else None,
+            group=quantized.weight.group,
             # A loss relative to an output that is always zero is none, and no JSON could hold it.
             proxy_loss=loss if loss is not None and math.isfinite(loss) else None,
-            note=site.note,
+            note=quantized.note,
         )
 
     def dump(self) -> dict[str, Any]:
         """The record as JSON."""
-        return {
-            "name": self.site.name,
-            "linears": list(self.site.linears),
-            "component": self.site.component,
-            "per_step": self.site.per_step,
-            "in_features": self.in_features,
-            "splits": list(self.splits),
-            "activation_bits": self.activation_bits,
-            "activation_scale": self.activation_scale,
-            **({} if self.activation_clip is None else {"activation_clip": self.activation_clip}),
-            "group": self.group,
-            "proxy_loss": self.proxy_loss,
-            "note": self.note,
-        }
+        searched = self.activation_clip is not None
+        return self.model_dump(mode="json", exclude=None if searched else {"activation_clip"})
 
-    @classmethod
-    def parse(cls, content: Mapping[str, Any]) -> SiteRecord:
-        """The inverse of ``dump``.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is no such JSON.
-        """
-        site = QuantizationSite(
-            str(content["name"]),
-            tuple(str(name) for name in content["linears"]),
-            content["component"],
-            bool(content["per_step"]),
-        )
-        group = content["group"]
-        return cls(
-            site=site,
-            in_features=int(content["in_features"]),
-            splits=tuple(int(width) for width in content["splits"]),
-            activation_bits=int(content["activation_bits"]),
-            activation_scale=str(content["activation_scale"]),
-            activation_clip=content.get("activation_clip"),
-            group=None if group is None else int(group),
-            proxy_loss=content["proxy_loss"],
-            note=str(content["note"]),
-        )
+    @property
+    def site(self) -> QuantizationSite:
+        """The site it is about."""
+        return QuantizationSite(self.name, self.linears, self.component, self.per_step)
 
     def scheme(self, recipe: Recipe) -> Scheme:
         """The site's scheme, with what calibration chose.
@@ -110,7 +85,7 @@ class SiteRecord:
         Raises:
             ArtifactError: the recipe does not quantize the site, or leaves no such choice.
         """
-        found, name = recipe.scheme_of(self.site), self.site.name
+        found, name = recipe.scheme_of(self.site), self.name
         if found is None:
             raise ArtifactError(f"site {name!r}: recipe {recipe.name!r} does not quantize it")
         scale, clip = found.activations.scale, found.activations.clip
@@ -121,8 +96,7 @@ class SiteRecord:
                 f"{self.activation_scale!r}, its recipe {scale!r}"
             )
         stored, searched = self.activation_clip, clip == "search"
-        possible = isinstance(stored, float) and 0.0 < stored <= 1.0
-        if searched != (stored is not None) or (searched and not possible):
+        if searched != (stored is not None):
             raise ArtifactError(
                 f"site {name!r}: omega_config.json has activation_clip {stored!r}, its recipe "
                 f"clip {clip!r}"
@@ -143,7 +117,7 @@ class SiteRecord:
         Raises:
             ArtifactError: as ``scheme``.
         """
-        name, flat = self.site.name, TensorSpec(torch.float32, (0,))
+        name, flat = self.name, TensorSpec(torch.float32, (0,))
         times = stored.get(f"{name}.{TIMES}", flat).shape
         kinds = site_layout(
             self.scheme(recipe),
@@ -178,7 +152,7 @@ def require_values(record: SiteRecord, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ArtifactError: one holds values that it cannot have; names it.
     """
-    name, shape = record.site.name, [sum(record.splits), record.in_features]
+    name, shape = record.name, [sum(record.splits), record.in_features]
     if tensors["weight_shape"].tolist() != shape:
         found = tensors["weight_shape"].tolist()
         raise ArtifactError(f"{name}.weight_shape is {found}, expected {shape}")

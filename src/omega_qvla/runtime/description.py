@@ -107,7 +107,7 @@ def require_tensors(policy: Policy | None, config: Mapping[str, Any], stored: La
     expected: Layout = {}
     owners: set[str] = set()
     for item in config["sites"]:
-        record, biased = SiteRecord.parse(item), None
+        record, biased = SiteRecord.model_validate(item), None
         if policy is not None:
             linears = linears_of(policy.module, record.site)
             widths = sorted({linear.in_features for linear in linears})
@@ -153,7 +153,7 @@ def coverage_faults(sites: Sequence[QuantizationSite], config: Mapping[str, Any]
     covered = [site for site in sites if recipe.scheme_of(site) is not None]
     planned = {name for site in covered for name in site.linears}
     counts = Counter(
-        name for item in config["sites"] for name in SiteRecord.parse(item).site.linears
+        name for item in config["sites"] for name in SiteRecord.model_validate(item).site.linears
     )
     differences = {
         f"of {len(planned)} linears that the recipe quantizes are in no site": planned - {*counts},

@@ -3,7 +3,7 @@
 ``QuantizedPolicy`` is the policy's own graph with integer modules in place of its linears; the
 full-precision weights they replace are gone.  ``SimulatedPolicy`` is what a recipe that cannot
 exist as integers gives: it can be run and compared, never saved.  Artifacts come back to life in
-``loading.py``.
+``load.py``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class QuantizedPolicy:
     ) -> None:
         self.policy = policy
         self.config = config
-        self.sites = tuple(SiteRecord.parse(item) for item in config["sites"])
+        self.sites = tuple(SiteRecord.model_validate(item) for item in config["sites"])
         self.content_hash = content_hash
 
     def __getattr__(self, name: str) -> Any:

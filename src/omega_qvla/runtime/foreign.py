@@ -60,7 +60,7 @@ def fitted(policy: TorchPolicy, config: Mapping[str, Any]) -> TorchPolicy:
         "with .to(dtype)",
         _of_other_dtypes(stored, found, policy.module),
     )
-    sites = [SiteRecord.parse(item).site for item in config["sites"]]
+    sites = [SiteRecord.model_validate(item).site for item in config["sites"]]
     quantized = {name for site in sites for name in site.linears}
     kept = [site for site in policy.sites if site.linears[0] not in quantized]
     return policy.with_sites([*sites, *kept]).clone()

@@ -148,7 +148,7 @@ def _rebuild(artifact: Artifact, policy: Policy | None, run: _Run) -> QuantizedP
         raise ArtifactError(f"{artifact.root}: omega_config.json: {'; '.join(faults)}")
     require_tensors(target, config, artifact.manifest.layout)
     recipe = Recipe.model_validate(config["recipe"])
-    records = [SiteRecord.parse(item) for item in config["sites"]]
+    records = [SiteRecord.model_validate(item) for item in config["sites"]]
     embedding = None if config["embedding"] is None else str(config["embedding"]["path"])
     # The artifact gives its tensors away: one that has been repacked must not stay mapped.
     remaining = {name: tensor.to(run.device) for name, tensor in artifact.tensors.items()}
