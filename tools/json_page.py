@@ -52,9 +52,10 @@ evaluated.""",
     ("`eval`", "", (Evaluation,)),
     (
         "`inspect`, `quantize`",
-        """`inspect` reads the manifest and the small files, no tensor. `quantize` writes what it would say about its output; `quantize --dry-run` the
-same, predicted: tensors to the byte unless calibration chooses a scale, the whole directory to
-within 1 %. It reads headers, and of a float32 checkpoint the tensors that stay unquantized.""",
+        """`inspect` reads the manifest and the small files, no tensor. `quantize` writes what it
+would say about its output; `quantize --dry-run` the same, predicted: tensors to the byte unless
+calibration chooses a scale, the whole directory to within 1 %. It reads headers, and of a float32
+checkpoint the tensors that stay unquantized.""",
         (Inspection,),
     ),
     ("`verify`", "It has no `schema`.", (Verification,)),
