@@ -1,4 +1,4 @@
-"""The command line: the only room that parses arguments or prints.
+"""The command line: the only package that parses arguments or prints.
 
 Every command is a dataclass whose fields are its options and whose ``run`` returns the exit status:
 0 done; 1 a check failed; 2 bad input or usage; 3 not enough memory, disk or device.
