@@ -36,7 +36,7 @@ from omega_qvla.policies.layers.attention import (
 )
 from omega_qvla.policies.layers.elementwise import RotaryTable
 from omega_qvla.policies.layers.gemma import AdaptiveGemmaLayer, GemmaLayer, KeyValueGemmaLayer
-from omega_qvla.policies.layers.modules import Node, embedding
+from omega_qvla.policies.layers.modules import Node, embedding, time_embedding
 from omega_qvla.policies.layers.norms import AdaptiveRMSNorm
 from omega_qvla.policies.layers.siglip import SiglipVisionModel
 from omega_qvla.policies.pi05.config import Pi05Config
@@ -150,10 +150,8 @@ class Pi05Module(nn.Module):
         if self.time_mlp_in is None or self.time_mlp_out is None:
             raise PolicyError("this network's adaptive norms were replaced by a step table")
         width = self.config.expert.width
-        fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=times.device)
-        period = TIME_MIN_PERIOD * (TIME_MAX_PERIOD / TIME_MIN_PERIOD) ** fraction
-        angle = 2.0 * math.pi / period * times.to(torch.float64).unsqueeze(-1)
-        embedding = torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.time_mlp_in.weight)
+        embedding = time_embedding(times, width, TIME_MIN_PERIOD, TIME_MAX_PERIOD)
+        embedding = embedding.to(self.time_mlp_in.weight)
         hidden = nn.functional.silu(self.time_mlp_in(embedding))
         condition = nn.functional.silu(self.time_mlp_out(hidden))
         norms = self.adaptive_norms()
