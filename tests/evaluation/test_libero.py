@@ -18,13 +18,13 @@ import yaml
 
 from omega_qvla.errors import PolicyError, SimulatorUnavailable
 from omega_qvla.evaluation.libero import (
-    CONVENTIONS,
     FACTORY,
     PROTOCOLS,
     SUITES,
     LiberoEnv,
     axis_angle,
     chosen_tasks,
+    convention_of,
     environment_options,
     per_suite,
     robot_action,
@@ -221,7 +221,7 @@ def test_groot_opens_with_one_and_long_episodes_end_with_the_simulator(stand_in)
     assert [env.step(closing) for _ in range(4)] == [False, False, False, True]
     assert log()[-1][-1] == 1.0
     assert {suite: LiberoEnv(f"{suite}:0", "gr00t_n15", CAMERAS).max_steps for suite in SUITES} == {
-        **CONVENTIONS["gr00t_n15"].max_steps,
+        **convention_of("gr00t_n15").max_steps,
         "long": 990,
     }
 
