@@ -14,7 +14,7 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import HasEmbedding, linears_of, sites_of
 from omega_qvla.policies.families import FOLDERS, families
-from omega_qvla.policies.full_precision import policy_skeleton, policy_structure, sizes
+from omega_qvla.policies.full_precision import policy_skeleton, sizes, stream_policy
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor, identity_statistics
 from omega_qvla.policies.layers.step_table import HasStepTable
@@ -33,7 +33,7 @@ def observations(policy: NativePolicy, count: int = 1) -> Observations:
 
 @pytest.mark.parametrize("name", list(sizes()))
 def test_a_description_rebuilds_the_same_structure(name: str) -> None:
-    policy = policy_structure(f"random:{name}")
+    policy = stream_policy(f"random:{name}")
     assert isinstance(policy, HasEmbedding) and isinstance(policy, HasStepTable)
     config, files = policy.describe()
     rebuilt = policy_skeleton(policy.family, config, files)
@@ -45,7 +45,7 @@ def test_a_description_rebuilds_the_same_structure(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(sizes()))
 def test_stages_read_every_linear_they_quantize_and_all_paths_exist(name: str) -> None:
-    policy = policy_structure(f"random:{name}")
+    policy = stream_policy(f"random:{name}")
     for stage in policy.stages():
         for path in stage.reads:
             policy.module.get_submodule(path)
@@ -58,7 +58,7 @@ def test_stages_read_every_linear_they_quantize_and_all_paths_exist(name: str) -
 @pytest.mark.parametrize("name", list(sizes()))
 def test_stages_read_every_parameter_but_those_of_unused_kinds(name: str) -> None:
     """A streamed policy has nothing in memory that its stages do not ask for."""
-    policy = policy_structure(f"random:{name}")
+    policy = stream_policy(f"random:{name}")
     read = {path for stage in policy.stages() for path in stage.reads}
     unread = {
         parameter

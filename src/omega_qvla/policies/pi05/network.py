@@ -14,7 +14,7 @@ The graph (Physical Intelligence's pi0.5; semantics after openpi's PyTorch port)
    normalized action chunk at t = 0.
 
 What a checkpoint holds but inference never reads is not allocated here: both language-model heads,
-and everything behind the keys and values of the backbone's last layer (``dropped_keys``).
+and everything behind the keys and values of the backbone's last layer (``dropped_shapes``).
 Masked cameras and prompt padding are dropped rather than masked: positions are a cumulative sum
 over the padding mask, so the result is the same.
 """
@@ -240,19 +240,14 @@ def dropped_shapes(config: Pi05Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def dropped_keys(config: Pi05Config) -> set[str]:
-    """The names of ``dropped_shapes``."""
-    return set(dropped_shapes(config))
-
-
 def dropped_parameters(config: Pi05Config) -> int:
-    """Number of parameters behind ``dropped_keys`` in a complete official checkpoint."""
-    backbone, expert = config.backbone, config.expert
-    heads = config.vocabulary * (backbone.width + expert.width)
-    tied = config.vocabulary * backbone.width  # lm_head shares the embedding's storage
-    last = 2 * backbone.width * backbone.heads * backbone.head_dim
-    last += 3 * backbone.width * backbone.hidden + 2 * backbone.width
-    return heads - tied + last
+    """Parameters of a complete official checkpoint that this module does not allocate.
+
+    The backbone's language-model head is not counted: it is tied to the embedding.
+    """
+    shapes = dropped_shapes(config)
+    del shapes["paligemma_with_expert.paligemma.lm_head.weight"]
+    return sum(map(math.prod, shapes.values()))
 
 
 def remove_modulation(module: Pi05Module) -> None:
