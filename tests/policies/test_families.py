@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +13,15 @@ import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import HasEmbedding, linears_of, sites_of
-from omega_qvla.policies.full_precision import policy_skeleton, policy_structure, sizes
+from omega_qvla.policies.families import FOLDERS, families
+from omega_qvla.policies.full_precision import policy_skeleton, sizes, stream_policy
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor, identity_statistics
 from omega_qvla.policies.layers.step_table import HasStepTable
 from omega_qvla.policies.native import NativePolicy
 
+PACKAGE = Path(oq.__file__).parent
+POLICIES = PACKAGE / "policies"
 TINY = ("tiny-pi05", "tiny-gr00t")
 
 
@@ -27,7 +33,7 @@ def observations(policy: NativePolicy, count: int = 1) -> Observations:
 
 @pytest.mark.parametrize("name", list(sizes()))
 def test_a_description_rebuilds_the_same_structure(name: str) -> None:
-    policy = policy_structure(f"random:{name}")
+    policy = stream_policy(f"random:{name}")
     assert isinstance(policy, HasEmbedding) and isinstance(policy, HasStepTable)
     config, files = policy.describe()
     rebuilt = policy_skeleton(policy.family, config, files)
@@ -39,7 +45,7 @@ def test_a_description_rebuilds_the_same_structure(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(sizes()))
 def test_stages_read_every_linear_they_quantize_and_all_paths_exist(name: str) -> None:
-    policy = policy_structure(f"random:{name}")
+    policy = stream_policy(f"random:{name}")
     for stage in policy.stages():
         for path in stage.reads:
             policy.module.get_submodule(path)
@@ -52,7 +58,7 @@ def test_stages_read_every_linear_they_quantize_and_all_paths_exist(name: str) -
 @pytest.mark.parametrize("name", list(sizes()))
 def test_stages_read_every_parameter_but_those_of_unused_kinds(name: str) -> None:
     """A streamed policy has nothing in memory that its stages do not ask for."""
-    policy = policy_structure(f"random:{name}")
+    policy = stream_policy(f"random:{name}")
     read = {path for stage in policy.stages() for path in stage.reads}
     unread = {
         parameter
@@ -122,3 +128,35 @@ def test_another_number_of_steps_changes_the_clock_and_no_weight(name: str) -> N
         assert ours.data_ptr() == theirs.data_ptr()
     with pytest.raises(PolicyError, match="at least one"):
         policy.with_steps(0)
+
+
+def imported(folder: Path) -> set[str]:
+    """Names below ``policies`` that the files of a folder import."""
+    text = "\n".join(path.read_text("utf-8") for path in sorted(folder.rglob("*.py")))
+    return set(re.findall(r"omega_qvla\.policies\.(\w+)", text))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_family_imports_no_other_family(folder: str) -> None:
+    found = imported(POLICIES / folder)
+    assert folder in found
+    assert found & set(FOLDERS) == {folder}
+
+
+@pytest.mark.parametrize("folder", ["layers", "processing"])
+def test_what_families_share_imports_no_family(folder: str) -> None:
+    assert imported(POLICIES / folder) & set(FOLDERS) == set()
+
+
+def test_formats_of_checkpoints_import_no_policy() -> None:
+    assert imported(PACKAGE / "checkpoints") == set()
+
+
+def test_nothing_outside_its_folder_switches_on_the_name_of_a_family() -> None:
+    """What differs between families is told by the registry; training has its own two learners."""
+    named = re.compile(rf"""["']({"|".join(families())})["']""")
+    own = ("policies/families.py", "evaluation/twin.py", "training/")
+    own = (*own, *(f"policies/{folder}/" for folder in FOLDERS))
+    sources = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    outside = {name: path for name, path in sources.items() if not name.startswith(own)}
+    assert [name for name, path in outside.items() if named.search(path.read_text("utf-8"))] == []

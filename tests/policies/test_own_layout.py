@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import WEIGHTS
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.full_precision import load_policy, random_policy
+from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.own_layout import write_own
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    write_own(random_policy("tiny-gr00t"), tmp_path / "policy")
+    write_own(load_policy("random:tiny-gr00t"), tmp_path / "policy")
     return tmp_path / "policy"
 
 
 def test_a_policy_written_and_read_acts_as_before(written: Path) -> None:
-    before, after = random_policy("tiny-gr00t"), load_policy(written)
+    before, after = load_policy("random:tiny-gr00t"), load_policy(written)
     seen = {
         "images": {c: np.full((84, 84, 3), 90, np.uint8) for c in ("base", "wrist")},
         "state": np.linspace(-1.0, 1.0, 4, dtype=np.float32),

@@ -31,8 +31,6 @@ from omega_qvla.errors import (
 from omega_qvla.policies.base import sites_of
 from omega_qvla.policies.full_precision import (
     load_policy,
-    random_policy,
-    random_structure,
     stream_policy,
 )
 from omega_qvla.policies.pi05.checkpoints.openpi import write_openpi
@@ -520,7 +518,7 @@ def test_more_observations_than_the_recipe_wants_are_thinned_evenly(
 
 def test_a_streamed_policy_gives_the_bytes_of_one_in_memory(tmp_path: Path) -> None:
     """Layer by layer from the checkpoint file, sites read back from the journal."""
-    source, written = random_policy("tiny-pi05"), tmp_path / "checkpoint"
+    source, written = load_policy("random:tiny-pi05"), tmp_path / "checkpoint"
     write_openpi(source, written)
     config = source.config
     observations = Observations.random(config.cameras, config.state_dim, count=2, size=84)
@@ -559,7 +557,7 @@ def test_observations_that_do_not_fit_leave_no_journal_behind(
 
 def test_work_is_shared_out_by_cost() -> None:
     recipe = Recipe.load("omega-w4a4")
-    policy = random_structure("pi05-libero")
+    policy = stream_policy("random:pi05-libero")
     covered = [site.name for site in sites_of(policy) if recipe.scheme_of(site) is not None]
     shares = work_shares(policy, recipe)
     assert (shares[0], shares[-1], len(shares)) == (0.0, 1.0, len(covered) + 1)

@@ -16,7 +16,7 @@ from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ArtifactError, PolicyError
 from omega_qvla.evaluation.outlier_injection import outlier_injected
 from omega_qvla.policies.base import sites_of
-from omega_qvla.policies.full_precision import load_policy, policy_structure, stream_policy
+from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy, KeptRows
 from omega_qvla.policies.gr00t_n15.stages import BLOCKS
 from omega_qvla.quantization.pipeline import quantize_policy
@@ -213,7 +213,7 @@ def test_full_size_reduction_counts_the_whole_checkpoint(
     name: str, least: float, scope_least: float, omega_recipe: Recipe
 ) -> None:
     """32 embodiments in 16 bits are 634 MB of 4.83 GB; one of them is 23 MB."""
-    report = predict(policy_structure(f"random:{name}"), omega_recipe)
+    report = predict(stream_policy(f"random:{name}"), omega_recipe)
     assert report["reference_bytes"] == 2 * 2_413_522_880
     assert report["reduction"] >= least
     assert report["paper_scope_reduction"] is not None

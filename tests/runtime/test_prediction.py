@@ -10,7 +10,7 @@ import pytest
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.evaluation.footprints import directory_bytes
-from omega_qvla.policies.full_precision import policy_structure, stream_policy
+from omega_qvla.policies.full_precision import stream_policy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.prediction import predict_directory
@@ -33,7 +33,7 @@ def test_the_embedded_policies_take_what_was_predicted(
 ) -> None:
     made = quantized(stream_policy(name), recipe, scope)
     made.save_pretrained(tmp_path / "out")
-    report = predict_directory(policy_structure(name), Recipe.load(recipe).scoped(scope))
+    report = predict_directory(stream_policy(name), Recipe.load(recipe).scoped(scope))
     real = made.memory_report(directory_bytes=directory_bytes(tmp_path / "out"))
     assert report["total_bytes"] == pytest.approx(real["total_bytes"], rel=0.01)
     names = [row["name"] for row in report["components"]]

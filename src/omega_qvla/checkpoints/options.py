@@ -17,13 +17,12 @@ class CheckpointOptions:
     """Answers to what some checkpoints do not say; none is needed where they do.
 
     Attributes:
-        training_config: name of openpi's training configuration (``pi05_libero``), or a JSON file
-            with the fields of ``TrainingConfig``.
+        training_config: name of openpi's training configuration, or a JSON file with the fields of
+            ``TrainingConfig``.
         tokenizer: PaliGemma's ``tokenizer.model``, or the directory of Qwen's files.
-        embodiment: tag of the robot, for a GR00T checkpoint that knows several.
-        data_config: name of GR00T's data configuration (``libero``), or a JSON file.
-        written_by: the release of LeRobot that wrote a pi05 checkpoint, where its files do not
-            tell (``lerobot_writer.py``).
+        embodiment: tag of the robot, for a checkpoint that knows several.
+        data_config: name of NVIDIA's data configuration (``libero``), or a JSON file.
+        written_by: the release of LeRobot that wrote a checkpoint, where its files do not tell.
         ignore_settings: settings of a LeRobot ``config.json`` that this version does not know and
             the user knows to be of no consequence.
         base: of a LoRA adapter: the whole policy it was trained on, a directory or

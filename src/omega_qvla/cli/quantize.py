@@ -27,7 +27,7 @@ from omega_qvla.cli.sources import calibration_of
 from omega_qvla.devices import EXPERIMENTAL, find_gpu
 from omega_qvla.errors import RecipeError
 from omega_qvla.evaluation.subjects import admit, default_calibration
-from omega_qvla.policies.full_precision import load_policy, policy_structure, stream_policy
+from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal, finished_sites
 from omega_qvla.quantization.pipeline import planned_sites, work_shares
@@ -71,7 +71,7 @@ class Quantize(Calibrated, Checkpoint, Common):
             check_threads(self.threads)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         if self.dry_run:
-            policy = _with_steps(policy_structure(self.policy, self.choices), self.steps)
+            policy = _with_steps(stream_policy(self.policy, self.choices), self.steps)
             screen.decisions(policy.decisions)
             found = Inspection.model_validate(
                 {

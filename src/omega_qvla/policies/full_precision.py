@@ -15,7 +15,7 @@ from omega_qvla.checkpoints.weight_store import SeededWeights, materialize
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies.families import families, family_of
 from omega_qvla.policies.layouts import layout_of, require_asked
-from omega_qvla.policies.native import HasEmbodiments, NativePolicy
+from omega_qvla.policies.native import NativePolicy, of_embodiment
 
 
 def embedded() -> dict[str, str]:
@@ -46,7 +46,10 @@ def load_policy(source: str | Path, options: CheckpointOptions | None = None) ->
     policy = stream_policy(source, options)
     if str(source).startswith("random:"):
         _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), str(source))
-    return _in_memory(policy)
+    assert policy.store is not None
+    materialize(policy.module, policy.store)
+    policy.store = None
+    return policy
 
 
 def stream_policy(source: str | Path, options: CheckpointOptions | None = None) -> NativePolicy:
@@ -58,37 +61,11 @@ def stream_policy(source: str | Path, options: CheckpointOptions | None = None) 
     options = options or CheckpointOptions()
     scheme, _, name = str(source).partition(":")
     if scheme == "random":
-        return _of_embodiment(stream_random(name), options.embodiment)
+        return of_embodiment(stream_random(name), options.embodiment)
     directory = policy_directory(source)
     layout = layout_of(directory)
     require_asked(layout, options, str(directory))
     return layout.read(directory, options)
-
-
-def _of_embodiment(policy: NativePolicy, embodiment: str | None) -> NativePolicy:
-    """A random policy with the layers of one robot, by its number, or as it is."""
-    if embodiment is None:
-        return policy
-    stacked = _require_embodiments(policy)
-    if not embodiment.isdecimal():
-        raise PolicyError(f"a random policy has no tag {embodiment!r}; give the number of a robot")
-    return stacked.keep_embodiments((int(embodiment),), int(embodiment))
-
-
-def _require_embodiments(policy: NativePolicy) -> HasEmbodiments:
-    if not isinstance(policy, HasEmbodiments):
-        raise PolicyError(
-            f"a {policy.family} policy has no layers per embodiment; leave --embodiment out"
-        )
-    return policy
-
-
-def _in_memory(policy: NativePolicy) -> NativePolicy:
-    """The policy with its tensors in memory rather than in a store."""
-    assert policy.store is not None
-    materialize(policy.module, policy.store)
-    policy.store = None
-    return policy
 
 
 def policy_directory(source: str | Path) -> Path:
@@ -139,47 +116,18 @@ def builtin_directory(name: str) -> Path:
     return Path(str(files("omega_qvla") / "assets" / embedded()[name]))
 
 
-def policy_structure(source: str | Path, options: CheckpointOptions | None = None) -> NativePolicy:
-    """A policy for looking at shapes: its tensors cost no memory.
+def stream_random(name: str, *, seed: int = 0) -> NativePolicy:
+    """A policy of true shapes with seeded random weights, drawn when they are read.
 
-    Raises:
-        PolicyError, ResourceError: as ``load_policy``.
-    """
-    return stream_policy(source, options)
-
-
-def random_structure(name: str) -> NativePolicy:
-    """The structure of a random policy, tensors on the meta device.
+    It measures, it does not act.  Weights are rounded to bfloat16, as the published checkpoints are
+    stored.
 
     Raises:
         PolicyError: unknown name.
     """
     if name not in sizes():
         raise PolicyError(f"unknown random policy {name!r}; known: {', '.join(sizes())}")
-    return sizes()[name]()
-
-
-def random_policy(name: str, *, seed: int = 0) -> NativePolicy:
-    """A policy of true shapes with seeded random weights; it measures, it does not act.
-
-    Weights are rounded to bfloat16, as the published checkpoints are stored.
-
-    Raises:
-        PolicyError: unknown name.
-        ResourceError: not enough memory.
-    """
-    policy = stream_random(name, seed=seed)
-    _require_memory(4 * sum(p.numel() for p in policy.module.parameters()), f"random:{name}")
-    return _in_memory(policy)
-
-
-def stream_random(name: str, *, seed: int = 0) -> NativePolicy:
-    """The policy ``random_policy`` makes, its tensors drawn when they are read.
-
-    Raises:
-        PolicyError: unknown name.
-    """
-    policy = random_structure(name)
+    policy = sizes()[name]()
     shapes = {key: parameter.shape for key, parameter in policy.module.named_parameters()}
     policy.store = SeededWeights(shapes, seed)
     return policy

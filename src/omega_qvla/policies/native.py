@@ -24,13 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omega_qvla.checkpoints.stored_tensors import StoredTensors
+from omega_qvla.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.base import Observation, Stage, State
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
 from omega_qvla.policies.processing.observations import Encoded
-from omega_qvla.policies.processing.tokenizers import Tokenizer, load_tokenizer
+from omega_qvla.policies.processing.tokenizers import load_tokenizer
 from omega_qvla.threads import fitting_threads, torch_threads, widest_linear
 
 if TYPE_CHECKING:
@@ -119,27 +121,16 @@ class NativePolicy(ABC):
         return self.config.steps
 
     @classmethod
-    def structure(
-        cls,
-        config: Any,
-        statistics: NormalizationStatistics,
-        tokenizer: Tokenizer,
-        **whole: Any,
-    ) -> Self:
-        """A policy whose parameters are on the meta device.
+    def of_processor(cls, processor: Any, *, dropped_parameters: int = 0) -> Self:
+        """The policy of a processor and its configuration, parameters on the meta device.
 
         Args:
-            config: of ``config_type``.
-            statistics: of the robot's state and actions.
-            tokenizer: of its prompts.
-            whole: further arguments of the constructor.
-
-        Raises:
-            PolicyError: statistics or tokenizer do not fit the configuration.
+            processor: of ``processor_type``.
+            dropped_parameters: as for the class.
         """
         with torch.device("meta"):
-            module = cls.module_type(config)
-        return cls(module, cls.processor_type(config, statistics, tokenizer), **whole)
+            module = cls.module_type(processor.config)
+        return cls(module, processor, dropped_parameters=dropped_parameters)
 
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """What ``skeleton`` needs to rebuild everything but the tensors: (config, files)."""
@@ -163,13 +154,33 @@ class NativePolicy(ABC):
                 f"this {cls.family} description is invalid: it has no {', '.join(missing)}"
             )
         try:
-            parsed = cls.config_type.model_validate(config)
-            name = cls.statistics_file
+            parsed, name = cls.config_type.model_validate(config), cls.statistics_file
             statistics = NormalizationStatistics.parse(files[name], name)
             tokenizer = load_tokenizer(json.loads(files[TOKENIZER]), TOKENIZER, files)
         except ValueError as error:
             raise PolicyError(f"this {cls.family} description is invalid: {error}") from error
-        return cls.structure(parsed, statistics, tokenizer)
+        return cls.of_processor(cls.processor_type(parsed, statistics, tokenizer))
+
+    def read_from(
+        self,
+        stored: StoredTensors,
+        dropped: Mapping[str, tuple[int, ...]],
+        decisions: Mapping[str, str],
+    ) -> Self:
+        """Take the parameters from a checkpoint, from now on and when they are needed.
+
+        Args:
+            stored: the checkpoint, under the module's names.
+            dropped: what it may hold although inference never reads it, and its shapes.
+            decisions: see the class; those made while the tensors were named are added.
+
+        Raises:
+            PolicyError: the checkpoint has not exactly the module's parameters.
+        """
+        self.store = map_strictly(self.module, stored, dropped=dropped)
+        self.dropped_parameters = dropped_count(stored, dropped)
+        self.decisions = {**decisions, **stored.decisions}
+        return self
 
     @abstractmethod
     def component_of(self, parameter: str) -> str:
@@ -402,3 +413,27 @@ def _alike(inputs: Sequence[Sequence[Tensor]]) -> list[list[int]]:
     for i, tensors in enumerate(inputs):
         groups.setdefault(tuple(tensor.shape for tensor in tensors), []).append(i)
     return list(groups.values())
+
+
+def of_embodiment(policy: NativePolicy, embodiment: str | None) -> NativePolicy:
+    """The policy with the layers of one robot alone.
+
+    Args:
+        policy: with layers for several robots.
+        embodiment: the robot's number; None leaves the policy as it is.
+
+    Raises:
+        PolicyError: the policy has no such robot.
+    """
+    if embodiment is None:
+        return policy
+    if not isinstance(policy, HasEmbodiments):
+        raise PolicyError(
+            f"a {policy.family} policy has no layers per embodiment; leave --embodiment out"
+        )
+    known = [str(number) for number in policy.config.embodiments]
+    if embodiment not in known:
+        raise PolicyError(
+            f"this policy has no embodiment {embodiment!r}; it has the numbers {', '.join(known)}"
+        )
+    return policy.keep_embodiments((int(embodiment),), int(embodiment))

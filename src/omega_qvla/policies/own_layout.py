@@ -19,9 +19,8 @@ from omega_qvla.checkpoints.files import read_bytes, read_json
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import find_tensors, write_weights
 from omega_qvla.checkpoints.strict import map_strictly
-from omega_qvla.errors import PolicyError
 from omega_qvla.policies.families import family_of
-from omega_qvla.policies.native import HasEmbodiments, NativePolicy
+from omega_qvla.policies.native import NativePolicy, of_embodiment
 
 CONFIG = "config.json"
 
@@ -59,14 +58,4 @@ def stream_own(directory: Path, options: CheckpointOptions) -> NativePolicy:
     }
     policy = family_of(str(config["family"])).policy.skeleton(config, files)
     policy.store = map_strictly(policy.module, find_tensors(directory), dropped={})
-    return policy if options.embodiment is None else _of_embodiment(policy, options.embodiment)
-
-
-def _of_embodiment(policy: NativePolicy, embodiment: str) -> NativePolicy:
-    known = [str(number) for number in getattr(policy.config, "embodiments", ())]
-    if not isinstance(policy, HasEmbodiments) or embodiment not in known:
-        raise PolicyError(
-            f"this policy has no embodiment {embodiment!r}; it has "
-            f"{'the numbers ' + ', '.join(known) if known else 'none'}"
-        )
-    return policy.keep_embodiments((int(embodiment),), int(embodiment))
+    return of_embodiment(policy, options.embodiment)

@@ -20,7 +20,6 @@ from omega_qvla.policies.gr00t_n15.config import EMBODIMENTS, Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.network import (
     Gr00tN15Module,
     Observed,
-    dropped_keys,
     dropped_parameters,
     dropped_shapes,
     sample_chunk,
@@ -214,11 +213,11 @@ def observe(module: Gr00tN15Module, pixels: Tensor, token_ids: Tensor, state: Te
 def test_dropped_weights_have_their_official_shapes(full: Gr00tN15Module) -> None:
     official = official_shapes(full.config)
     dropped = dropped_shapes(full.config)
-    assert dropped == {key: official[key] for key in dropped_keys(full.config)}
+    assert dropped == {key: official[key] for key in dropped_shapes(full.config)}
 
 
 def test_full_state_dict_plus_dropped_keys_is_the_official_one(full: Gr00tN15Module) -> None:
-    expected, dropped = official_shapes(full.config), dropped_keys(full.config)
+    expected, dropped = official_shapes(full.config), dropped_shapes(full.config).keys()
     lines = "\n".join(f"{key} {list(shape)}" for key, shape in sorted(expected.items()))
     assert hashlib.sha256(lines.encode()).hexdigest() == FULL_KEYS_SHA256
     assert dropped <= expected.keys()
@@ -230,7 +229,7 @@ def test_other_sizes_follow_the_same_rule(config: Gr00tN15Config) -> None:
     with torch.device("meta"):
         module = Gr00tN15Module(config)
     expected = official_shapes(config, len(config.embodiments))
-    dropped = dropped_keys(config)
+    dropped = dropped_shapes(config).keys()
     assert allocated_shapes(module) == {k: s for k, s in expected.items() if k not in dropped}
 
 

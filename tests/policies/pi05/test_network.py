@@ -22,7 +22,7 @@ from omega_qvla.policies.layers.modules import shared_input
 from omega_qvla.policies.layers.norms import adaptive_rms_norm
 from omega_qvla.policies.layers.siglip import VisionConfig
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.network import Pi05Module, dropped_keys, dropped_shapes, sample_chunk
+from omega_qvla.policies.pi05.network import Pi05Module, dropped_shapes, sample_chunk
 from omega_qvla.policies.pi05.stages import pi05_stages
 
 TOLERANCE = 2e-5
@@ -214,11 +214,11 @@ def joint_velocity(module: Pi05Module, prefix: Tensor, x_t: Tensor, time: float)
 def test_dropped_weights_have_their_official_shapes(full: Pi05Module) -> None:
     official = official_shapes(full.config)
     dropped = dropped_shapes(full.config)
-    assert dropped == {key: official[key] for key in dropped_keys(full.config)}
+    assert dropped == {key: official[key] for key in dropped_shapes(full.config)}
 
 
 def test_full_state_dict_plus_dropped_keys_is_the_official_one(full: Pi05Module) -> None:
-    expected, dropped = official_shapes(full.config), dropped_keys(full.config)
+    expected, dropped = official_shapes(full.config), dropped_shapes(full.config).keys()
     lines = "\n".join(f"{key} {list(shape)}" for key, shape in sorted(expected.items()))
     assert hashlib.sha256(lines.encode()).hexdigest() == FULL_KEYS_SHA256
     assert dropped <= expected.keys()
@@ -227,7 +227,7 @@ def test_full_state_dict_plus_dropped_keys_is_the_official_one(full: Pi05Module)
 
 def test_tiny_state_dict_follows_the_same_rule() -> None:
     config = Pi05Config.tiny(vocabulary=64)
-    expected, dropped = official_shapes(config), dropped_keys(config)
+    expected, dropped = official_shapes(config), dropped_shapes(config).keys()
     allocated = allocated_shapes(Pi05Module(config))
     assert allocated == {k: s for k, s in expected.items() if k not in dropped}
 
@@ -251,7 +251,7 @@ def test_official_parameter_counts_are_the_published_ones(full: Pi05Module) -> N
 
 def test_full_module_allocates_the_official_parameters_minus_the_dropped(full: Pi05Module) -> None:
     official, allocated = official_shapes(full.config), allocated_shapes(full)
-    dropped = {key: official[key] for key in dropped_keys(full.config)}
+    dropped = {key: official[key] for key in dropped_shapes(full.config)}
     for part in PARTS:
         expected = {k: s for k, s in official.items() if PARTS[part](k) and k not in dropped}
         assert {k: s for k, s in allocated.items() if PARTS[part](k)} == expected

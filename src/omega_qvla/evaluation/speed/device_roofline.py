@@ -36,7 +36,7 @@ from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.chunk_reads import chunk_reads, counted_calls, weight_reads
 from omega_qvla.policies.adaptive_norms import AdaptiveNorms
 from omega_qvla.policies.base import Observation, sites_of
-from omega_qvla.policies.full_precision import policy_skeleton, policy_structure
+from omega_qvla.policies.full_precision import policy_skeleton, stream_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
@@ -303,7 +303,7 @@ def roofline(
     """
     chosen = DEVICES[device]
     if artifact is None:
-        name, structure = policy, policy_structure(policy)
+        name, structure = policy, stream_policy(policy)
         structure.module.to("meta")
         stored = predicted(structure, Recipe.load(recipe))
     else:

@@ -9,7 +9,7 @@ from omega_qvla.policies.gr00t_n15.checkpoints.releases import is_gr00t
 from omega_qvla.policies.gr00t_n15.config import EMBODIMENTS, Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.network import dropped_parameters
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
-from omega_qvla.policies.gr00t_n15.processing import identity_statistics
+from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor, identity_statistics
 from omega_qvla.policies.processing.tokenizers import ByteTokenizer
 
 
@@ -19,12 +19,9 @@ def _sized(config: Gr00tN15Config, embodiments: int = EMBODIMENTS) -> Gr00tN15Po
     Its parameters are those of a checkpoint with this many embodiments, of which some are kept.
     """
     config = config.model_copy(update={"prompt_length": 256})
-    return Gr00tN15Policy.structure(
-        config,
-        identity_statistics(config),
-        ByteTokenizer(),
-        dropped_parameters=dropped_parameters(config, embodiments),
-    )
+    processor = Gr00tProcessor(config, identity_statistics(config), ByteTokenizer())
+    dropped = dropped_parameters(config, embodiments)
+    return Gr00tN15Policy.of_processor(processor, dropped_parameters=dropped)
 
 
 FAMILY = Family(

@@ -21,9 +21,9 @@ cosines beside the noisy actions.  Both depend on t alone and are computed once 
 
 Kept from a checkpoint are the embodiments in ``Gr00tN15Config.embodiments``, by default all 32.
 What a checkpoint holds but inference never reads is not allocated: SigLIP2's pooling head and the
-language-model head (``dropped_keys``).  The original pads prompts of a batch on the left and masks
-the padding in the backbone only; here an observation has no padding, which is what a batch of one
-gives there.
+language-model head (``dropped_shapes``).  The original pads prompts of a batch on the left and
+masks the padding in the backbone only; here an observation has no padding, which is what a batch of
+one gives there.
 """
 
 from __future__ import annotations
@@ -385,23 +385,18 @@ def dropped_shapes(config: Gr00tN15Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def dropped_keys(config: Gr00tN15Config) -> set[str]:
-    """The names of ``dropped_shapes``."""
-    return set(dropped_shapes(config))
-
-
 def dropped_parameters(config: Gr00tN15Config, embodiments: int = EMBODIMENTS) -> int:
     """Parameters of a checkpoint with this many embodiments that this module does not allocate.
 
     The language-model head is not counted: it is tied to the embedding.
     """
-    width, hidden = config.vision.width, config.vision.hidden
-    pooling = 4 * width * (width + 1) + 2 * width * hidden + hidden + width + 3 * width
+    shapes = dropped_shapes(config)
+    del shapes["backbone.eagle_model.language_model.lm_head.weight"]
     inner, head = config.head_hidden, config.head.width
     one = (config.state_width + 1) * inner + (inner + 1) * head
     one += (config.action_dim + 1) * head + (2 * head + 1) * head + (head + 1) * head
     one += (inner + 1) * inner + (inner + 1) * config.action_dim
-    return pooling + (embodiments - len(config.embodiments)) * one
+    return sum(map(math.prod, shapes.values())) + (embodiments - len(config.embodiments)) * one
 
 
 def remove_modulation(module: Gr00tN15Module) -> None:

@@ -10,13 +10,14 @@ backbone and action head lie self-attention layers; they and the image projector
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from omega_qvla.flow_time import FlowClock, euler_times
-from omega_qvla.policies.base import Component, QuantizationSite, Stage, State
+from omega_qvla.policies.base import QuantizationSite, Stage, State
 from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module, Observed
+from omega_qvla.policies.layers.stages import GATED, Groups, layer_sites, vision_stages
 
 EAGLE = "backbone.eagle_model"
 VISION = f"{EAGLE}.vision_model.vision_model"
@@ -51,43 +52,19 @@ def component_of(parameter: str) -> str:
     return "embodiments"
 
 
-_Groups = Sequence[tuple[str, tuple[str, ...]]]
 _Run = Callable[[State], State]
 
-_SIGLIP: _Groups = (
-    ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("self_attn.out_proj", ("self_attn.out_proj",)),
-    ("mlp.fc1", ("mlp.fc1",)),
-    ("mlp.fc2", ("mlp.fc2",)),
-)
-_QWEN: _Groups = (
-    ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("self_attn.o_proj", ("self_attn.o_proj",)),
-    ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
-    ("mlp.down_proj", ("mlp.down_proj",)),
-)
-_AFTER_ATTENTION: _Groups = (
+_AFTER_ATTENTION: Groups = (
     ("attn1.to_out.0", ("attn1.to_out.0",)),
     ("ff.net.0.proj", ("ff.net.0.proj",)),
     ("ff.net.2", ("ff.net.2",)),
 )
-_SELF_BLOCK: _Groups = (
+_SELF_BLOCK: Groups = (
     ("attn1.to_qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
     *_AFTER_ATTENTION,
 )
-_CROSS_BLOCK: _Groups = (("attn1.to_q", ("attn1.to_q",)), *_AFTER_ATTENTION)
-_CROSS_KEY_VALUE: _Groups = (("attn1.to_kv", ("attn1.to_k", "attn1.to_v")),)
-
-
-def _sites(
-    prefix: str, component: Component, groups: _Groups, *, per_step: bool = False
-) -> tuple[QuantizationSite, ...]:
-    return tuple(
-        QuantizationSite(
-            f"{prefix}.{name}", tuple(f"{prefix}.{m}" for m in members), component, per_step
-        )
-        for name, members in groups
-    )
+_CROSS_BLOCK: Groups = (("attn1.to_q", ("attn1.to_q",)), *_AFTER_ATTENTION)
+_CROSS_KEY_VALUE: Groups = (("attn1.to_kv", ("attn1.to_k", "attn1.to_v")),)
 
 
 def gr00t_stages(module: Gr00tN15Module, clock: FlowClock, steps: int) -> list[Stage]:
@@ -99,8 +76,7 @@ def gr00t_stages(module: Gr00tN15Module, clock: FlowClock, steps: int) -> list[S
     """
     config = module.config
     stages = [
-        Stage("patches", _patches(module), reads=(f"{VISION}.embeddings",)),
-        *(_vision_layer(module, i) for i in range(config.vision.depth)),
+        *vision_stages(module.vision_model, VISION),
         _prompt(module),
         *(_backbone_layer(module, i) for i in range(config.backbone.depth)),
         Stage(
@@ -117,24 +93,6 @@ def gr00t_stages(module: Gr00tN15Module, clock: FlowClock, steps: int) -> list[S
         ),
     ]
     return [*stages, *(_head_block(module, clock, steps, i) for i in range(config.head.depth))]
-
-
-def _patches(module: Gr00tN15Module) -> _Run:
-    def run(state: State) -> State:
-        rest = {name: value for name, value in state.items() if name != "pixels"}
-        pixels = state["pixels"].flatten(0, 1)
-        return {**rest, "image_tokens": module.vision_model.embeddings(pixels)}
-
-    return run
-
-
-def _vision_layer(module: Gr00tN15Module, i: int) -> Stage:
-    def run(state: State) -> State:
-        tokens = module.vision_model.encoder.layers[i](state["image_tokens"])
-        return {**state, "image_tokens": tokens}
-
-    path = f"{VISION}.encoder.layers.{i}"
-    return Stage(f"vision layer {i}", run, _sites(path, "vision", _SIGLIP), (path,))
 
 
 def _prompt(module: Gr00tN15Module) -> Stage:
@@ -156,7 +114,7 @@ def _backbone_layer(module: Gr00tN15Module, i: int) -> Stage:
         return {**state, "prompt": out}
 
     path = f"{LANGUAGE}.layers.{i}"
-    return Stage(f"backbone layer {i}", run, _sites(path, "backbone", _QWEN), (path,))
+    return Stage(f"backbone layer {i}", run, layer_sites(path, "backbone", GATED), (path,))
 
 
 def _features(module: Gr00tN15Module) -> _Run:
@@ -177,7 +135,7 @@ def _feature_block(module: Gr00tN15Module, i: int) -> Stage:
         return {**state, "features": module.feature_blocks[i](state["features"])}
 
     path = f"{FEATURES}.{i}"
-    return Stage(f"feature layer {i}", run, _sites(path, "projector", _SELF_BLOCK), (path,))
+    return Stage(f"feature layer {i}", run, layer_sites(path, "projector", _SELF_BLOCK), (path,))
 
 
 def _cross_key_value(module: Gr00tN15Module, i: int) -> Stage:
@@ -187,7 +145,7 @@ def _cross_key_value(module: Gr00tN15Module, i: int) -> Stage:
 
     path = f"{BLOCKS}.{i}"
     reads = (f"{path}.attn1.to_k", f"{path}.attn1.to_v")
-    sites = _sites(path, "action_head", _CROSS_KEY_VALUE)
+    sites = layer_sites(path, "action_head", _CROSS_KEY_VALUE)
     return Stage(f"keys and values of action head block {i}", run, sites, reads)
 
 
@@ -227,5 +185,5 @@ def _head_block(module: Gr00tN15Module, clock: FlowClock, steps: int, i: int) ->
 
     path = f"{BLOCKS}.{i}"
     groups = _SELF_BLOCK if i % 2 else _CROSS_BLOCK
-    sites = _sites(path, "action_head", groups, per_step=True)
+    sites = layer_sites(path, "action_head", groups, per_step=True)
     return Stage(f"action head block {i}", run, sites, (path,))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Node(nn.Module):
@@ -39,3 +40,14 @@ def shared_input(x: torch.Tensor, *linears: nn.Module | None) -> tuple[torch.Ten
     if rest and all(linear is None for linear in rest):
         return tuple(y.split(first.splits, dim=-1))
     return (y, *(linear(x) for linear in rest if linear is not None))
+
+
+def time_embedding(times: Tensor, width: int, shortest: float, longest: float) -> Tensor:
+    """Sines, then cosines of flow times [B] → [B, width], float64.
+
+    The periods are spaced geometrically from ``shortest`` to ``longest``.
+    """
+    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=times.device)
+    period = shortest * (longest / shortest) ** fraction
+    angle = 2.0 * math.pi / period * times.to(torch.float64).unsqueeze(-1)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)

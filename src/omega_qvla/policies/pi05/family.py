@@ -8,6 +8,7 @@ from omega_qvla.policies.pi05.checkpoints.openpi import is_openpi, stream_openpi
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import dropped_parameters
 from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, unit_quantiles
 from omega_qvla.policies.processing.tokenizers import ByteTokenizer
 
@@ -18,9 +19,8 @@ def _sized(config: Pi05Config) -> Pi05Policy:
     statistics = NormalizationStatistics(
         state=unit_quantiles(config.state_dim), actions=unit_quantiles(config.robot_action_dim)
     )
-    return Pi05Policy.structure(
-        config, statistics, ByteTokenizer(), dropped_parameters=dropped_parameters(config)
-    )
+    processor = Pi05Processor(config, statistics, ByteTokenizer())
+    return Pi05Policy.of_processor(processor, dropped_parameters=dropped_parameters(config))
 
 
 FAMILY = Family(

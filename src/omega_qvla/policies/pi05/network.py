@@ -14,7 +14,7 @@ The graph (Physical Intelligence's pi0.5; semantics after openpi's PyTorch port)
    normalized action chunk at t = 0.
 
 What a checkpoint holds but inference never reads is not allocated here: both language-model heads,
-and everything behind the keys and values of the backbone's last layer (``dropped_keys``).
+and everything behind the keys and values of the backbone's last layer (``dropped_shapes``).
 Masked cameras and prompt padding are dropped rather than masked: positions are a cumulative sum
 over the padding mask, so the result is the same.
 """
@@ -36,7 +36,7 @@ from omega_qvla.policies.layers.attention import (
 )
 from omega_qvla.policies.layers.elementwise import RotaryTable
 from omega_qvla.policies.layers.gemma import AdaptiveGemmaLayer, GemmaLayer, KeyValueGemmaLayer
-from omega_qvla.policies.layers.modules import Node, embedding
+from omega_qvla.policies.layers.modules import Node, embedding, time_embedding
 from omega_qvla.policies.layers.norms import AdaptiveRMSNorm
 from omega_qvla.policies.layers.siglip import SiglipVisionModel
 from omega_qvla.policies.pi05.config import Pi05Config
@@ -150,10 +150,8 @@ class Pi05Module(nn.Module):
         if self.time_mlp_in is None or self.time_mlp_out is None:
             raise PolicyError("this network's adaptive norms were replaced by a step table")
         width = self.config.expert.width
-        fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=times.device)
-        period = TIME_MIN_PERIOD * (TIME_MAX_PERIOD / TIME_MIN_PERIOD) ** fraction
-        angle = 2.0 * math.pi / period * times.to(torch.float64).unsqueeze(-1)
-        embedding = torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.time_mlp_in.weight)
+        embedding = time_embedding(times, width, TIME_MIN_PERIOD, TIME_MAX_PERIOD)
+        embedding = embedding.to(self.time_mlp_in.weight)
         hidden = nn.functional.silu(self.time_mlp_in(embedding))
         condition = nn.functional.silu(self.time_mlp_out(hidden))
         norms = self.adaptive_norms()
@@ -242,19 +240,14 @@ def dropped_shapes(config: Pi05Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def dropped_keys(config: Pi05Config) -> set[str]:
-    """The names of ``dropped_shapes``."""
-    return set(dropped_shapes(config))
-
-
 def dropped_parameters(config: Pi05Config) -> int:
-    """Number of parameters behind ``dropped_keys`` in a complete official checkpoint."""
-    backbone, expert = config.backbone, config.expert
-    heads = config.vocabulary * (backbone.width + expert.width)
-    tied = config.vocabulary * backbone.width  # lm_head shares the embedding's storage
-    last = 2 * backbone.width * backbone.heads * backbone.head_dim
-    last += 3 * backbone.width * backbone.hidden + 2 * backbone.width
-    return heads - tied + last
+    """Parameters of a complete official checkpoint that this module does not allocate.
+
+    The backbone's language-model head is not counted: it is tied to the embedding.
+    """
+    shapes = dropped_shapes(config)
+    del shapes["paligemma_with_expert.paligemma.lm_head.weight"]
+    return sum(map(math.prod, shapes.values()))
 
 
 def remove_modulation(module: Pi05Module) -> None:

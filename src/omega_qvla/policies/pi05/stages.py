@@ -7,12 +7,11 @@ run over all denoising steps of a trajectory that the full-precision expert has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from omega_qvla.flow_time import FlowClock, euler_times
-from omega_qvla.policies.base import Component, QuantizationSite, Stage, State
+from omega_qvla.policies.base import QuantizationSite, Stage, State
+from omega_qvla.policies.layers.stages import GATED, KEY_VALUE, layer_sites, vision_stages
 from omega_qvla.policies.pi05.network import Pi05Module
 
 EXPERT_LAYERS = "paligemma_with_expert.gemma_expert.model.layers"
@@ -36,36 +35,6 @@ def component_of(parameter: str) -> str:
     return "action projections"
 
 
-def _layer_sites(
-    prefix: str,
-    component: Component,
-    groups: Sequence[tuple[str, tuple[str, ...]]],
-    *,
-    per_step: bool = False,
-) -> tuple[QuantizationSite, ...]:
-    return tuple(
-        QuantizationSite(
-            f"{prefix}.{name}", tuple(f"{prefix}.{m}" for m in members), component, per_step
-        )
-        for name, members in groups
-    )
-
-
-_SIGLIP_GROUPS = (
-    ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("self_attn.out_proj", ("self_attn.out_proj",)),
-    ("mlp.fc1", ("mlp.fc1",)),
-    ("mlp.fc2", ("mlp.fc2",)),
-)
-_GEMMA_GROUPS = (
-    ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("self_attn.o_proj", ("self_attn.o_proj",)),
-    ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
-    ("mlp.down_proj", ("mlp.down_proj",)),
-)
-_LAST_LAYER_GROUPS = (("self_attn.kv_proj", ("self_attn.k_proj", "self_attn.v_proj")),)
-
-
 def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]:
     """The forward pass as calibration stages.
 
@@ -76,24 +45,7 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
     root = "paligemma_with_expert"
     tower = f"{root}.paligemma.model.vision_tower.vision_model"
     language = f"{root}.paligemma.model.language_model"
-    vision, backbone = f"{tower}.encoder.layers", f"{language}.layers"
-
-    def patches(state: State) -> State:
-        pixels = state["pixels"].flatten(0, 1)
-        return {
-            "image_tokens": module.vision_model.embeddings(pixels),
-            "token_ids": state["token_ids"],
-            "noise": state["noise"],
-        }
-
-    def vision_layer(i: int) -> Stage:
-        def run(state: State) -> State:
-            tokens = module.vision_model.encoder.layers[i](state["image_tokens"])
-            return {**state, "image_tokens": tokens}
-
-        path = f"{vision}.{i}"
-        sites = _layer_sites(path, "vision", _SIGLIP_GROUPS)
-        return Stage(f"vision layer {i}", run, sites, (path,))
+    backbone = f"{language}.layers"
 
     def project(state: State) -> State:
         normed = module.vision_model.post_layernorm(state["image_tokens"])
@@ -108,9 +60,9 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
             out, kv = module.backbone_layers[i](prefix, module.prefix_rotary(positions))
             return {**state, "prefix": out, "cache": (*state["cache"], kv)}
 
-        groups = _LAST_LAYER_GROUPS if i == config.depth - 1 else _GEMMA_GROUPS
+        groups = KEY_VALUE if i == config.depth - 1 else GATED
         path = f"{backbone}.{i}"
-        return Stage(f"backbone layer {i}", run, _layer_sites(path, "backbone", groups), (path,))
+        return Stage(f"backbone layer {i}", run, layer_sites(path, "backbone", groups), (path,))
 
     def trajectory(state: State) -> State:
         """The full-precision expert over the quantized prefix fixes what each step will see."""
@@ -143,7 +95,7 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
             return {**state, "hidden": tuple(hidden)}
 
         path = f"{EXPERT_LAYERS}.{i}"
-        sites = _layer_sites(path, "action_head", _GEMMA_GROUPS, per_step=True)
+        sites = layer_sites(path, "action_head", GATED, per_step=True)
         return Stage(f"action expert layer {i}", run, sites, (path,))
 
     projector_path = f"{root}.paligemma.model.multi_modal_projector.linear"
@@ -152,8 +104,7 @@ def pi05_stages(module: Pi05Module, clock: FlowClock, steps: int) -> list[Stage]
     expert_reads = (f"{root}.gemma_expert.model", *MODULATION_PATHS, "action_in_proj")
     expert_reads = (*expert_reads, "action_out_proj")
     return [
-        Stage("patches", patches, reads=(f"{tower}.embeddings",)),
-        *(vision_layer(i) for i in range(config.vision.depth)),
+        *vision_stages(module.vision_model, tower),
         Stage("projector", project, (projector_site,), project_reads),
         *(backbone_layer(i) for i in range(config.depth)),
         Stage("denoising trajectory", trajectory, reads=expert_reads),

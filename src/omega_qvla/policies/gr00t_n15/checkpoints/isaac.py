@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omega_qvla.checkpoints.files import read_json
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import StoredTensors, find_tensors
-from omega_qvla.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.gr00t_n15.checkpoints.data_config import data_config
 from omega_qvla.policies.gr00t_n15.checkpoints.metadata import (
@@ -33,7 +31,7 @@ from omega_qvla.policies.gr00t_n15.checkpoints.releases import refuse_others
 from omega_qvla.policies.gr00t_n15.checkpoints.sizes import TIE, TOWER, Sizes, infer_sizes
 from omega_qvla.policies.gr00t_n15.checkpoints.tokenizer import IMAGE_TOKEN, qwen_tokenizer
 from omega_qvla.policies.gr00t_n15.config import CHAT_PROMPT, Gr00tN15Config
-from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module, dropped_shapes
+from omega_qvla.policies.gr00t_n15.network import dropped_shapes
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
 from omega_qvla.policies.gr00t_n15.processing import Gr00tProcessor
 from omega_qvla.policies.layers.siglip_checkpoints import official_names
@@ -153,18 +151,8 @@ def build(
         PolicyError: the tensors do not fit the configuration.
     """
     config = processor.config
-    with torch.device("meta"):
-        module = Gr00tN15Module(config)
-    dropped = dropped_shapes(config)
-    store = map_strictly(module, stored, dropped=dropped)
-    count = dropped_count(stored, dropped)
-    whole = Gr00tN15Policy(
-        module,
-        processor,
-        dropped_parameters=count,
-        store=store,
-        decisions={**decisions, **stored.decisions},
-    )
+    whole = Gr00tN15Policy.of_processor(processor)
+    whole = whole.read_from(stored, dropped_shapes(config), decisions)
     return whole.keep_embodiments((config.embodiment,))
 
 

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import ConfigDict, Field
 
 from omega_qvla.checkpoints.files import read_json
@@ -36,7 +35,6 @@ from omega_qvla.checkpoints.lerobot_pipelines import (
 )
 from omega_qvla.checkpoints.lerobot_weights import lerobot_tensors
 from omega_qvla.checkpoints.options import CheckpointOptions
-from omega_qvla.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.layers.siglip_checkpoints import official_names
 from omega_qvla.policies.pi05.checkpoints.lerobot_releases import Writer, writer_of
@@ -51,7 +49,6 @@ from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import (
     TIME_MAX_PERIOD,
     TIME_MIN_PERIOD,
-    Pi05Module,
     dropped_shapes,
 )
 from omega_qvla.policies.pi05.policy import Pi05Policy
@@ -155,16 +152,9 @@ def stream_lerobot_pi05(directory: Path, options: CheckpointOptions) -> Pi05Poli
     sizes = infer_sizes(stored)
     _require_agreement(settings, sizes, where)
     processor = _processor(directory, options, settings, sizes, writer)
-    with torch.device("meta"):
-        module = Pi05Module(processor.config)
-    dropped = dropped_shapes(module.config)
-    return Pi05Policy(
-        module,
-        processor,
-        dropped_parameters=dropped_count(stored, dropped),
-        store=map_strictly(module, stored, dropped=dropped),
-        decisions={**_decisions(settings, processor, writer, options), **stored.decisions},
-    )
+    decisions = _decisions(settings, processor, writer, options)
+    policy = Pi05Policy.of_processor(processor)
+    return policy.read_from(stored, dropped_shapes(processor.config), decisions)
 
 
 def _processor(

@@ -22,13 +22,12 @@ from pydantic import ValidationError
 from omega_qvla.checkpoints.files import read_bytes, read_json
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.stored_tensors import StoredTensors, find_tensors, write_weights
-from omega_qvla.checkpoints.strict import dropped_count, map_strictly
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.layers.siglip_checkpoints import official_names
 from omega_qvla.policies.pi05.checkpoints.openpi_training import training_config
 from omega_qvla.policies.pi05.checkpoints.sizes import TIE, TOWER, infer_sizes
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.network import Pi05Module, dropped_shapes
+from omega_qvla.policies.pi05.network import dropped_shapes
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
@@ -55,28 +54,15 @@ def stream_openpi(directory: Path, options: CheckpointOptions) -> Pi05Policy:
             something has to be chosen that ``options`` leaves open.
         ResourceError: a library for the tokenizer is missing.
     """
-    module, processor, stored, decisions = _read_structure(directory, options)
-    dropped = dropped_shapes(module.config)
-    store = map_strictly(module, stored, dropped=dropped)
-    count = dropped_count(stored, dropped)
-    decisions = {**decisions, **stored.decisions}
-    return Pi05Policy(module, processor, dropped_parameters=count, store=store, decisions=decisions)
-
-
-def _read_structure(
-    directory: Path, options: CheckpointOptions
-) -> tuple[Pi05Module, Pi05Processor, StoredTensors, dict[str, str]]:
-    """Module on the meta device, processor, tensors under the module's names, and decisions."""
     content = read_json(directory, CONFIG) if (directory / CONFIG).exists() else {}
+    stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
     if "vision" in content or content.get("family") == Pi05Policy.family:
         processor, decisions = _self_contained(directory), {}
-        stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
     else:
-        stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
         processor = _as_published(directory, options, stored, content)
         decisions = _decisions(processor.config, options)
-    with torch.device("meta"):
-        return Pi05Module(processor.config), processor, stored, decisions
+    policy = Pi05Policy.of_processor(processor)
+    return policy.read_from(stored, dropped_shapes(processor.config), decisions)
 
 
 def _decisions(config: Pi05Config, options: CheckpointOptions) -> dict[str, str]:
