@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+import omega_qvla as oq
 from omega_qvla.artifact import read_artifact, write_artifact
 from omega_qvla.cli import main
 from omega_qvla.cli.screen import Pace
+from omega_qvla.errors import ArtifactError
 
 POLICY = "builtin:tiny-pi05"
 no_ray = find_spec("ray") is None
@@ -101,8 +104,11 @@ def test_verify_passes_on_an_intact_artifact_and_names_a_flipped_bit(
     assert run("verify", str(damaged), "--json", str(result)) == 1
     report = json.loads(result.read_text())
     assert not report["ok"] and report["failures"][0]["file"] == shard.name
-    assert run("inspect", str(damaged)) == 1
-    assert shard.name in capsys.readouterr().err
+    with pytest.raises(ArtifactError, match=re.escape(shard.name)):
+        oq.load(damaged)
+    capsys.readouterr()
+    assert run("inspect", str(damaged)) == 0
+    assert "tensors  not read" in capsys.readouterr().out
 
 
 def test_verify_and_load_refuse_an_artifact_of_fewer_sites_than_its_recipe_quantizes(
@@ -152,7 +158,7 @@ def test_verify_and_load_refuse_an_artifact_of_fewer_sites_than_its_recipe_quant
         (("eval", POLICY, "--ray", "auto", "--processes", "2"), 3, "leave --processes out"),
         (("eval", POLICY, "--ray", "nowhere"), 3, "scale" if no_ray else "HOST:PORT"),
         ((*DRY, "random:tiny-pi05", "--embodiment", "1"), 2, "pi05 policy has no layers"),
-        ((*DRY, "random:gr00t-n1.5", "--embodiment", "32"), 2, "[32] with 32 acting"),
+        ((*DRY, "random:gr00t-n1.5", "--embodiment", "32"), 2, "no embodiment '32'; it has"),
     ],
 )
 def test_bad_input_is_one_clear_message_and_the_documented_status(

@@ -41,6 +41,7 @@ class Inspect(Common):
         screen.decisions(decisions)
         screen.say(f"recipe   {recipe['name']} ({looked.config['recipe_hash'][:16]})")
         screen.say(f"content  {looked.content_hash}")
+        screen.say("tensors  not read; omega-qvla verify checks every byte")
         screen.say(f"kernel   {looked.kernel}; {len(sites)} quantized sites")
         notes = [f"{site['name']}: {site['note']}" for site in sites if site["note"]]
         for note in notes:
