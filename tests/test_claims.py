@@ -17,6 +17,8 @@ import pytest
 from omega_qvla.claims import Claim
 from omega_qvla.errors import OutputError, ResourceError
 
+pytestmark = pytest.mark.long
+
 HOLD = """
 import sys, time
 from omega_qvla.claims import Claim

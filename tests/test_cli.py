@@ -17,6 +17,8 @@ from omega_qvla.cli import main
 from omega_qvla.cli.screen import Pace
 from omega_qvla.errors import ArtifactError
 
+pytestmark = pytest.mark.long
+
 POLICY = "builtin:tiny-pi05"
 no_ray = find_spec("ray") is None
 DRY = ("quantize", "--out", "x", "--dry-run")

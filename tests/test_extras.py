@@ -12,6 +12,8 @@ import pytest
 from omega_qvla.errors import MissingPackageError
 from omega_qvla.extras import installation, needing, require
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from omega_qvla.recipe import Recipe, recipe_names
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "omega_qvla"
 

@@ -17,6 +17,8 @@ import pytest
 from omega_qvla.evaluation.execution.worker import PROGRAM
 from omega_qvla.openmp import THE_USERS
 
+pytestmark = pytest.mark.long
+
 ASLEEP, SPINNING = "0", "300000"
 
 

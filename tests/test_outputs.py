@@ -25,6 +25,8 @@ from omega_qvla.evaluation.comparison_folder import (
 )
 from omega_qvla.results.rows import Comparison, Row
 
+pytestmark = pytest.mark.long
+
 POLICY = "builtin:tiny-pi05"
 COMMANDS: dict[str, Any] = {
     get_args(one)[1].name: get_args(one)[0] for one in get_args(entry.Command)

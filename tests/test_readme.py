@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.long
+
 README = Path(__file__).parents[1] / "README.md"
 
 

@@ -1,4 +1,7 @@
+import pytest
 from embedded_checks import EmbeddedPolicyChecks
+
+pytestmark = pytest.mark.long
 
 
 class TestTinyGr00t(EmbeddedPolicyChecks):

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from omega_qvla.artifact import read_artifact, verify_artifact, write_artifact
 from omega_qvla.errors import ArtifactError, NonFiniteError
 
+pytestmark = pytest.mark.long
+
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

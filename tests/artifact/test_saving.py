@@ -31,6 +31,8 @@ from omega_qvla.artifact import (
 from omega_qvla.claims import Claim
 from omega_qvla.errors import NotAnArtifactError, OmegaError, OutputError, ResourceError
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def second(example: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from omega_qvla.runtime.kernels import triton_gpu as gpu
 from omega_qvla.runtime.load import load
 from omega_qvla.runtime.prediction import predict
 
+pytestmark = pytest.mark.long
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 

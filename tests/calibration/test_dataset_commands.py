@@ -12,6 +12,8 @@ import pytest
 
 from omega_qvla.cli import main
 
+pytestmark = pytest.mark.long
+
 POLICY = "builtin:tiny-pi05"
 TOLD = ("open the drawer", "turn the faucet open")
 

@@ -22,6 +22,8 @@ from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.processing.normalization import Part, Parts, Unchanged
 
+pytestmark = pytest.mark.long
+
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "robot_sim.PickNPlace"
 
 Write = Callable[..., Any]

@@ -33,6 +33,8 @@ from omega_qvla.policies.processing.normalization import (
     Unchanged,
 )
 
+pytestmark = pytest.mark.long
+
 BUILTIN = "builtin:tiny-pi05"
 LIMIT = 64
 

@@ -20,6 +20,8 @@ from omega_qvla.cli import main
 from omega_qvla.policies.gr00t_n15.checkpoints import sizes as gr00t_sizes
 from omega_qvla.policies.layers import siglip_checkpoints
 
+pytestmark = pytest.mark.long
+
 # Within the statistics of these policies.
 STATES = {(e, f): [f / 30 - e / 4, e / 2 - f / 20, 1 + e / 2] for e in range(3) for f in range(30)}
 CAMERAS = ("observation.images.front", "observation.images.wrist")

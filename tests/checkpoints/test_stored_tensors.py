@@ -16,6 +16,8 @@ from omega_qvla.checkpoints.stored_tensors import INDEX, WEIGHTS, find_tensors
 from omega_qvla.checkpoints.weight_store import MappedWeights
 from omega_qvla.errors import PolicyError
 
+pytestmark = pytest.mark.long
+
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4), "c": torch.zeros(5, 1)}
 MAP = {"a": FIRST, "b": SECOND, "c": SECOND}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 ALONE = 512
 """Calls made alone after two that lost time (``csrc/pool.cpp``)."""

@@ -17,6 +17,8 @@ from omega_qvla.evaluation.benchmark import (
 from omega_qvla.results.reading import load_comparison
 from omega_qvla.results.rows import Comparison, Row
 
+pytestmark = pytest.mark.long
+
 CONDITIONS = ("plain", "stress:10", "stress:30", "stress:100")
 
 

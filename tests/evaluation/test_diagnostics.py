@@ -22,6 +22,8 @@ from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import SimulatedPolicy
 from omega_qvla.runtime.linear import QuantizedLinear
 
+pytestmark = pytest.mark.long
+
 SITE_KEYS = {"name", "component", "per_step", "in_features", "out_features", "times", "error"}
 SITE_KEYS |= {"local_error", "absmax", "rms", "transformed_absmax", "transformed_rms", "limit"}
 

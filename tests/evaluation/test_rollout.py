@@ -28,6 +28,8 @@ from omega_qvla.evaluation.rollout import (
 )
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 
+pytestmark = pytest.mark.long
+
 TASKS = ["near", "far"]
 
 

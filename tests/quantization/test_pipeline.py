@@ -41,6 +41,8 @@ from omega_qvla.quantization.pipeline import quantize_policy, work_shares
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import build
 
+pytestmark = pytest.mark.long
+
 LAST = "paligemma_with_expert.gemma_expert.model.layers.1"
 SITES = 18
 MakePolicy = Callable[..., Pi05Policy]

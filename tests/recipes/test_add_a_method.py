@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from omega_qvla.evaluation.benchmark import METHODS, expand_recipes
 from omega_qvla.recipe import ablation_names, recipe_names
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "omega_qvla"

@@ -14,6 +14,8 @@ import pytest
 from omega_qvla.errors import MissingPackageError, ResourceError, ResultError
 from omega_qvla.report.document import write_report
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,8 @@ from omega_qvla.errors import ResultError
 from omega_qvla.report.sources import read_sources
 from omega_qvla.report.summary import summarise
 from omega_qvla.report.table import markdown, results_table
+
+pytestmark = pytest.mark.long
 
 STRANGE = (None, True, -1, 0, 1e300, "", "text", "$x^", [], [[]], [1], {}, {"ci95": [1]})
 

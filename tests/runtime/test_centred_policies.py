@@ -21,6 +21,8 @@ from omega_qvla.runtime.engine import QuantizedPolicy, build
 from omega_qvla.runtime.linear import QuantizedLinear
 from omega_qvla.runtime.prediction import predict
 
+pytestmark = pytest.mark.long
+
 STEPPED = "paligemma_with_expert.gemma_expert.model.layers.0.self_attn.qkv_proj"
 ONCE = "paligemma_with_expert.paligemma.model.language_model.layers.0.mlp.down_proj"
 RECIPE = "omega-w4a4-per-token-centred-clip"

@@ -20,9 +20,10 @@ from omega_qvla.artifact.packing import pack_int4
 from omega_qvla.errors import ObservationError, PolicyError, ResourceError
 from omega_qvla.runtime.kernels import cpu, reference
 
-pytestmark = pytest.mark.skipif(
-    cpu.instruction_set() is None, reason="installed without a C++ compiler"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(cpu.instruction_set() is None, reason="installed without a C++ compiler"),
+]
 PATHS = cpu.instruction_sets()
 
 

@@ -34,6 +34,8 @@ from omega_qvla.runtime.linear import QuantizedLinear
 from omega_qvla.runtime.prediction import predict
 from omega_qvla.runtime.token_embedding import QuantizedEmbedding
 
+pytestmark = pytest.mark.long
+
 LANGUAGE = "paligemma_with_expert.paligemma.model.language_model"
 EXPERT = "paligemma_with_expert.gemma_expert.model"
 SITE = f"{EXPERT}.layers.0.self_attn.qkv_proj"

@@ -15,6 +15,8 @@ from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy
 from omega_qvla.runtime.prediction import predict_directory
 
+pytestmark = pytest.mark.long
+
 
 def quantized(policy: Any, recipe: str, scope: Any) -> QuantizedPolicy:
     config = policy.config

@@ -28,6 +28,8 @@ from omega_qvla.runtime.kernels import reference, triton_elementwise
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 
+pytestmark = pytest.mark.long
+
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TILINGS = (
     Tiling(rows=16, outputs=64, bytes=64, parts=3, warps=4, stages=2),

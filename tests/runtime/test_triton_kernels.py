@@ -28,6 +28,8 @@ from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels import triton_layout as layout
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 
+pytestmark = pytest.mark.long
+
 needs_triton = pytest.mark.usefixtures("interpreted")
 
 TILINGS = (

@@ -27,6 +27,8 @@ from omega_qvla.serving.client import RemotePolicy, RetryPolicy, drive
 from omega_qvla.serving.server.protocol_server import Listening
 from omega_qvla.serving.server.protocols.openpi import OpenpiServer
 
+pytestmark = pytest.mark.long
+
 
 def chunk(first: float, length: int = 6, width: int = 2) -> np.ndarray:
     """Actions that count: first, first + 1, …"""

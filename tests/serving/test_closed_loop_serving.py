@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 KIT = Path(__file__).parents[2] / "benchmarks" / "closed_loop_serving.py"
 
 

@@ -34,6 +34,8 @@ from websockets.sync.client import connect
 from omega_qvla.serving.server.protocol_server import Listening
 from omega_qvla.serving.server.protocols.openpi import OpenpiServer
 
+pytestmark = pytest.mark.long
+
 TOKEN = b"0123456789abcdef0123"
 
 

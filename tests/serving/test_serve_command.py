@@ -26,6 +26,8 @@ from websockets.sync.client import connect
 
 from omega_qvla.serving.client import RemotePolicy
 
+pytestmark = pytest.mark.long
+
 
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:

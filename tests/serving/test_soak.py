@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 KIT = Path(__file__).parents[2] / "benchmarks" / "soak_serving.py"
 
 

@@ -25,6 +25,8 @@ from omega_qvla.serving.wire import (
     openpi_array,
 )
 
+pytestmark = pytest.mark.long
+
 msgpack = pytest.importorskip("msgpack", reason="the extra serve is not installed")
 
 scalars = (

@@ -21,6 +21,8 @@ from omega_qvla.training.pi05_learner import Pi05Learner, initialize_pi05
 from omega_qvla.training.run import train_policy
 from omega_qvla.training.train import Trainer, TrainingPlan, learning_rate
 
+pytestmark = pytest.mark.long
+
 TASKS = ("faucet-open-v3", "faucet-close-v3", "door-open-v3")
 PI05 = FAMILIES[Pi05Policy.family]
 PLAN = TrainingPlan(steps=4, batch=4, noise_samples=2, warmup=2, half=False, compiled=False)

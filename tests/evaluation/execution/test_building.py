@@ -22,6 +22,8 @@ from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.quantization.pipeline import weights_fingerprint
 
+pytestmark = pytest.mark.long
+
 SOURCE = "builtin:tiny-pi05"
 
 

@@ -21,6 +21,8 @@ from omega_qvla.evaluation.rollout import EvaluationError
 from omega_qvla.evaluation.simulators.pool import SimulatorPool
 from omega_qvla.evaluation.sweep import run_sweep
 
+pytestmark = pytest.mark.long
+
 TASKS = ["near", "far"]
 
 

@@ -14,9 +14,10 @@ from omega_qvla.evaluation.simulators.metaworld import MetaWorldEnv
 from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 
 # Importing metaworld here would load mujoco before the environment has chosen its renderer.
-pytestmark = pytest.mark.skipif(
-    find_spec("metaworld") is None, reason="the simulator is an optional extra"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(find_spec("metaworld") is None, reason="the simulator is an optional extra"),
+]
 
 TASK = "push-v3"
 

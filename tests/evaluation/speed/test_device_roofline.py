@@ -29,6 +29,8 @@ from omega_qvla.evaluation.speed.policy_speed import held_tensors
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.recipe import Recipe
 
+pytestmark = pytest.mark.long
+
 FAMILIES = ("small_policy", "small_gr00t")
 
 

@@ -10,6 +10,8 @@ import omega_qvla as oq
 from omega_qvla.errors import OmegaError, RecipeError, ResourceError
 from omega_qvla.evaluation.speed.policy_speed import Subject, measure_policies
 
+pytestmark = pytest.mark.long
+
 CONTRACT = {
     "policy", "precision", "vision_ms", "prefix_ms", "denoise_ms", "total_ms", "peak_rss_bytes",
     "load_s", "checkpoint_bytes",
