@@ -5,6 +5,7 @@ The hub itself is not reached: its library is replaced where it would be, and ru
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.policies.full_precision import load_policy
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
+# The package gives its submodules as attributes only once somebody has imported them.
+hub_errors = importlib.import_module("huggingface_hub.errors")
+hub_constants = importlib.import_module("huggingface_hub.constants")
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -89,7 +93,7 @@ def test_a_policy_is_read_from_its_pinned_snapshot(
 
 def hub_error(kind: str) -> BaseException:
     """An error as the library raises it; its constructors want a response."""
-    error = getattr(huggingface_hub.errors, kind)
+    error = getattr(hub_errors, kind)
     made = error.__new__(error)
     made.args = ("404 Client Error.\nmore",)
     return made
@@ -117,8 +121,8 @@ def test_what_the_hub_refuses_is_said_with_the_remedy(
 def test_offline_the_cache_is_asked_and_the_network_is_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ResourceError, match="not in the cache and could not be fetched"):
         oq.load_policy(f"owner/name@{COMMIT}")
 

@@ -430,7 +430,7 @@ def test_a_tokenizer_in_the_hubs_cache_is_found(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    hub = pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
+    pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
     directory = lerobot_directory()
     (directory / "tokenizer.model").rename(tmp_path / "elsewhere.model")
     snapshot = tmp_path / "cache" / "models--google--paligemma-3b-pt-224" / "snapshots" / "c0ffee"
@@ -438,9 +438,9 @@ def test_a_tokenizer_in_the_hubs_cache_is_found(
     (snapshot / "tokenizer.model").write_bytes(sentencepiece_model)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("c0ffee")
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     assert load_policy(directory).processor.tokenizer.size > 0
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     given = CheckpointOptions(tokenizer=tmp_path / "elsewhere.model")
     assert load_policy(directory, given).processor.tokenizer.size > 0
 
