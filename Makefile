@@ -69,7 +69,7 @@ TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(STAMP) $(EMULATOR)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) $(PYTEST)
 
-# For a developer at work: what tells in a minute.
+# For a developer at work: lint, and the tests of files that are not marked long.
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) \
 	  -m "not long and not slow and not scale and not lerobot"

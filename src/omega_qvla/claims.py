@@ -151,3 +151,20 @@ def _unmake(folders: list[Path]) -> None:
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
+
+
+def require_free_file(path: Path, overwrite: bool) -> None:
+    """Refuse a file that is there, unless it may be replaced.
+
+    Raises:
+        OutputError: it is there and ``overwrite`` is not given, or it is no regular file.
+    """
+    if not path.is_symlink() and not path.exists():
+        return
+    if not path.is_file():
+        raise OutputError(f"{path} is not a regular file, so no result is written there")
+    if not overwrite:
+        raise OutputError(
+            f"{path} is there already ({path.stat().st_size:,} bytes); give --overwrite to replace "
+            "it, or another name"
+        )

@@ -9,7 +9,6 @@ its offline mode.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,6 @@ _ID = re.compile(r"(?:hf:)?(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _UNPINNED = re.compile(r"(?:hf:)?(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BRANCHES = ("main", "master", "HEAD")
-
-Fetch = Callable[["HubId"], Path]
 
 
 class HubId(NamedTuple):

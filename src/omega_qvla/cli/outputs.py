@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from omega_qvla.artifact import preflight, read_description
-from omega_qvla.claims import Claim
+from omega_qvla.claims import Claim, require_free_file
 from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import OmegaError, OutputError
 from omega_qvla.files import put_back
@@ -39,23 +39,6 @@ def claimed_files(files: Sequence[Path], overwrite: bool) -> Iterator[None]:
             claims.enter_context(Claim(path))
             require_free_file(path, overwrite)  # who had it before may just have written it
         yield
-
-
-def require_free_file(path: Path, overwrite: bool) -> None:
-    """Refuse a file that is there, unless it may be replaced.
-
-    Raises:
-        OutputError: see above.
-    """
-    if not path.is_symlink() and not path.exists():
-        return
-    if not path.is_file():
-        raise OutputError(f"{path} is not a regular file, so no result is written there")
-    if not overwrite:
-        raise OutputError(
-            f"{path} is there already ({path.stat().st_size:,} bytes); give --overwrite to replace "
-            "it, or another name"
-        )
 
 
 def require_free_artifact(out: Path, overwrite: bool) -> None:

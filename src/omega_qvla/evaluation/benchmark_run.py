@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.claims import Claim
-from omega_qvla.errors import OutputError, PolicyError
+from omega_qvla.claims import Claim, require_free_file
+from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.benchmark import (
     BENCHMARK,
     METHODS,
@@ -158,13 +158,11 @@ def _require_free(target: Path, plans: Sequence[Planned], *, resume: bool, overw
     """
     if overwrite or not target.exists():
         return
-    if not resume:
-        raise OutputError(
-            f"{target} is there already ({target.stat().st_size:,} bytes); give --overwrite to "
-            "replace it, or another name"
-        )
-    cells = [cell for planned in plans for cell in planned.cells]
-    require_kept(target, replace(plans[0], cells=cells))
+    if resume:
+        cells = [cell for planned in plans for cell in planned.cells]
+        require_kept(target, replace(plans[0], cells=cells))
+    else:
+        require_free_file(target, overwrite)
 
 
 def _found(name: str) -> FrozenPolicy:

@@ -26,6 +26,7 @@ from torch import nn
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import OmegaError, PolicyError, RecipeError, ResourceError
 from omega_qvla.evaluation.chunk_reads import chunk_reads
+from omega_qvla.evaluation.footprints import directory_bytes
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.runtime.engine import kernels_of
@@ -225,7 +226,7 @@ def held_tensors(child: nn.Module) -> list[torch.Tensor]:
 def _checkpoint_bytes(policy: NativePolicy, source: str) -> int:
     directory = Path(source)
     if directory.is_dir():
-        return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        return directory_bytes(directory)
     stored = sum(p.numel() for p in policy.module.parameters()) + policy.dropped_parameters
     return 2 * stored  # as the published bf16 checkpoint would be
 
