@@ -2,10 +2,10 @@
 
     python benchmarks/activation_scales.py --out results.json
 
-The layers of pi0.5's action expert at ten rows: one static scale (``omega-w4a4``), one scale per
-token, and one per token of inputs whose mean is subtracted first (``omega2-w4a4``).  The three take
-turns, each on the next of several copies of the layer, so that none finds its weights in a cache
-that another one filled.
+The layers of pi0.5's action expert at ten rows: one static scale (``omega-w4a4-static``), one
+scale per token, and one per token of inputs whose mean is subtracted first
+(``omega-w4a4-no-prior``).  The three take turns, each on the next of several
+copies of the layer, so that none finds its weights in a cache that another one filled.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def kinds(n: int, k: int, threads: int) -> dict[str, Callable[[int], Tensor]]:
     return {
         "static": lambda copy: layers[copy](rows, scale, threads),
         "per_token": lambda copy: layers[copy](rows, None, threads),
-        "per_token_centred": lambda copy: layers[copy](
+        "per_token_subtract_mean": lambda copy: layers[copy](
             rows, None, threads, offset=offset, bias=bias
         ),
     }

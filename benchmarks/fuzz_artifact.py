@@ -57,7 +57,7 @@ def build(directory: Path) -> None:
     }
     write_artifact(
         directory,
-        config={"policy": {"family": "test", "widths": [8, 48]}, "recipe": "omega-w4a4"},
+        config={"policy": {"family": "test", "widths": [8, 48]}, "recipe": "omega-w4a4-static"},
         tensors=tensors,
         processor={"stats.json": b'{"mean": [0.0, 1.5]}', "tokenizer.model": bytes(range(64))},
         card="# a policy\n",

@@ -72,7 +72,7 @@ def actions(send: Send, folder: Path) -> None:
 def quantizing(send: Send, _: Path) -> None:
     """An embedded policy quantized here against itself quantized on the processor."""
     name = "builtin:tiny-pi05"
-    for recipe in ("omega-w4a4", "omega-w4a4-cascade"):
+    for recipe in ("omega-w4a4-static", "omega-w4a4-static-cascade"):
         found = gpu_quantizing.compare_quantizing(name, DEVICE, recipe)
         send("checks", {f"{name} quantized with {recipe}": found})
 

@@ -5,7 +5,8 @@
         --recipes methods --stress 10,30,100 --reference once --json FILE
 
 The action error is heavy-tailed: a few observations at which full precision is undecided make up
-half of it, so over the 96 that the benchmark has frozen, methods are hardly told apart.  Here
+half of it, so over the 96 that the benchmark has frozen, few differences between methods
+are significant.  Here
 full precision acts in the simulator, with seeds that neither training nor the benchmark uses, and
 every observation it acted on is held out.  What methods are calibrated on stays as it is.
 """

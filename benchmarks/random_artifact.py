@@ -46,7 +46,7 @@ def random_site(
     blocks, _ = torch.linalg.qr(torch.randn((padded // block, block, block), generator=generator))
     integers = torch.randint(-8, 8, (outputs, padded), generator=generator, dtype=torch.int8)
     scale = torch.full((outputs,), padded**-0.5 / _INTEGER_SPREAD)
-    static, centred = scheme.activations.scale == "per_step", scheme.activations.centred
+    static, centred = scheme.activations.scale == "per_step", scheme.activations.subtract_mean
     # What runs once per observation, cross-attention's keys and values, has one offset.
     times = torch.tensor(euler_times(policy.steps) if site.per_step else [1.0])
     offset = bias = None

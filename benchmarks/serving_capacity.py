@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=1000, help="for each robots and batch")
     parser.add_argument("--robots", type=int, nargs="+", default=list(range(1, 17)))
-    parser.add_argument("--recipe", default="omega2-w4a4")
+    parser.add_argument("--recipe", default="omega-w4a4-no-prior")
     parser.add_argument("--deadline-ms", default=None, help="of the server; its own by default")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)

@@ -170,4 +170,4 @@ def noise() -> np.ndarray:
 @pytest.fixture
 def omega_recipe() -> Recipe:
     """The recipe users get."""
-    return Recipe.load("omega-w4a4")
+    return Recipe.load("omega-w4a4-static")

@@ -139,7 +139,7 @@ def test_verify_and_load_refuse_an_artifact_of_fewer_sites_than_its_recipe_quant
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
     [
-        (("quantize", POLICY, "--out", "x", "--recipe", "nosuch"), 2, "omega-w4a4"),
+        (("quantize", POLICY, "--out", "x", "--recipe", "nosuch"), 2, "omega-w4a4-static"),
         (("quantize", POLICY, "--out", "x", "--recipe", "omega-paper"), 2, "simulation"),
         (("quantize", POLICY, "--out", "x", "--device", "cuda"), 3, "without CUDA"),
         (("quantize", "nowhere", "--out", "x"), 2, "builtin:"),

@@ -132,7 +132,7 @@ def test_makefile_has_every_target_the_documents_name() -> None:
 
 
 def test_every_builtin_recipe_loads_under_its_own_name() -> None:
-    assert {"omega-paper", "omega-w4a4", "rtn"} <= set(recipe_names())
+    assert {"omega-paper", "omega-w4a4-static", "rtn"} <= set(recipe_names())
     for name in recipe_names():
         assert Recipe.load(name).name == name
 

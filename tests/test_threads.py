@@ -183,7 +183,7 @@ def test_the_command_refuses_them_too(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "omega2-w4a4", "svdquant"])
+@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4-no-prior", "svdquant"])
 @pytest.mark.parametrize("family", ["small_policy", "small_gr00t"])
 def test_the_content_hash_does_not_depend_on_the_number_of_threads(
     family: str, recipe: str, few: Observations, request: pytest.FixtureRequest, tmp_path: Path
@@ -192,7 +192,7 @@ def test_the_content_hash_does_not_depend_on_the_number_of_threads(
     assert len({content_hash(policy, few, recipe, tmp_path, n) for n in (1, 2, 3)}) == 1
 
 
-@pytest.mark.parametrize("recipe", ["gptq", "omega2-w4a4", "svdquant"])
+@pytest.mark.parametrize("recipe", ["gptq", "omega-w4a4-no-prior", "svdquant"])
 def test_nor_does_it_where_factorizations_would_have_other_bits_on_more_threads(
     recipe: str, tmp_path: Path
 ) -> None:

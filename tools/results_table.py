@@ -53,6 +53,10 @@ Written by `python tools/results_table.py` from
 [`benchmarks/results/{name}`](../benchmarks/results/{name}); what is measured and how is in
 [benchmark.md](benchmark.md), what the methods are in [methods.md](methods.md).
 
+Recipes have other names than when they were measured: `omega-w4a4-static` was `omega-w4a4`,
+`omega-w4a4-no-prior` was `omega2-w4a4`, and the default, `omega-w4a4`, was `omega3-w4a4`. The
+files were renamed with them and nothing was run again.
+
 Made with {library} on {machine}: `{command}`
 """
 MANY = """## {policy} on 800 more observations
@@ -61,21 +65,21 @@ Open loop, from [`benchmarks/results/{name}`](../benchmarks/results/{name}): obs
 precision acted on in other episodes, two noises each, the same calibration
 (`benchmarks/many_observations.py --first-seed 600000`). No recipe was chosen on them.
 """
-SUCCESSOR = """## `omega3-w4a4`, {policy}, the same observations
+SUCCESSOR = """## `omega-w4a4`, {policy}, the same observations
 
 Open loop, from [`benchmarks/results/{name}`](../benchmarks/results/{name}): observations, noises
-and calibration of the rows above, which were measured while `omega2-w4a4` was the default. Its
-episodes in the simulator are **not measured**.
+and calibration of the rows above, which were measured while `omega-w4a4-no-prior` was the default.
+Its episodes in the simulator are **not measured**.
 """
 UNSEEN = """## What calibration did not see, {policy}
 
 From [`benchmarks/results/{name}`](../benchmarks/results/{name}), made with `{command}`; what the
 columns are is in [benchmark.md](benchmark.md#what-calibration-did-not-see).
 """
-ABLATIONS = """## Ablations of `omega-w4a4`, {policy}, on 400 observations
+ABLATIONS = """## Ablations of `omega-w4a4-static`, {policy}, on 400 observations
 
 From [`benchmarks/results/{name}`](../benchmarks/results/{name}), with seeds from 500,000 on.
-`omega-w4a4` was the default when they were measured: it is what ratios are to.
+`omega-w4a4-static` was the default when they were measured: it is what ratios are to.
 """
 
 
@@ -146,7 +150,7 @@ def details() -> str:
         parts += ["### Drift of the hand\n", markdown(drift_table(kept))]
         parts += ["### Successes per task\n", markdown(task_table(kept))]
     for policy in POLICIES:
-        name = f"{policy}-omega3.json"
+        name = f"{policy}-default.json"
         parts += [SUCCESSOR.format(policy=policy, name=name)]
         parts += [markdown(error_table(rows_of(name)))]
     for policy in POLICIES:

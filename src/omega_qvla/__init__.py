@@ -7,7 +7,7 @@ spin, unless an environment variable says how they wait (``openmp.py``).
 
     policy = oq.load_policy("builtin:tiny-pi05")
     observations = oq.Observations.load("builtin:tiny-pi05")
-    quantized = oq.quantize(policy, observations, recipe="omega3-w4a4")
+    quantized = oq.quantize(policy, observations, recipe="omega-w4a4")
     quantized.save_pretrained("out")
     chunk = oq.load("out").sample_actions(observations[0])
 """

@@ -41,7 +41,7 @@ def quantize(
     Args:
         policy: full precision, from ``load_policy`` or a ``TorchPolicy``; it is not modified.
         observations: calibration data.
-        recipe: a name (``omega3-w4a4``, ``rtn``, …, see docs/methods.md), a YAML file, or a
+        recipe: a name (``omega-w4a4``, ``rtn``, …, see docs/methods.md), a YAML file, or a
             ``Recipe``.
         scope: ``all`` is the recipe as written; ``paper`` quantizes backbone and action head only.
         work_directory: keeps a journal of finished sites here, so that a killed run can resume.

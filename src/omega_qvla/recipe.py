@@ -16,16 +16,14 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -34,7 +32,7 @@ from omega_qvla.errors import RecipeError
 Scope = Literal["all", "paper"]
 
 _COMPONENTS = ("vision", "projector", "backbone", "action_head")
-DEFAULT_RECIPE = "omega3-w4a4"
+DEFAULT_RECIPE = "omega-w4a4"
 """What is taken when none is named: of the four-bit methods the one with the lowest action error on
 what calibration saw that also stands what it did not see (docs/methods.md)."""
 _METHODS, _ABLATIONS = "recipes", "recipes/ablations"
@@ -55,22 +53,9 @@ class Site(Protocol):
 
 
 class _Frozen(BaseModel):
-    """A strict value.
-
-    ``later`` names the fields that came after recipes had been hashed and stored.  At its default
-    such a field is not written, so that hashes, journals and artifacts made before it still hold.
-    """
+    """A strict value that cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    later: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content = handler(self)
-        for name in self.later:
-            if getattr(self, name) == type(self).model_fields[name].default:
-                content.pop(name, None)
-        return content
 
 
 class TransformScheme(_Frozen):
@@ -81,22 +66,20 @@ class TransformScheme(_Frozen):
             ``greedy`` flattens the largest channel of calibration again and again (DuQuant);
             ``second_moment`` is the closed form that gives x' and W' one and the same flat second
             moment (WUSH), no rotation in general.
-        balance: exponent α of c_j = size(x_j)^α / size(W_:j)^(1-α) applied before rotating (METHOD:
-            x/c, W·c); None leaves channels as they are.
+        smoothing: exponent α of c_j = size(x_j)^α / size(W_:j)^(1-α), by which x/c and W·c are
+            scaled before rotating; None leaves channels as they are.
         permutation: ``snake`` deals channels over blocks by size before rotating.
-        magnitude: the size of a channel, in balancing and in the permutation: its root mean square,
+        magnitude: the size of a channel, in smoothing and in the permutation: its root mean square,
             or its largest absolute value as SmoothQuant and DuQuant have it.
         block: block size; sites whose width is not a multiple are padded with zeros.
         output_rotation: rotate the output in blocks and undo it after the product (simulation of
             the paper's action head).
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"magnitude"})
-
     rotation: Literal["none", "hadamard", "svd", "svd_hadamard", "greedy", "second_moment"] = (
         "svd_hadamard"
     )
-    balance: float | None = Field(default=None, ge=0.0, le=1.0)
+    smoothing: float | None = Field(default=None, ge=0.0, le=1.0)
     permutation: Literal["none", "snake"] = "none"
     block: int = Field(default=64, ge=2)
     output_rotation: bool = False
@@ -113,13 +96,13 @@ class TransformScheme(_Frozen):
     @property
     def identity(self) -> bool:
         """Whether inputs are used as they are."""
-        return self.rotation == "none" and self.balance is None and self.permutation == "none"
+        return self.rotation == "none" and self.smoothing is None and self.permutation == "none"
 
     @property
     def needs_statistics(self) -> bool:
         """Whether the transform depends on calibration, or on the weight alone."""
         return (
-            self.balance is not None
+            self.smoothing is not None
             or self.permutation != "none"
             or self.rotation in ("greedy", "second_moment")
         )
@@ -139,8 +122,6 @@ class WeightScheme(_Frozen):
         rounding_noise: share of the inputs' rounding noise that GPTQ reckons with
             (``quantization/rounded_inputs.py``); 0 is GPTQ as published.
     """
-
-    later: ClassVar[frozenset[str]] = frozenset({"low_rank", "rounding_noise"})
 
     bits: Literal[4, 8] = 4
     rounding: Literal["nearest", "gptq"] = "gptq"
@@ -166,11 +147,10 @@ class ActivationScheme(_Frozen):
         clip: for ``per_token``, the share of a token's largest magnitude that maps to the largest
             integer; below 1 a few values are cut off and all others rounded more finely.
             ``search`` finds the share with the least squared rounding error for every site.
-        centred: subtract from every channel its mean (in the action head that of each denoising
-            step) and round what is left; the mean's product with the weight goes into the bias.
+        subtract_mean: subtract from every channel its mean (in the action head that of each
+            denoising step) and round what is left; the mean's product with the weight goes into the
+            bias.
     """
-
-    later: ClassVar[frozenset[str]] = frozenset({"clip", "centred"})
 
     bits: Literal[4, 8] = 4
     scale: Literal["per_token", "per_step", "per_step_or_token", "per_channel_per_step"] = (
@@ -178,7 +158,7 @@ class ActivationScheme(_Frozen):
     )
     quantile: float = Field(default=0.999, gt=0.0, le=1.0)
     clip: Annotated[float, Field(gt=0.0, le=1.0)] | Literal["search"] = 1.0
-    centred: bool = False
+    subtract_mean: bool = False
 
     @property
     def realizable(self) -> bool:
@@ -200,10 +180,8 @@ class Scheme(_Frozen):
         prior: what is assumed of inputs that calibration did not see: nothing (``none``), or that
             any channel may come to contribute as much to the output as the channels of its site do
             on average (``contribution``, ``quantization/prior.py``).  It holds for whatever is
-            calibrated: balance and the other transforms, GPTQ's Hessian, static scales and clips.
+            calibrated: smoothing and the other transforms, GPTQ's Hessian, static scales and clips.
     """
-
-    later: ClassVar[frozenset[str]] = frozenset({"layers", "prior"})
 
     transform: TransformScheme = TransformScheme()
     weights: WeightScheme = WeightScheme()
@@ -212,15 +190,15 @@ class Scheme(_Frozen):
     prior: Literal["none", "contribution"] = "none"
 
     @model_validator(mode="after")
-    def _noise_and_centre_have_a_place(self) -> Scheme:
+    def _noise_and_mean_have_a_place(self) -> Scheme:
         if self.weights.rounding_noise and self.weights.rounding != "gptq":
             raise ValueError("rounding_noise is what GPTQ reckons with: give rounding: gptq")
         if self.prior != "none" and not self._calibrated:
             raise ValueError("prior is about calibration, and this scheme needs none")
-        if self.activations.centred and not self.activations.realizable:
-            raise ValueError("centred inputs are for integers; this scale is a simulation's")
-        if self.activations.centred and self.transform.output_rotation:
-            raise ValueError("centred inputs are for integers; an output rotation is a simulation")
+        if self.activations.subtract_mean and not self.activations.realizable:
+            raise ValueError("subtract_mean is for integers; this scale is a simulation's")
+        if self.activations.subtract_mean and self.transform.output_rotation:
+            raise ValueError("subtract_mean is for integers; an output rotation is a simulation")
         return self
 
     @property
@@ -253,8 +231,6 @@ class Recipe(_Frozen):
             logits and outputs are as large as in full precision (QuantVLA); needs
             ``action_head.layers: mlp``.
     """
-
-    later: ClassVar[frozenset[str]] = frozenset({"match_attention"})
 
     name: str
     description: str
@@ -335,8 +311,12 @@ class Recipe(_Frozen):
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the canonical JSON of everything that changes the result."""
-        content = self.model_dump(mode="json", exclude={"description"})
+        """SHA-256 over the canonical JSON of everything that changes the result.
+
+        A field at its default is not part of it: a new field changes no hash of a recipe that does
+        not use it.  A default is therefore never changed.
+        """
+        content = self.model_dump(mode="json", exclude={"description"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @classmethod

@@ -134,7 +134,7 @@ def test_actions_are_compared_on_the_same_observation_and_noise(
         compare_actions(source, "cpu", most=-1.0)
 
 
-@pytest.mark.parametrize("recipe", [DEFAULT_RECIPE, "omega-w4a4"])
+@pytest.mark.parametrize("recipe", [DEFAULT_RECIPE, "omega-w4a4-static"])
 def test_random_integers_take_the_bytes_of_quantized_ones(
     recipe: str, script: ModuleType, tmp_path: Path
 ) -> None:

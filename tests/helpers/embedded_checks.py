@@ -89,10 +89,10 @@ class EmbeddedPolicyChecks:
 
     @pytest.mark.slow
     def test_stress_in_the_papers_scope_with_static_scales(self) -> None:
-        assert error(self.name, "omega-w4a4", "paper", stress=True) <= 0.01
+        assert error(self.name, "omega-w4a4-static", "paper", stress=True) <= 0.01
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("recipe", [DEFAULT_RECIPE, "omega-w4a4"])
+    @pytest.mark.parametrize("recipe", [DEFAULT_RECIPE, "omega-w4a4-static"])
     def test_plain_in_the_papers_scope_is_no_worse_than_the_paper_by_a_fifth(
         self, recipe: str
     ) -> None:
@@ -101,7 +101,7 @@ class EmbeddedPolicyChecks:
         )
 
     @pytest.mark.parametrize(
-        "recipe", [DEFAULT_RECIPE, pytest.param("omega-w4a4", marks=pytest.mark.slow)]
+        "recipe", [DEFAULT_RECIPE, pytest.param("omega-w4a4-static", marks=pytest.mark.slow)]
     )
     @pytest.mark.parametrize("stress", [False, True])
     def test_everything_quantized_stays_within_its_bar(self, recipe: str, stress: bool) -> None:

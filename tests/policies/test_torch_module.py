@@ -99,7 +99,7 @@ def test_the_example_of_the_design_end_to_end(
 ) -> None:
     """Quantize, sample, save, load into another module of the same structure, sample the same."""
     policy = wrap(Network())
-    quantized = oq.quantize(policy, data, recipe="omega-w4a4")
+    quantized = oq.quantize(policy, data, recipe="omega-w4a4-static")
     assert isinstance(quantized, QuantizedPolicy)
     integers = {
         name.removesuffix(PATH_IN_SLOT)

@@ -239,7 +239,7 @@ def test_a_transformer_layer_of_pytorch_runs_its_linears_and_not_its_fast_path(
 
 
 @pytest.mark.parametrize(
-    "name", ["rtn", "gptq", "smoothquant", "quarot", "duquant", "svdquant", "omega-w4a4"]
+    "name", ["rtn", "gptq", "smoothquant", "quarot", "duquant", "svdquant", "omega-w4a4-static"]
 )
 def test_every_recipe_is_the_same_to_the_bit_after_loading(
     name: str, data: list[dict[str, Tensor]], tmp_path: Path

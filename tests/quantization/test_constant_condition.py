@@ -95,9 +95,9 @@ def test_and_no_more_than_rounding_to_nearest_when_it_moves(
 
 
 def test_what_calibration_says_at_its_word_collapses_there() -> None:
-    """The predecessor, whose balance has no prior: the case is a hard one."""
+    """The predecessor, whose smoothing has no prior: the case is a hard one."""
     shown = constant(48, 1.0)
-    assert error("omega2-w4a4", shown, shown + 1.0) > 1.0
+    assert error("omega-w4a4-no-prior", shown, shown + 1.0) > 1.0
 
 
 @pytest.mark.parametrize("varies", [False, True])
@@ -177,8 +177,8 @@ def test_inputs_that_never_vary_are_still_quantized_for_the_day_they_do() -> Non
 @pytest.mark.parametrize(
     "activations",
     [
-        {"scale": "per_token", "clip": "search", "centred": True},
-        {"scale": "per_step", "centred": True},
+        {"scale": "per_token", "clip": "search", "subtract_mean": True},
+        {"scale": "per_step", "subtract_mean": True},
         {"scale": "per_step_or_token"},
     ],
 )
@@ -200,7 +200,7 @@ def test_every_transform_and_scale_stands_a_deviation_with_the_prior(
     moved[:, ::2] += torch.randn(256, 32, generator=generator)
     errors: dict[str, float] = {}
     for prior in ("none", "contribution"):
-        transform = {"rotation": rotation, "balance": 0.65, "magnitude": magnitude}
+        transform = {"rotation": rotation, "smoothing": 0.65, "magnitude": magnitude}
         scheme = {"transform": transform, "activations": activations, "prior": prior}
         content = {"name": "x", "description": "", "action_head": scheme}
         errors[prior] = site_error(Recipe.model_validate(content), linear, rows, moved)

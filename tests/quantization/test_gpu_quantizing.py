@@ -70,19 +70,19 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 OFTEN = (
-    ("small_policy", "omega-w4a4"),
+    ("small_policy", "omega-w4a4-static"),
     ("small_policy", "svdquant"),
     ("small_policy", "quantvla"),
-    ("small_gr00t", "omega-w4a4"),
+    ("small_gr00t", "omega-w4a4-static"),
 )
 SELDOM = (
-    ("small_policy", "omega-w4a4-cascade"),
-    ("small_policy", "omega-w4a4-second-moment"),
-    ("small_policy", "omega-w4a4-group-64"),
-    ("small_policy", "omega-w4a4-step-or-token"),
+    ("small_policy", "omega-w4a4-static-cascade"),
+    ("small_policy", "omega-w4a4-static-second-moment"),
+    ("small_policy", "omega-w4a4-static-group-64"),
+    ("small_policy", "omega-w4a4-static-step-or-token"),
     ("small_policy", "omega-paper"),
     ("small_policy", "duquant"),
-    ("small_gr00t", "omega-w4a4-cascade"),
+    ("small_gr00t", "omega-w4a4-static-cascade"),
     ("small_gr00t", "quantvla"),
 )
 
@@ -142,7 +142,7 @@ def test_a_streamed_policy_is_moved_stage_by_stage_and_gives_the_same_bytes(
     assert all(parameter.is_meta for parameter in given.module.parameters())
 
 
-@pytest.mark.parametrize("recipe", ["omega-w4a4", "quantvla"])
+@pytest.mark.parametrize("recipe", ["omega-w4a4-static", "quantvla"])
 def test_memory_stays_below_what_is_asked_for_beforehand(
     recipe: str, make_small: MakePolicy, few: Observations
 ) -> None:
@@ -167,7 +167,7 @@ def test_memory_grows_neither_with_observations_nor_with_layers(
         policy = make_small(backbone=wide, depth=depth)
         many = Observations([few[i % 3] for i in range(count)])
         with StandIn() as device:
-            quantize_policy(policy, many, Recipe.load("omega-w4a4"), gpu=GPU)
+            quantize_policy(policy, many, Recipe.load("omega-w4a4-static"), gpu=GPU)
         peaks.append(device.memory.peak)
     # The widest site's sampled rows grow, to 1024; while some are added there are three copies.
     rows_of_one = 40
@@ -178,7 +178,7 @@ def test_memory_grows_neither_with_observations_nor_with_layers(
 def test_full_size_pi05_is_said_to_fit_into_24_gigabytes() -> None:
     """From shapes; what it takes on a GPU was not measured."""
     policy = stream_policy("random:pi05")
-    for recipe in ("omega-w4a4", "svdquant", "duquant", "quarot"):
+    for recipe in ("omega-w4a4-static", "svdquant", "duquant", "quarot"):
         assert gpu_bytes(policy, Recipe.load(recipe)) < 24e9
 
 
@@ -195,7 +195,7 @@ def test_statistics_forgotten_on_the_cpu_are_caught(
 
     monkeypatch.setattr(capture, "SiteStatistics", forgetful)
     with StandIn(), pytest.raises(MixedDevicesError, match=r"addmm_.*\[64, 64\] on the CPU"):
-        quantize_policy(small_policy, few, Recipe.load("omega-w4a4"), gpu=GPU)
+        quantize_policy(small_policy, few, Recipe.load("omega-w4a4-static"), gpu=GPU)
 
 
 def test_a_stage_that_does_not_name_what_it_reads_is_caught(

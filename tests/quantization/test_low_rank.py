@@ -30,7 +30,7 @@ def test_the_residual_is_the_truncated_decomposition_of_the_transformed_weight(
     weight, x = spiked(), torch.randn(50, 100, generator=gen(3))
     x[:, 7] *= 30
     scheme = TransformScheme.model_validate(
-        {"rotation": rotation, "permutation": permutation, "balance": 0.5, "block": 32}
+        {"rotation": rotation, "permutation": permutation, "smoothing": 0.5, "block": 32}
     )
     summary = InputSummary(x.square().mean(0).sqrt())
     transform = block_transform(weight, scheme, summary)

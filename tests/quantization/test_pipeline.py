@@ -121,7 +121,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.wait(timeout=120) == 0
 
 
-@pytest.mark.parametrize("name", ["rtn", "omega-w4a4", "omega-paper"])
+@pytest.mark.parametrize("name", ["rtn", "omega-w4a4-static", "omega-paper"])
 def test_every_covered_site_is_quantized_exactly_once(
     name: str, policy: Pi05Policy, observations: Observations
 ) -> None:
@@ -252,7 +252,7 @@ def test_a_changed_recipe_is_not_resumed(
 ) -> None:
     interrupted(policy, observations, tmp_path)
     with pytest.raises(ResumeError, match=r"recipe: was '.*', now '") as caught:
-        oq.quantize(policy, observations, "omega-w4a4", work_directory=tmp_path, resume=True)
+        oq.quantize(policy, observations, "omega-w4a4-static", work_directory=tmp_path, resume=True)
     assert "weights" not in str(caught.value)
 
 
@@ -434,7 +434,7 @@ def test_a_full_disk_is_a_resource_error_and_resumable(
     assert len(computed) == SITES - max(0, files_before - 1)
 
 
-@pytest.mark.parametrize("name", ["rtn", "omega-w4a4", "omega-paper"])
+@pytest.mark.parametrize("name", ["rtn", "omega-w4a4-static", "omega-paper"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_weight_is_named(
     name: str, bad: float, policy: Pi05Policy, observations: Observations
@@ -524,7 +524,7 @@ def test_a_streamed_policy_gives_the_bytes_of_one_in_memory(tmp_path: Path) -> N
     write_openpi(source, written)
     config = source.config
     observations = Observations.random(config.cameras, config.state_dim, count=2, size=84)
-    recipe = Recipe.load("omega-w4a4")
+    recipe = Recipe.load("omega-w4a4-static")
 
     def manifest(name: str, policy: Pi05Policy) -> bytes:
         work = tmp_path / f"{name}.journal"
@@ -541,7 +541,7 @@ def test_a_streamed_policy_refuses_recipes_that_need_all_of_it(tmp_path: Path) -
     policy = stream_policy("random:tiny-pi05")
     config = policy.config
     observations = Observations.random(config.cameras, config.state_dim, count=1, size=84)
-    cascading = Recipe.load("omega-w4a4").model_copy(update={"cascade": True})
+    cascading = Recipe.load("omega-w4a4-static").model_copy(update={"cascade": True})
     with pytest.raises(PolicyError, match=r"cascade.*load_policy"):
         quantize_policy(policy, observations, cascading)
     with pytest.raises(PolicyError, match="simulation"):
@@ -558,7 +558,7 @@ def test_observations_that_do_not_fit_leave_no_journal_behind(
 
 
 def test_work_is_shared_out_by_cost() -> None:
-    recipe = Recipe.load("omega-w4a4")
+    recipe = Recipe.load("omega-w4a4-static")
     policy = stream_policy("random:pi05-libero")
     covered = [site.name for site in sites_of(policy) if recipe.scheme_of(site) is not None]
     shares = work_shares(policy, recipe)

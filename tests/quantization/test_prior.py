@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omega_qvla.quantization.prior import SMALLEST_WEIGHT, expected_deviation, expected_size
-from omega_qvla.quantization.transforms import balance_factors
+from omega_qvla.quantization.transforms import smoothing_factors
 
 SIZES = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e4)), min_size=8, max_size=8)
 COLUMNS = st.lists(st.floats(0.1, 10.0), min_size=8, max_size=8)
@@ -26,7 +26,7 @@ def weight_of(columns: list[float]) -> Tensor:
 def test_no_expected_deviation_stands_out_after_balancing(
     sizes: list[float], columns: list[float], alpha: float
 ) -> None:
-    """d_j/c_j is at most the balanced size of any channel, whatever calibration saw.
+    """d_j/c_j is at most the smoothed size of any channel, whatever calibration saw.
 
     With contributions v_k w_k ≥ d w for all k: d_j/c_j ≤ (d w)^(1-α) ≤ (v_k w_k)^(1-α) = v_k/c_k.
     """
@@ -37,7 +37,7 @@ def test_no_expected_deviation_stands_out_after_balancing(
         assert not bool(deviation.any())
         return
     later = expected_size(seen, deviation)
-    factor = balance_factors(later, weight_of(columns), alpha)
+    factor = smoothing_factors(later, weight_of(columns), alpha)
     assert float((deviation / factor).max()) <= float((later / factor).min()) * (1 + 1e-6)
 
 
@@ -79,6 +79,6 @@ def test_the_quieter_a_channel_was_the_less_its_balance_depends_on_it(size: floa
     seen[3] = size
     weight = weight_of([1.0] * 8)
     later = expected_size(seen, expected_deviation(seen, torch.ones(8)))
-    taken = balance_factors(seen, weight, 0.65)
-    expected = balance_factors(later, weight, 0.65)
+    taken = smoothing_factors(seen, weight, 0.65)
+    expected = smoothing_factors(later, weight, 0.65)
     assert float(taken[3] / taken[0]) < 0.02 and float(expected[3] / expected[0]) > 0.7

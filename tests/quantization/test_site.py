@@ -29,7 +29,7 @@ STEPPED = QuantizationSite("layer.kv", ("layer.k", "layer.v"), "action_head", pe
 TIMES = (1.0, 0.75, 0.5, 0.25)
 
 
-def scheme(name: str = "omega-w4a4", part: str = "backbone") -> Scheme:
+def scheme(name: str = "omega-w4a4-static", part: str = "backbone") -> Scheme:
     found = Recipe.load(name).scheme(part)
     assert found is not None
     return found
@@ -87,7 +87,7 @@ def test_a_missing_bias_of_one_of_them_is_zero_and_of_all_is_none() -> None:
     assert quantize_site(ONCE, linears(), scheme("rtn"), None).bias is None
 
 
-@pytest.mark.parametrize("name", ["omega-w4a4", "rtn"])
+@pytest.mark.parametrize("name", ["omega-w4a4-static", "rtn"])
 def test_integers_and_simulation_compute_the_same(name: str) -> None:
     """Up to float32 summation order, apart from ties that fall on the other side: 1e-4 of energy.
 
@@ -98,7 +98,7 @@ def test_integers_and_simulation_compute_the_same(name: str) -> None:
     x = inputs(seed=5)
     integers = QuantizedLinear.from_site(site, clock)(x)
     assert error(integers, SimulatedLinear(site, clock)(x)) < 1e-4
-    assert error(integers, exact(pair, x)) < {"omega-w4a4": 0.05, "rtn": 0.5}[name]
+    assert error(integers, exact(pair, x)) < {"omega-w4a4-static": 0.05, "rtn": 0.5}[name]
 
 
 def test_the_method_beats_rounding_to_nearest_on_an_outlier_channel() -> None:
@@ -110,7 +110,7 @@ def test_the_method_beats_rounding_to_nearest_on_an_outlier_channel() -> None:
             ),
             exact(pair, x),
         )
-        for name in ("omega-w4a4", "rtn")
+        for name in ("omega-w4a4-static", "rtn")
     )
     assert ours < 0.5 * naive
 
@@ -120,7 +120,7 @@ def test_a_low_rank_branch_is_added_in_integers_and_in_simulation() -> None:
     pair, clock, x = linears(bias=(True, True)), FlowClock(), inputs(seed=5)
     errors = {}
     for rank in (4, 32):
-        content = {"transform": {"balance": 0.5}, "weights": {"low_rank": rank}}
+        content = {"transform": {"smoothing": 0.5}, "weights": {"low_rank": rank}}
         site = quantize_site(ONCE, pair, Scheme.model_validate(content), measured())
         assert site.low_rank is not None and site.low_rank.down.shape == (rank, WIDTH)
         integers = QuantizedLinear.from_site(site, clock)(x)
@@ -128,7 +128,7 @@ def test_a_low_rank_branch_is_added_in_integers_and_in_simulation() -> None:
         errors[rank] = error(integers, exact(pair, x))
     assert errors[32] < 1e-4 < errors[4] < 0.05
     without = quantize_site(
-        ONCE, pair, Scheme.model_validate({"transform": {"balance": 0.5}}), measured()
+        ONCE, pair, Scheme.model_validate({"transform": {"smoothing": 0.5}}), measured()
     )
     assert errors[4] < error(QuantizedLinear.from_site(without, clock)(x), exact(pair, x))
 
@@ -157,7 +157,7 @@ def test_a_clipped_dynamic_scale_is_the_same_in_integers_and_in_simulation() -> 
     pair, clock, x = linears(bias=(True, True)), FlowClock(), inputs(seed=5)
     found = {}
     for clip in (1.0, 0.85):
-        content = {"transform": {"balance": 0.65}, "activations": {"clip": clip}}
+        content = {"transform": {"smoothing": 0.65}, "activations": {"clip": clip}}
         site = quantize_site(ONCE, pair, Scheme.model_validate(content), measured())
         integers = QuantizedLinear.from_site(site, clock)
         found[clip] = integers(x)
@@ -169,9 +169,9 @@ def test_a_clipped_dynamic_scale_is_the_same_in_integers_and_in_simulation() -> 
     assert error(found[0.85], exact(pair, x)) < error(found[1.0], exact(pair, x))
 
 
-CENTRED: dict[str, Any] = {
-    "transform": {"balance": 0.65},
-    "activations": {"clip": "search", "centred": True},
+SUBTRACTED: dict[str, Any] = {
+    "transform": {"smoothing": 0.65},
+    "activations": {"clip": "search", "subtract_mean": True},
 }
 
 
@@ -197,8 +197,11 @@ def test_centred_inputs_leave_the_range_to_what_varies(
     """Integers and simulation agree; the error is a fraction of that without centring."""
     pair, clock = linears(bias=(True, False)), FlowClock()
     found = {}
-    for centred in (False, True):
-        content = {**CENTRED, "activations": {**CENTRED["activations"], "centred": centred}}
+    for subtract_mean in (False, True):
+        content = {
+            **SUBTRACTED,
+            "activations": {**SUBTRACTED["activations"], "subtract_mean": subtract_mean},
+        }
         quantized = quantize_site(
             site, pair, Scheme.model_validate(content), measured_shifted(site)
         )
@@ -210,14 +213,16 @@ def test_centred_inputs_leave_the_range_to_what_varies(
             with clock.step(step, time):
                 assert error(integer(x), simulated(x)) < 1e-4
                 errors.append(error(integer(x), exact(pair, x)))
-        found[centred] = sum(errors)
+        found[subtract_mean] = sum(errors)
     assert found[True] < 0.3 * found[False]
 
 
 def test_the_mean_itself_is_exact_at_calibrated_times_and_between_them() -> None:
     """Offset and bias are interpolated together: o(t) W' + b, whatever the integers are."""
     pair, clock = linears(bias=(True, True)), FlowClock()
-    site = quantize_site(STEPPED, pair, Scheme.model_validate(CENTRED), measured_shifted(STEPPED))
+    site = quantize_site(
+        STEPPED, pair, Scheme.model_validate(SUBTRACTED), measured_shifted(STEPPED)
+    )
     assert site.offset is not None and site.offset.shape == (4, 128)
     assert site.bias is not None and site.bias.shape == (4, 32)
     assert torch.equal(site.offset, site.offset.bfloat16().float())
@@ -230,7 +235,7 @@ def test_the_mean_itself_is_exact_at_calibrated_times_and_between_them() -> None
 
 
 def test_a_searched_clip_is_the_best_of_all() -> None:
-    found = quantize_site(ONCE, linears(), Scheme.model_validate(CENTRED), measured())
+    found = quantize_site(ONCE, linears(), Scheme.model_validate(SUBTRACTED), measured())
     clip = found.activations.share
     assert 0.5 < clip < 1.0
     rows = transform_rows(centred(measured()), found.transform)
@@ -304,7 +309,7 @@ def test_a_bad_number_is_named(bad: float, kind: str) -> None:
     [
         ({"transform": {"rotation": "none"}, "weights": {"rounding": "nearest"}}, False),
         ({"weights": {"rounding": "nearest"}}, False),
-        ({"transform": {"balance": 0.5}, "weights": {"rounding": "nearest"}}, True),
+        ({"transform": {"smoothing": 0.5}, "weights": {"rounding": "nearest"}}, True),
         ({"transform": {"permutation": "snake"}, "weights": {"rounding": "nearest"}}, True),
         ({"weights": {"rounding": "gptq"}}, True),
         ({"weights": {"rounding": "nearest"}, "activations": {"scale": "per_step"}}, True),
@@ -318,7 +323,7 @@ def test_statistics_are_asked_for_only_when_used(content: dict[str, Any], needed
 
 
 def test_inputs_that_are_always_zero_do_not_break_anything() -> None:
-    """A dead site: no energy to measure, balance with or scale by."""
+    """A dead site: no energy to measure, smoothing with or scale by."""
     statistics, clock = SiteStatistics(STEPPED, WIDTH, torch.Generator()), FlowClock()
     with clock.step(0, 1.0):
         statistics.update(torch.zeros(5, WIDTH), clock, 0)

@@ -12,11 +12,11 @@ from omega_qvla.quantization.rotations import hadamard, svd_basis
 from omega_qvla.quantization.transforms import (
     BlockTransform,
     InputSummary,
-    balance_factors,
     block_transform,
     output_rotation,
     pad_to_block,
     smoothing_factors,
+    smoothquant_factors,
     snake_permutation,
 )
 from omega_qvla.recipe import TransformScheme
@@ -46,12 +46,12 @@ def summary(x: torch.Tensor) -> InputSummary:
 
 
 SCHEMES = [
-    TransformScheme(rotation=rotation, balance=balance, permutation=permutation, block=block)
+    TransformScheme(rotation=rotation, smoothing=smoothing, permutation=permutation, block=block)
     for rotation in ("none", "hadamard", "svd", "svd_hadamard", "greedy")
-    for balance in (None, 0.65)
+    for smoothing in (None, 0.65)
     for permutation in ("none", "snake")
     for block in (16, 64)
-    if (rotation, balance, permutation) != ("none", None, "none")
+    if (rotation, smoothing, permutation) != ("none", None, "none")
 ]
 
 
@@ -89,9 +89,9 @@ def test_the_function_is_preserved(
     assert float((got - expected).abs().max() / scale) < 1e-11
     single = transform.apply(x.float()) @ transform.fold(weight.float()).t()
     assert single.dtype == torch.float32
-    # Float32: unbalanced outliers of 1000 are mixed into every channel of their block.
+    # Float32: unsmoothed outliers of 1000 are mixed into every channel of their block.
     assert float((single - expected).abs().max() / scale) < 2e-3
-    if scheme.balance is not None:
+    if scheme.smoothing is not None:
         assert float((single - expected).abs().max() / scale) < 2e-5
 
 
@@ -99,7 +99,7 @@ def test_the_function_is_preserved(
 def test_transform_is_a_rotation_up_to_its_row_scaling(magnitude: float) -> None:
     """Rounding to bfloat16 (relative 2^-9 per entry) is all that separates it from one."""
     x, weight = outlier_layer(3, 200, 80, 128, magnitude)
-    transform = block_transform(weight, TransformScheme(balance=0.65), summary(x))
+    transform = block_transform(weight, TransformScheme(smoothing=0.65), summary(x))
     rows = transform.matrix.double()
     rows = rows / rows.norm(dim=-1, keepdim=True)
     assert float(torch.linalg.cond(rows).max()) < 1.05
@@ -107,15 +107,15 @@ def test_transform_is_a_rotation_up_to_its_row_scaling(magnitude: float) -> None
 
 def test_matrix_survives_bfloat16_storage() -> None:
     x, weight = outlier_layer(0, 50, 40, 128, 100.0)
-    transform = block_transform(weight, TransformScheme(balance=0.5), summary(x))
+    transform = block_transform(weight, TransformScheme(smoothing=0.5), summary(x))
     assert torch.equal(transform.matrix, transform.matrix.to(torch.bfloat16).float())
 
 
 def test_composite_rotation_equalises_weight_energy_in_each_block() -> None:
     """Exact in real numbers; 1 % is what bfloat16 leaves."""
     x, weight = outlier_layer(1, 100, 96, 128, 30.0)
-    for balance in (None, 0.65):
-        transform = block_transform(weight, TransformScheme(balance=balance), summary(x))
+    for smoothing in (None, 0.65):
+        transform = block_transform(weight, TransformScheme(smoothing=smoothing), summary(x))
         energy = transform.fold(weight).square().sum(0).reshape(-1, 64)
         spread = energy.amax(1) / energy.amin(1)
         assert float(spread.max()) < 1.02
@@ -125,8 +125,8 @@ def test_balancing_removes_what_rotation_leaves() -> None:
     """Output error of 4-bit per-token inputs alone: rotating a x300 outlier drowns its block."""
     x, weight = outlier_layer(2, 400, 96, 128, 300.0)
 
-    def error(balance: float | None) -> float:
-        transform = block_transform(weight, TransformScheme(balance=balance), summary(x))
+    def error(smoothing: float | None) -> float:
+        transform = block_transform(weight, TransformScheme(smoothing=smoothing), summary(x))
         y = transform.apply(x)
         scale = y.abs().amax(1, keepdim=True) / 7
         difference = ((y / scale).round() * scale - y) @ transform.fold(weight).t()
@@ -136,40 +136,40 @@ def test_balancing_removes_what_rotation_leaves() -> None:
     assert error(None) > 10 * error(0.65)
 
 
-def test_balance_factors_are_normalised_and_survive_dead_channels() -> None:
+def test_smoothing_factors_are_normalised_and_survive_dead_channels() -> None:
     g = gen(5)
     weight = torch.randn(20, 10, generator=g)
     input_rms = torch.rand(10, generator=g) + 0.1
     input_rms[[1, 3]] = 0.0
     weight[:, [2, 3]] = 0.0
     input_rms[2] = 50.0
-    c = balance_factors(input_rms, weight, 0.7)
+    c = smoothing_factors(input_rms, weight, 0.7)
     assert bool((c > 0).all()) and bool(c.isfinite().all())
     assert float(c[3]) == 1.0  # dead on both sides
     live = [0, 4, 5, 6, 7, 8, 9]
     assert float(c[live].log().mean()) == pytest.approx(0.0, abs=1e-12)
     assert float(c[2]) > 2.0  # dead weight column: the large input is still divided
-    torch.testing.assert_close(c, balance_factors(input_rms * 7.0, weight * 3.0, 0.7))
+    torch.testing.assert_close(c, smoothing_factors(input_rms * 7.0, weight * 3.0, 0.7))
 
 
-def test_balance_factors_follow_the_formula() -> None:
+def test_smoothing_factors_follow_the_formula() -> None:
     g = gen(6)
     weight, input_rms = torch.randn(30, 8, generator=g).double(), torch.rand(8, generator=g) + 0.1
     expected = input_rms.double() ** 0.6 / rms(weight) ** 0.4
     expected = expected / expected.log().mean().exp()
-    torch.testing.assert_close(balance_factors(input_rms, weight, 0.6), expected)
+    torch.testing.assert_close(smoothing_factors(input_rms, weight, 0.6), expected)
 
 
-def test_smoothing_factors_are_those_of_smoothquant() -> None:
+def test_smoothquant_factors_are_those_of_smoothquant() -> None:
     """By hand, α = 0.5: √(4/1) = 2 and √(1/4) = 0.5, whose geometric mean is 1 already."""
     weight = torch.tensor([[1.0, -4.0], [0.5, 2.0]])
-    factors = smoothing_factors(torch.tensor([4.0, 1.0]), weight, 0.5)
+    factors = smoothquant_factors(torch.tensor([4.0, 1.0]), weight, 0.5)
     assert factors.tolist() == pytest.approx([2.0, 0.5])
-    assert smoothing_factors(torch.tensor([4.0, 1.0]), weight, 1.0).tolist() == pytest.approx(
+    assert smoothquant_factors(torch.tensor([4.0, 1.0]), weight, 1.0).tolist() == pytest.approx(
         [2.0, 0.5]
     )
     with pytest.raises(ValueError, match="input_maxima"):
-        smoothing_factors(torch.ones(3), weight, 0.5)
+        smoothquant_factors(torch.ones(3), weight, 0.5)
 
 
 def test_magnitude_decides_what_balance_and_permutation_go_by() -> None:
@@ -199,8 +199,8 @@ def test_the_second_moment_transform_keeps_the_function_with_outliers_and_paddin
     """It is no rotation: float64 loses the square root of its condition, float32 more."""
     for magnitude in (1.0, 30.0, 1e3):
         x, weight = outlier_layer(12, 300, 50, 90, magnitude)
-        for balance in (None, 0.5):
-            scheme = TransformScheme(rotation="second_moment", balance=balance, block=32)
+        for smoothing in (None, 0.5):
+            scheme = TransformScheme(rotation="second_moment", smoothing=smoothing, block=32)
             transform = block_transform(weight, scheme, summary(x))
             found = transform.apply(x) @ transform.fold(weight).t()
             expected = x @ weight.t()
@@ -208,7 +208,7 @@ def test_the_second_moment_transform_keeps_the_function_with_outliers_and_paddin
 
 
 def test_all_dead_inputs_are_left_alone() -> None:
-    c = balance_factors(torch.zeros(6), torch.zeros(4, 6), 0.5)
+    c = smoothing_factors(torch.zeros(6), torch.zeros(4, 6), 0.5)
     assert torch.equal(c, torch.ones(6, dtype=torch.float64))
 
 
@@ -252,7 +252,7 @@ def test_svd_basis_of_degenerate_blocks_is_orthogonal(outputs: int) -> None:
 
 def test_second_moment_is_that_of_transformed_inputs() -> None:
     x, weight = outlier_layer(8, 300, 30, 100, 30.0)
-    scheme = TransformScheme(balance=0.65, permutation="snake", block=32)
+    scheme = TransformScheme(smoothing=0.65, permutation="snake", block=32)
     transform = block_transform(weight, scheme, summary(x))
     y = transform.apply(x)
     torch.testing.assert_close(transform.second_moment(x.t() @ x), y.t() @ y)
@@ -284,7 +284,7 @@ def test_plain_scheme_only_pads() -> None:
 
 def test_two_runs_give_the_same_bytes() -> None:
     x, weight = outlier_layer(10, 60, 50, 192, 30.0)
-    scheme = TransformScheme(balance=0.65, permutation="snake")
+    scheme = TransformScheme(smoothing=0.65, permutation="snake")
     first, second = (block_transform(weight, scheme, summary(x)) for _ in range(2))
     assert torch.equal(first.matrix, second.matrix)
     assert first.permutation is not None and second.permutation is not None
@@ -299,15 +299,15 @@ def test_bad_input_is_named() -> None:
     bad_rms = torch.ones(8)
     bad_rms[3] = float("inf")
     with pytest.raises(NonFiniteError, match=r"rms .*\[3\]"):
-        block_transform(torch.randn(4, 8), TransformScheme(balance=0.5), InputSummary(bad_rms))
+        block_transform(torch.randn(4, 8), TransformScheme(smoothing=0.5), InputSummary(bad_rms))
     with pytest.raises(ValueError, match="rms of the input"):
-        block_transform(torch.randn(4, 8), TransformScheme(balance=0.5))
+        block_transform(torch.randn(4, 8), TransformScheme(smoothing=0.5))
     for rotation, missing in (("greedy", "sampled inputs"), ("second_moment", "second moment")):
         scheme = TransformScheme.model_validate({"rotation": rotation})
         with pytest.raises(ValueError, match=missing):
             block_transform(torch.randn(4, 8), scheme, InputSummary(torch.ones(8)))
     with pytest.raises(ValueError, match="largest magnitudes"):
-        scheme = TransformScheme(balance=0.5, magnitude="max")
+        scheme = TransformScheme(smoothing=0.5, magnitude="max")
         block_transform(torch.randn(4, 8), scheme, InputSummary(torch.ones(8)))
     with pytest.raises(ValueError, match="power of two"):
         block_transform(torch.randn(4, 8), TransformScheme(block=48))

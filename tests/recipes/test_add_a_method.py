@@ -99,5 +99,7 @@ def test_every_method_has_its_place_in_the_benchmark() -> None:
 def test_groups_of_recipes_are_expanded_once_in_their_order() -> None:
     assert expand_recipes(["methods"]) == list(METHODS)
     assert expand_recipes(["ablations"]) == ablation_names()
-    assert expand_recipes(["omega-w4a4", "methods", "x.yaml"])[0] == "omega-w4a4"
-    assert expand_recipes(["omega-w4a4", "methods", "x.yaml"]).count("omega-w4a4") == 1
+    assert expand_recipes(["omega-w4a4-static", "methods", "x.yaml"])[0] == "omega-w4a4-static"
+    assert (
+        expand_recipes(["omega-w4a4-static", "methods", "x.yaml"]).count("omega-w4a4-static") == 1
+    )

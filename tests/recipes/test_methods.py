@@ -117,14 +117,18 @@ def test_bits_per_weight_count_integers_scales_branches_and_16_bit_weights(
             bits += 16 * min(rank, rows, width) * (rows + width)
         return bits / weights, kept
 
-    for name, rank, group in (("omega-w4a4", 0, None), ("svdquant", 32, 64), ("quantvla", 0, None)):
+    for name, rank, group in (
+        ("omega-w4a4-static", 0, None),
+        ("svdquant", 32, 64),
+        ("quantvla", 0, None),
+    ):
         recipe = Recipe.load(name)
         storage = weight_storage(small_policy, recipe)
         assert (storage.bits_per_weight, storage.weights_16bit) == by_hand(recipe, rank, group)
 
 
 def test_every_description_cites_its_paper() -> None:
-    ours = {"rtn", "omega-w4a4", "omega2-w4a4", "omega3-w4a4"}
+    ours = {"rtn", "omega-w4a4-static", "omega-w4a4-no-prior", "omega-w4a4"}
     for name in recipe_names():
         assert name in ours or "arXiv" in Recipe.load(name).description, name
 

@@ -76,7 +76,7 @@ def saved(row, save):
     paired = make_paired(-0.02, [-0.05, 0.01], 0.25)
     return save(
         row("fp32", successes=95, action_error=0.0, checkpoint_bytes=20_100_000),
-        row("omega-w4a4", successes=93, paired_vs_reference=paired),
+        row("omega-w4a4-static", successes=93, paired_vs_reference=paired),
         row("fp32", "stress:30", successes=95, action_error=0.0),
         row("rtn", "stress:30", successes=0, action_error=0.8, realizable=False),
     )
@@ -109,7 +109,7 @@ ONE_PIXEL = (
 )
 
 
-def make_diagnostics(recipe="omega-w4a4", condition="plain", **changes):
+def make_diagnostics(recipe="omega-w4a4-static", condition="plain", **changes):
     """Invented diagnostics of a network of two blocks, with episodes and a film."""
     positions = [[0.0, 0.5 + 0.01 * i, 0.2] for i in range(11)]
     elsewhere = [[x + 0.003, y, z] for x, y, z in positions]

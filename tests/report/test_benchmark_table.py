@@ -28,8 +28,8 @@ def cells(row, save):
         measured("wide", 0.001, bits=8.7, ratio=(0.05, 0.3)),
         measured("wide-level", 0.013, bits=8.7, ratio=(0.9, 1.1)),
         measured("simulated", 0.002, realizable=False, ratio=(0.1, 0.4)),
-        measured("omega-w4a4", 0.012),
-        measured("omega-w4a4", 0.011, condition="stress:30"),
+        measured("omega-w4a4-static", 0.012),
+        measured("omega-w4a4-static", 0.011, condition="stress:30"),
         row("fp32", policy="other", action_error=0.0, success={}, success_mean=None),
     )
     tables = benchmark_tables(load_comparison(path).rows)
@@ -47,9 +47,9 @@ def test_the_lowest_error_of_four_bit_integers_is_marked(cells):
     assert plain["wide"] == "90.0 % · 0.001"
     assert plain["wide-level"] == "90.0 % · 0.013"
     assert plain["simulated *"] == "90.0 % · 0.002"
-    assert plain["omega-w4a4"] == "90.0 % · 0.012"
+    assert plain["omega-w4a4-static"] == "90.0 % · 0.012"
     assert plain["fp32"] == "95.0 % · 0"
-    assert cells["invented"]["omega-w4a4"]["stress:30"] == "90.0 % · 0.011 ◂"
+    assert cells["invented"]["omega-w4a4-static"]["stress:30"] == "90.0 % · 0.011 ◂"
 
 
 def test_what_was_not_measured_is_a_dash(cells):

@@ -71,7 +71,7 @@ def report(tmp_path):
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory, row, diagnostics, bench):
     folder = tmp_path_factory.mktemp("everything")
-    compared = [row("fp32", action_error=0.0), row("omega-w4a4"), row("rtn", "stress:30")]
+    compared = [row("fp32", action_error=0.0), row("omega-w4a4-static"), row("rtn", "stress:30")]
     documents = {
         "run.json": {"schema": 1, "policy": "invented", "rows": compared},
         "diagnostics.json": diagnostics(),
@@ -155,7 +155,7 @@ def test_the_same_files_give_the_same_bytes(everything, whole, tmp_path):
 
 def test_words_come_from_the_numbers(saved, report):
     summary, page = report(saved)
-    assert "omega-w4a4: 93.0 % solved, 95.0 % in full precision, 81 % smaller" in page.text
+    assert "omega-w4a4-static: 93.0 % solved, 95.0 % in full precision, 81 % smaller" in page.text
     assert (
         "−2.0 points (−5.0 to +1.0, McNemar's exact p = 0.25): no difference is shown" in page.text
     )
@@ -206,7 +206,7 @@ def test_diagnostics_alone_make_a_report(put, diagnostics, report):
     bare["sites"] = bare["sites"][:1]
     summary, page = report(put("d.json", bare))
     assert [figure.split("report-")[-1] for figure in summary.figures] == ["sites-1.png"]
-    assert "Inside omega-w4a4 on invented" in page.text
+    assert "Inside omega-w4a4-static on invented" in page.text
     assert "75 times below the policy's own spread" in page.text
 
 

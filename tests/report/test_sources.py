@@ -25,7 +25,7 @@ def test_every_kind_of_saved_result_is_told_apart(row, save, put, diagnostics, b
     memory = diagnostics()["memory"]
     files = [
         save(row("fp32"), row("rtn")),
-        put("eval.json", {"schema": 1, "row": row("omega-w4a4")}),
+        put("eval.json", {"schema": 1, "row": row("omega-w4a4-static")}),
         put("diagnostics.json", diagnostics()),
         put("inspect.json", {"schema": 1, **memory, "recipe": {"name": "rtn"}, "sites": []}),
         put("policy.json", bench()),
@@ -42,7 +42,7 @@ def test_every_kind_of_saved_result_is_told_apart(row, save, put, diagnostics, b
         "kernels",
         "journal of an unfinished run",
     ]
-    assert [r.recipe for r in sources.results] == ["fp32", "rtn", "omega-w4a4", "gptq"]
+    assert [r.recipe for r in sources.results] == ["fp32", "rtn", "omega-w4a4-static", "gptq"]
     assert sources.memories[0][0] == "rtn (inspect)"
     assert sources.policy_speeds[0][0].machine == "invented, 1 thread"
 

@@ -21,7 +21,7 @@ UNMEASURED += ("checkpoint_bytes", "resident_bytes", "ms_per_chunk")
 def test_table_says_what_was_measured(saved):
     table = results_table(load_comparison(saved).rows)
     cells = [dict(zip(table.header, row, strict=True)) for row in table.rows]
-    assert [line["recipe"] for line in cells] == ["fp32", "omega-w4a4", "fp32", "rtn *"]
+    assert [line["recipe"] for line in cells] == ["fp32", "omega-w4a4-static", "fp32", "rtn *"]
     assert cells[0]["success (95 %)"] == "95.0 % [89.0, 100.0] 95/100"
     assert cells[1]["vs full precision"] == "-2.0 [-5.0, +1.0] p=0.25"
     assert cells[0]["vs full precision"] == "–"

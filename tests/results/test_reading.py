@@ -25,7 +25,7 @@ SAVED = {
         *(
             f"{policy}-{what}.json"
             for policy in ("tiny-pi05", "tiny-gr00t")
-            for what in ("ablations", "many-observations", "omega3", "paper-scope", "unseen")
+            for what in ("ablations", "many-observations", "default", "paper-scope", "unseen")
         ),
     ],
     "diagnostics": ["tiny-pi05-diagnostics.json"],

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.long
 
 STEPPED = "paligemma_with_expert.gemma_expert.model.layers.0.self_attn.qkv_proj"
 ONCE = "paligemma_with_expert.paligemma.model.language_model.layers.0.mlp.down_proj"
-RECIPE = "omega-w4a4-per-token-centred-clip"
+RECIPE = "omega-w4a4-static-per-token-subtract-mean-clip"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_damaged_offset_is_refused_by_name(
 
 @pytest.mark.parametrize(
     ("clip", "recipe"),
-    [(None, RECIPE), (0.0, RECIPE), (1.5, RECIPE), ("0.9", RECIPE), (0.9, "omega-w4a4")],
+    [(None, RECIPE), (0.0, RECIPE), (1.5, RECIPE), ("0.9", RECIPE), (0.9, "omega-w4a4-static")],
 )
 def test_a_clip_that_does_not_fit_its_recipe_is_refused(
     clip: Any, recipe: str, saved: Path, small_policy: Pi05Policy, few: Observations, tmp_path: Path

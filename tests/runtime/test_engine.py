@@ -44,7 +44,7 @@ EMBEDDING = f"{LANGUAGE}.embed_tokens"
 
 @pytest.fixture(scope="module")
 def quantized(small_policy: Pi05Policy, few: Observations) -> QuantizedPolicy:
-    result = oq.quantize(small_policy, few, "omega-w4a4")
+    result = oq.quantize(small_policy, few, "omega-w4a4-static")
     assert isinstance(result, QuantizedPolicy)
     return result
 
@@ -162,7 +162,7 @@ def test_the_integers_come_close_to_the_full_precision_policy(
     assert np.sqrt(np.square(ours - exact).mean()) < 0.1 * np.sqrt(np.square(exact).mean())
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4", "omega2-w4a4"])
+@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4-static", "omega-w4a4-no-prior"])
 @pytest.mark.parametrize("scope", ["all", "paper"])
 def test_the_predicted_memory_is_the_real_one_and_sums_to_the_tensors(
     recipe: str, scope: Any, small_policy: Pi05Policy, few: Observations

@@ -97,7 +97,7 @@ def test_cross_keys_and_values_scale_per_token_and_queries_per_step(
     assert tensors[f"{CROSS}.weight_shape"].tolist() == [128, 64]
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4", "omega2-w4a4"])
+@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4-static", "omega-w4a4-no-prior"])
 @pytest.mark.parametrize("scope", ["all", "paper"])
 def test_the_predicted_memory_is_the_real_one(
     recipe: str, scope: Any, small_gr00t: Gr00tN15Policy, few: Observations

@@ -60,7 +60,7 @@ def sample_in_every_way(policy: NativePolicy, observations: Observations) -> lis
 
 
 @pytest.mark.parametrize("family", ["small_policy", "small_gr00t"])
-@pytest.mark.parametrize("recipe", [None, "omega-w4a4"])
+@pytest.mark.parametrize("recipe", [None, "omega-w4a4-static"])
 def test_chunks_are_those_of_the_policy_bit_for_bit(
     family: str, recipe: str | None, request: pytest.FixtureRequest, few: Observations
 ) -> None:

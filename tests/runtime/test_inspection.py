@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 def native(
     small_policy: Pi05Policy, few: Observations, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    made = oq.quantize(small_policy, few, "omega2-w4a4")
+    made = oq.quantize(small_policy, few, "omega-w4a4-no-prior")
     assert isinstance(made, QuantizedPolicy)
     return made.save_pretrained(tmp_path_factory.mktemp("native") / "artifact")
 
@@ -46,7 +46,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in module.parameters():
         nn.init.normal_(parameter, generator=generator)
     data = [{"x": torch.randn(3, 16, generator=generator)} for _ in range(3)]
-    made = oq.quantize(policy, data, "omega2-w4a4")
+    made = oq.quantize(policy, data, "omega-w4a4-no-prior")
     assert isinstance(made, QuantizedPolicy)
     return made.save_pretrained(tmp_path_factory.mktemp("foreign") / "artifact")
 

@@ -277,7 +277,7 @@ def test_a_whole_policy_acts_as_with_the_reference_kernel(
     """Fused sites, biases, step scales by the clock.  Transforms are added up in another order,
     and a value between two integers may fall to the other side; none does by much."""
     policy = request.getfixturevalue(family)
-    oq.quantize(policy, few, "omega-w4a4").save_pretrained(tmp_path / "out")
+    oq.quantize(policy, few, "omega-w4a4-static").save_pretrained(tmp_path / "out")
     found = interpreted.array(Chunk(tmp_path / "out", dict(few[0]), noise))
     loaded: Any = oq.load(tmp_path / "out", kernel="reference").policy
     wanted = loaded.sample_normalized(few[0], noise).numpy()

@@ -79,12 +79,12 @@ SITE_KINDS: tuple[Kind, ...] = (
     Kind("low_rank_up", torch.bfloat16, ("N", "r"), "`low_rank`", "second factor"),
     Kind("activation_scale", torch.float32, ("steps",), "a static scale",
          "scales of the activations; absent where the scale is per token"),
-    Kind("activation_offset", torch.bfloat16, ("steps", "K'"), "`centred`",
+    Kind("activation_offset", torch.bfloat16, ("steps", "K'"), "`subtract_mean`",
          "what is subtracted from the transformed input before it is rounded"),
-    Kind("activation_step_times", torch.float32, ("steps",), "a static scale or `centred`",
+    Kind("activation_step_times", torch.float32, ("steps",), "a static scale or `subtract_mean`",
          "the flow times those scales and offsets belong to, descending"),
-    Kind("bias", torch.float32, ("N",), "a bias, not `centred`", "added to the product"),
-    Kind("bias", torch.float32, ("steps", "N"), "`centred`",
+    Kind("bias", torch.float32, ("N",), "a bias, not `subtract_mean`", "added to the product"),
+    Kind("bias", torch.float32, ("steps", "N"), "`subtract_mean`",
          "the bias, with the offset's product o W'ᵀ included"),
 )  # fmt: skip
 """Of a site of a recipe that can be multiplied as integers."""
@@ -142,9 +142,9 @@ def site_layout(
         "`low_rank`": weights.low_rank is not None,
         "a static scale": static,
         "a scale per channel": per_channel,
-        "`centred`": activations.centred,
-        "a static scale or `centred`": static or per_channel or activations.centred,
-        "a bias, not `centred`": biased and not activations.centred,
+        "`subtract_mean`": activations.subtract_mean,
+        "a static scale or `subtract_mean`": static or per_channel or activations.subtract_mean,
+        "a bias, not `subtract_mean`": biased and not activations.subtract_mean,
         "`output_rotation`": transform.output_rotation,
     }
     extents = {

@@ -3,7 +3,7 @@
 Quantization needs three things of a site's input x [rows, K]:
 
 * the second moment Σ xᵀx over all rows, which is GPTQ's Hessian and, on its diagonal, the
-  channels' mean squares that balancing uses; beside it the channels' largest magnitudes;
+  channels' mean squares that smoothing uses; beside it the channels' largest magnitudes;
 * a bounded, uniform sample of rows per denoising step, on which scales are searched and
   magnitude quantiles read after the transform is known;
 * whether anything was not finite, and if so exactly where.

@@ -32,9 +32,9 @@ METHODS = (
     "quantvla",
     "foldquant",
     "omega-paper",
+    "omega-w4a4-static",
+    "omega-w4a4-no-prior",
     "omega-w4a4",
-    "omega2-w4a4",
-    "omega3-w4a4",
 )
 """All methods in the order of the tables; a new one is a recipe and a line here."""
 

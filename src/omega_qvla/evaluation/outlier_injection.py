@@ -3,7 +3,7 @@
 Small policies trained from scratch lack the outlier channels of billion-parameter ones, and four
 bits hardly hurt them.  Injected outliers make them as hard to quantize without changing what they
 compute: a channel is multiplied by f where it is produced and divided by f in every linear that
-reads it.  This reverses what balancing does (SmoothQuant, arXiv 2211.10438), and it works wherever
+reads it.  This reverses what smoothing does (SmoothQuant, arXiv 2211.10438), and it works wherever
 nothing nonlinear lies between producer and consumers:
 
 =============  ==========================================  ====================================

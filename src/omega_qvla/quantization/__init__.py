@@ -1,7 +1,7 @@
 """Pure quantization maths on tensors: no files, no models, no devices of its own.
 
 * ``rotations``   – what mixes the channels of one block: Hadamard, singular vectors, greedy, WUSH;
-* ``transforms``  – balancing, composite rotation and permutation of a site's input space;
+* ``transforms``  – smoothing, composite rotation and permutation of a site's input space;
 * ``weights``     – integer weights: scales, round to nearest, GPTQ;
 * ``low_rank``    – a 16-bit branch beside the integers;
 * ``activations`` – integer activations: per-token, per-step and per-channel scales;

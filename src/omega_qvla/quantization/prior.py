@@ -6,7 +6,7 @@ behind an activation function is silent until something makes it fire. What is d
 size is amplified without bound as soon as it moves.
 
 **What a later deviation costs.** Let m_j² be the mean square of channel j as it will be, w_j the
-size of its weight column, c_j its balance. Four bits share one scale over a token, so rounding
+size of its weight column, c_j its smoothing. Four bits share one scale over a token, so rounding
 adds noise in proportion to Σ m_j²/c_j², and the weight carries it on, and its own, in proportion
 to Σ c_j² w_j²:
 
@@ -26,7 +26,7 @@ a channel may come to contribute as much as the channels of its site do on avera
 
 **How many samples.** All observations of a calibration have in common what it was recorded with:
 the task, the light, the sentence. Rows, tokens and observations are no independent samples of
-those, and nothing in them tells how many there were. For the balance, which could amplify, they
+those, and nothing in them tells how many there were. For the smoothing, which could amplify, they
 count as n = 1; then v_j = s_j² + d_j² (a common factor is of no consequence), and c_j is never
 below what an average channel would get. For GPTQ, whose loss from an error in a direction it has
 not seen is bounded by the rounding itself, n is the number of observations: its Hessian gets d_j²
@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_WEIGHT = 2.0**-16
-"""Columns count as no smaller than this share of the largest: balance moves no more than that."""
+"""Columns count as no smaller than this share of the largest: smoothing moves no more than that."""
 
 
 def expected_deviation(input_size: Tensor, weight_size: Tensor) -> Tensor:

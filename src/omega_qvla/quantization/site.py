@@ -5,7 +5,7 @@ W' are then rounded to integers, q_x ≈ x'/s_x and q_w ≈ W'/s_w, and
 
     y_n ≈ s_x · s_w[n] · Σ_k q_x[k] q_w[n,k] + b_n
 
-with an integer sum.  Where a scheme asks for centred inputs, x' - o is rounded in place of x' and
+with an integer sum.  Where a scheme has `subtract_mean`, x' - o is rounded in place of x' and
 b + o W'ᵀ added in place of b, o being the mean of x': the range that integers have is spent on what
 varies.  That works because s_x does not depend on k and s_w only on n (or on a group
 of k, which splits the sum).  A low-rank branch, where a scheme asks for one, is multiplied beside
@@ -102,7 +102,7 @@ def needs_statistics(scheme: Scheme) -> bool:
         or scheme.weights.rounding == "gptq"
         or scheme.activations.scale != "per_token"
         or scheme.activations.clip == "search"
-        or scheme.activations.centred
+        or scheme.activations.subtract_mean
     )
 
 
@@ -125,14 +125,14 @@ def quantize_site(
         NonFiniteError: a weight is NaN or Inf; names the linear.
     """
     weight, bias = _stack(site, linears)
-    uncentred = None if statistics is None else statistics.rms
+    raw_rms = None if statistics is None else statistics.rms
     means = None
-    if scheme.activations.centred:
+    if scheme.activations.subtract_mean:
         means = _required(statistics, "centring inputs").centre()
     deviation = None
-    if scheme.prior == "contribution" and statistics is not None and uncentred is not None:
+    if scheme.prior == "contribution" and statistics is not None and raw_rms is not None:
         # One row per step varies around its mean in no channel: then its size is all there is.
-        sizes = statistics.rms if bool((statistics.rms > 0).any()) else uncentred
+        sizes = statistics.rms if bool((statistics.rms > 0).any()) else raw_rms
         deviation = expected_deviation(sizes, column_rms(weight))
     transform = None
     if not scheme.transform.identity:

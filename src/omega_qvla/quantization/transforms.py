@@ -6,11 +6,11 @@ so that x' and W' have no channel that stands out:
 
     T_g = diag(1/c_g) · U_g · H        x' = x T,   W' = W T⁻ᵀ ≈ (W diag(c)) U H
 
-* **Balance** c_j = rms(x_j)^α / rms(W_:j)^(1-α) moves magnitude from the channels of x to the
+* **Smoothing** c_j = rms(x_j)^α / rms(W_:j)^(1-α) moves magnitude from the channels of x to the
   columns of W (SmoothQuant, arXiv 2211.10438, section 4, with rms in place of the maximum;
   ``magnitude: max`` is the paper's own).
-  Rotation alone only spreads an outlier over its block; balancing removes it first.
-* **Composite rotation** R = U H of the *balanced* weight (arXiv 2605.28803): U holds the right
+  Rotation alone only spreads an outlier over its block; smoothing removes it first.
+* **Composite rotation** R = U H of the *smoothed* weight (arXiv 2605.28803): U holds the right
   singular vectors of the block, H is the Sylvester Hadamard matrix over √B (rotations for
   quantization: QuaRot, arXiv 2404.00456).  Since ‖W_g U h_j‖² = Σσ²/B for every j, all channels
   of a block end up with exactly the same weight energy.  Other maps that may stand in its place,
@@ -93,12 +93,12 @@ def column_maxima(weight: Tensor) -> Tensor:
     return weight.abs().amax(dim=0).to(torch.float64)
 
 
-def balance_factors(input_rms: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """Per-channel factors c of the balance step: x/c, W·c, from root mean squares.
+def smoothing_factors(input_rms: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """Per-channel factors c of the smoothing step: x/c, W·c, from root mean squares.
 
     c_j = rms(x_j)^α / rms(W_:j)^(1-α), divided by the geometric mean over live channels and
     clamped to [MIN_BALANCE, MAX_BALANCE].  A channel that is dead on one side (all zeros) is
-    balanced by the other side alone; a channel dead on both sides gets 1.
+    smoothed by the other side alone; a channel dead on both sides gets 1.
 
     Args:
         input_rms: [K] root mean square of each input channel over calibration, not negative.
@@ -116,7 +116,7 @@ def balance_factors(input_rms: Tensor, weight: Tensor, alpha: float) -> Tensor:
     return _factors(input_rms, column_rms(weight), alpha)
 
 
-def smoothing_factors(input_maxima: Tensor, weight: Tensor, alpha: float) -> Tensor:
+def smoothquant_factors(input_maxima: Tensor, weight: Tensor, alpha: float) -> Tensor:
     """The same from largest magnitudes: c_j = max|x_j|^α / max|W_:j|^(1-α).
 
     That is SmoothQuant's smoothing factor (arXiv 2211.10438, equation 4) up to the common factor
@@ -141,7 +141,7 @@ def smoothing_factors(input_maxima: Tensor, weight: Tensor, alpha: float) -> Ten
 def _check_balance(input_size: Tensor, weight: Tensor, what: str) -> None:
     if weight.ndim != 2 or input_size.shape != (weight.shape[1],):
         raise ValueError(
-            f"balance needs input_{what} [K] for weight [N, K], got {list(input_size.shape)} "
+            f"smoothing needs input_{what} [K] for weight [N, K], got {list(input_size.shape)} "
             f"and {list(weight.shape)}"
         )
     require_finite(input_size, f"the input's channel {what}")
@@ -257,9 +257,9 @@ class BlockTransform:
         """
         self._check_width(weight)
         row_norm = torch.linalg.vector_norm(self.matrix, dim=-1, keepdim=True, dtype=torch.float64)
-        balanced = self.matrix.to(torch.float64) / row_norm
+        smoothed = self.matrix.to(torch.float64) / row_norm
         # T = diag(r) Q, hence T⁻ᵀ = diag(1/r) Q⁻ᵀ, and Q is close to orthogonal.
-        inverse_transpose = torch.linalg.inv(balanced).transpose(-1, -2) / row_norm
+        inverse_transpose = torch.linalg.inv(smoothed).transpose(-1, -2) / row_norm
         return self._multiply(weight, inverse_transpose)
 
     def second_moment(self, moment: Tensor) -> Tensor:
@@ -321,8 +321,8 @@ def block_transform(
 
     Args:
         weight: [N, K]; for fused linears the stacked weight.
-        scheme: rotation, balance exponent, permutation and block size.
-        inputs: what calibration saw.  Balancing needs the sizes of channels, the rotations that
+        scheme: rotation, smoothing exponent, permutation and block size.
+        inputs: what calibration saw.  Smoothing needs the sizes of channels, the rotations that
             look at inputs their rows or second moment; a permutation ranks channels by their size
             (weight energy is used without it).
 
@@ -341,11 +341,11 @@ def block_transform(
     width = weight.shape[1]
     sizes = None if inputs is None else _channel_sizes(inputs, scheme, width)
     factor = torch.ones(width, dtype=torch.float64, device=weight.device)
-    if scheme.balance is not None:
+    if scheme.smoothing is not None:
         if sizes is None:
-            raise ValueError("balancing needs the rms of the input channels from calibration")
-        factors = smoothing_factors if scheme.magnitude == "max" else balance_factors
-        factor = factors(sizes, weight, scheme.balance)
+            raise ValueError("smoothing needs the rms of the input channels from calibration")
+        factors = smoothquant_factors if scheme.magnitude == "max" else smoothing_factors
+        factor = factors(sizes, weight, scheme.smoothing)
     padded = padded_width(width, scheme.block)
     factor = F.pad(factor, (0, padded - width), value=1.0)
     weight = pad_to_block(weight, scheme.block)
@@ -371,7 +371,7 @@ def block_transform(
 
 
 def _channel_sizes(inputs: InputSummary, scheme: TransformScheme, width: int) -> Tensor:
-    """The sizes [K] that balance and permutation go by."""
+    """The sizes [K] that smoothing and permutation go by."""
     sizes = inputs.maxima if scheme.magnitude == "max" else inputs.rms
     if sizes is None:
         raise ValueError("magnitude 'max' needs the largest magnitudes of the input channels")
@@ -384,7 +384,7 @@ def _channel_sizes(inputs: InputSummary, scheme: TransformScheme, width: int) ->
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of a site, balanced.
+    """One block of a site, smoothed.
 
     ``weight`` is [N, B], already times c; ``channels`` [B] are its input channels, which may lie
     in the padding, and ``factor`` [B] their c.
@@ -396,7 +396,7 @@ class _Block:
     inputs: InputSummary | None
 
     def rows(self) -> Tensor:
-        """Sampled inputs [R, B], balanced."""
+        """Sampled inputs [R, B], smoothed."""
         if self.inputs is None or self.inputs.rows is None:
             raise ValueError("a greedy rotation needs sampled inputs from calibration")
         rows = self.inputs.rows
@@ -407,7 +407,7 @@ class _Block:
         return found / self.factor
 
     def moment(self) -> Tensor:
-        """Second moment [B, B] of the inputs, balanced."""
+        """Second moment [B, B] of the inputs, smoothed."""
         if self.inputs is None or self.inputs.moment is None:
             raise ValueError("a second-moment transform needs the second moment from calibration")
         moment, size = self.inputs.moment, len(self.channels)
@@ -419,7 +419,7 @@ class _Block:
 
 
 def _mixing(block: _Block, scheme: TransformScheme) -> Tensor:
-    """What mixes the balanced channels of one block, [B, B]."""
+    """What mixes the smoothed channels of one block, [B, B]."""
     size = block.weight.shape[1]
     if scheme.rotation == "none":
         return torch.eye(size, dtype=torch.float64, device=block.weight.device)

@@ -2,7 +2,7 @@
 
 A cell reads ``96.0 % · 0.0123``: success over all tasks and seeds, and the action error.  The
 lowest error of a condition among methods that exist as integers and store about four bits for every
-weight is marked; so is every one that the paired bootstrap does not tell apart from the default
+weight is marked; so is every one that is not significantly different from the default
 recipe.  Methods that keep more bits stand in the table with their bits, and out of that contest.
 """
 
@@ -22,8 +22,8 @@ from omega_qvla.results.rows import HandDrift, Row
 LOWEST, LEVEL = " ◂", " ="
 _NOTES = (
     "cells: success over all tasks and seeds · action error; ◂ lowest error of the methods that "
-    "exist as integers of about four bits; = not told apart from the default recipe by the paired "
-    "bootstrap (95 %)",
+    "exist as integers of about four bits; = not significantly different from the default recipe "
+    "(paired bootstrap, 95 %)",
     "*: simulated, its integers cannot be multiplied as stored",
     "stress: the same function with planted outliers, not a real checkpoint; full precision is the "
     "same function in every column and was run once",
@@ -169,7 +169,9 @@ def _cell(result: Row | None, lowest: dict[str, Row | None]) -> str:
 
 
 def _marks(result: Row, lowest: dict[str, Row | None]) -> str:
-    """Of the lowest error of a condition, and of those not told apart from the default's."""
+    """Of the lowest error of a condition, and of errors not significantly different from the
+    default's.
+    """
     mark = LOWEST if result is lowest[result.condition] else ""
     versus = result.error_vs_default
     if versus is not None and versus.ci95[0] <= 1 <= versus.ci95[1] and in_contest(result):

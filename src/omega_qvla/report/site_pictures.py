@@ -36,7 +36,7 @@ _KINDS_SHOWN = 6
 
 
 def diagnostics_name(found: Diagnostics) -> str:
-    """``omega-w4a4, stress 30×``."""
+    """``omega-w4a4-static, stress 30×``."""
     scope = "" if found.scope == "all" else f", {found.scope} scope"
     return f"{found.recipe}{scope}, {condition_words(found.condition)}"
 

@@ -104,9 +104,9 @@ class Row(Part):
         noise_floor: the same figure for two full-precision chunks with different noise.
         action_error_ci95: bootstrap over the observations.
         action_errors: what each held-out observation adds to `action_error`; they sum to it.
-        error_vs_default: the error over that of the recipe that was the default then (`omega2-w4a4`
-            in `benchmark-v1.json`, `omega3-w4a4` now) in the same condition; null without that row
-            and in it.
+        error_vs_default: the error over that of the recipe that was the default then
+            (`omega-w4a4-no-prior` in `benchmark-v1.json`, `omega-w4a4` now) in the same condition;
+            null without that row and in it.
         noises: noises per held-out observation behind both.
         smoothness: mean squared jerk of the executed actions, over that of full precision.
         drift: by control steps (`"25"`, `"50"`, `"100"`); null in the reference row.

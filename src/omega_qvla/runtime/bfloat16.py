@@ -4,7 +4,7 @@ Weights are bfloat16, products and convolutions and attention too; the layers ar
 with PyTorch's ``autocast`` deciding the type of every operation (norms that lose too much in 16
 bits are computed in float32).  The flow is integrated in float32.  A policy made so samples through
 a pass like any other, which can be captured as a graph (``graph.py``): the gain of the graph and
-that of the integers can then be told apart.
+that of the integers can then be distinguished.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_an_artifact_reads_the_bytes_that_its_runtime_reads(
 ) -> None:
     """Against the policy benchmark: vectors it holds as float32 are stored in 16 bits."""
     policy = request.getfixturevalue(family)
-    quantized = oq.quantize(policy, few, "omega-w4a4")
+    quantized = oq.quantize(policy, few, "omega-w4a4-static")
     quantized.save_pretrained(tmp_path / "out")
     found, stored = artifact_structure(tmp_path / "out")
     ours = sum(bytes_read(found, stored, count(found, few[0])).values())
@@ -77,7 +77,7 @@ def test_an_artifact_reads_the_bytes_that_its_runtime_reads(
     assert 0.6 * theirs < ours < 1.2 * theirs
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4", "omega2-w4a4"])
+@pytest.mark.parametrize("recipe", ["rtn", "omega-w4a4-static", "omega-w4a4-no-prior"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_predicted_bytes_are_those_that_a_call_then_reads(
     family: str, recipe: str, request: pytest.FixtureRequest, few: Observations, tmp_path: Path

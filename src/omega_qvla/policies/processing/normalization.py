@@ -287,7 +287,7 @@ Normalization = Annotated[
     | Annotated[Parts, Tag("parts")],
     Discriminator(_kind_of),
 ]
-"""How one quantity is normalized: any of the kinds above, told apart by ``kind``."""
+"""How one quantity is normalized: any of the kinds above, distinguished by ``kind``."""
 
 Part.model_rebuild()
 Parts.model_rebuild()
