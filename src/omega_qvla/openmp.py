@@ -38,7 +38,7 @@ def let_idle_threads_sleep() -> None:
         return
     os.environ[WAIT_POLICY] = "PASSIVE"
     try:
-        import torch  # noqa: F401
+        import torch  # noqa: F401 # pyright: ignore[reportUnusedImport]
     finally:
         del os.environ[WAIT_POLICY]
 

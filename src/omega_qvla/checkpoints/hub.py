@@ -129,7 +129,7 @@ def _unpinned(name: str, why: str) -> PolicyError:
 def _library() -> Any:
     with needing("reading a policy from the hub", "hub"):
         import huggingface_hub
-        import huggingface_hub.errors
+        import huggingface_hub.errors  # pyright: ignore[reportUnusedImport]
     return huggingface_hub
 
 

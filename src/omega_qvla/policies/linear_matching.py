@@ -135,7 +135,8 @@ def _more_than_a_linear(parent: nn.Module, linear: nn.Linear) -> str | None:
 
 
 def _extra_tensors(linear: nn.Linear) -> str | None:
-    held = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
+    parts = (linear._parameters, linear._buffers, linear._modules)  # pyright: ignore[reportPrivateUsage]
+    held = {name for part in parts for name in part} - {"weight", "bias"}
     if "parametrizations" in held:
         return (
             "its weight is parametrized: bake it in with "
@@ -167,7 +168,8 @@ def _own_code(linear: nn.Linear) -> str | None:
 
 
 def _hooks(linear: nn.Linear) -> str | None:
-    if linear._forward_hooks or linear._forward_pre_hooks:
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
+    if any(hooks):
         return (
             "it has forward hooks, whose effect would be lost: remove them (weight norm: "
             "torch.nn.utils.remove_weight_norm, spectral norm: remove_spectral_norm)"

@@ -58,7 +58,7 @@ class AbsentWeight(Tensor):
     _path: str
 
     @staticmethod
-    def __new__(cls, like: Tensor, name: str) -> AbsentWeight:
+    def __new__(cls: type[AbsentWeight], like: Tensor, name: str) -> AbsentWeight:
         made = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=False
         )
@@ -80,7 +80,7 @@ class AbsentWeight(Tensor):
         # Having this at all is what turns off the paths of nn.TransformerEncoderLayer that read
         # weights; they ask torch.overrides.has_torch_function.
         del types
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -252,7 +252,8 @@ def _slot(module: nn.Module, name: str, clock: Timed) -> LinearSlot:
     places = [
         (parent, kind)
         for parent in module.modules()
-        for kind, child in parent._modules.items()  # the same one twice too, unlike named_children
+        # The same one twice too, unlike named_children.
+        for kind, child in parent._modules.items()  # pyright: ignore[reportPrivateUsage]
         if child is there
     ]
     for parent, kind in places:
