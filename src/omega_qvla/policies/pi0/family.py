@@ -5,6 +5,7 @@ from __future__ import annotations
 from omega_qvla.policies.family import CheckpointLayout, Family
 from omega_qvla.policies.paligemma.libero import LIBERO
 from omega_qvla.policies.paligemma.network import dropped_parameters
+from omega_qvla.policies.pi0.checkpoints.lerobot import stream_lerobot_pi0
 from omega_qvla.policies.pi0.checkpoints.openpi import is_openpi, stream_openpi
 from omega_qvla.policies.pi0.config import Pi0Config
 from omega_qvla.policies.pi0.policy import Pi0Policy
@@ -38,6 +39,12 @@ FAMILY = Family(
             stream_openpi,
             frozenset({"training_config", "tokenizer", "tied"}),
             is_openpi,
+        ),
+        CheckpointLayout(
+            "LeRobot's pi0",
+            stream_lerobot_pi0,
+            frozenset({"tokenizer", "written_by", "ignore_settings", "base", "tied"}),
+            lerobot_type="pi0",
         ),
     ),
     libero=LIBERO,
