@@ -20,7 +20,6 @@ from omega_qvla.policies.torch_module import AS_MODULE
 OWN = CheckpointLayout("this project's own", stream_own, frozenset({"embodiment"}))
 
 _LEROBOT_TYPES = {
-    "pi0": "pi0",
     "pi0_fast": "pi0-FAST",
     "smolvla": "SmolVLA",
     "xvla": "X-VLA",
