@@ -27,7 +27,7 @@ from omega_qvla.evaluation.closed_loop import Episodes, Resources
 from omega_qvla.evaluation.comparison import compare
 from omega_qvla.evaluation.evaluation import evaluate
 from omega_qvla.flow_time import FlowClock
-from omega_qvla.policies.full_precision import load_policy
+from omega_qvla.policies.any_policy import load_policy
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy

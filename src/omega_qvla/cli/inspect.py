@@ -13,6 +13,7 @@ from omega_qvla.cli.options import (
     save,
 )
 from omega_qvla.cli.screen import Screen
+from omega_qvla.policies.lerobot_bridge.coverage import coverage_lines
 from omega_qvla.results.memory import Inspection
 from omega_qvla.runtime.inspection import inspect_artifact
 
@@ -27,6 +28,7 @@ class Inspect(Common):
         looked = inspect_artifact(self.directory)
         recipe, sites = looked.config["recipe"], looked.config["sites"]
         decisions = looked.config["policy"].get("decisions", {})
+        coverage = looked.config["policy"]["config"].get("coverage")
         found = Inspection.model_validate(
             {
                 **looked.memory,
@@ -35,10 +37,13 @@ class Inspect(Common):
                 "sites": sites,
                 "content_hash": looked.content_hash,
                 "decisions": decisions,
+                "coverage": coverage,
             }
         )
         screen.memory(found, str(self.directory))
         screen.decisions(decisions)
+        for line in coverage_lines(coverage or ()):
+            screen.say(line)
         screen.say(f"recipe   {recipe['name']} ({looked.config['recipe_hash'][:16]})")
         screen.say(f"content  {looked.content_hash}")
         screen.say("tensors  not read; omega-qvla verify checks every byte")

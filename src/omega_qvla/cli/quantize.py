@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -25,9 +25,11 @@ from omega_qvla.cli.outputs import prepare_journal, require_free_artifact
 from omega_qvla.cli.screen import Screen
 from omega_qvla.cli.sources import calibration_of
 from omega_qvla.devices import EXPERIMENTAL, find_gpu
-from omega_qvla.errors import RecipeError
+from omega_qvla.errors import RecipeError, UsageError
 from omega_qvla.evaluation.subjects import admit, default_calibration
-from omega_qvla.policies.full_precision import load_policy, stream_policy
+from omega_qvla.policies.any_policy import load_policy, stream_policy
+from omega_qvla.policies.lerobot_bridge.coverage import coverage_lines
+from omega_qvla.policies.lerobot_bridge.policy import LeRobotPolicy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.journal import discard_journal, finished_sites
 from omega_qvla.quantization.pipeline import planned_sites, work_shares
@@ -73,12 +75,14 @@ class Quantize(Calibrated, Checkpoint, Common):
         if self.dry_run:
             policy = _with_steps(stream_policy(self.policy, self.choices), self.steps)
             screen.decisions(policy.decisions)
+            rows = _coverage(screen, policy)
             found = Inspection.model_validate(
                 {
                     **predict_directory(policy, recipe),
                     "recipe": recipe.model_dump(mode="json"),
                     "kernel": best_kernel(),
                     "sites": [{"name": site.name} for site in planned_sites(policy, recipe)],
+                    "coverage": rows,
                 }
             )
             screen.memory(found, f"{self.policy} with {recipe.name}, predicted")
@@ -109,16 +113,18 @@ class Quantize(Calibrated, Checkpoint, Common):
         read = load_policy if recipe.cascade else stream_policy
         policy = _with_steps(read(self.policy, self.choices), self.steps)
         screen.decisions(policy.decisions)
+        _coverage(screen, policy)
         source = self.calibration or default_calibration(self.policy)
         observations = calibration_of(source, policy, self, recipe.observations)
         screen.report(observations)
-        admit(
-            policy,
-            observations,
-            recipe.observations,
-            allow=self.allow_mismatch,
-            say=screen.say,
-        )
+        if isinstance(policy, NativePolicy):
+            admit(
+                policy,
+                observations,
+                recipe.observations,
+                allow=self.allow_mismatch,
+                say=screen.say,
+            )
         threads = fitting_threads(widest_linear(policy.module), self.threads)
         screen.say(f"computing with {threads} thread(s)")
         preflight(self.out, predict_directory(policy, recipe)["total_bytes"])
@@ -141,5 +147,23 @@ class Quantize(Calibrated, Checkpoint, Common):
         return Inspect(directory=self.out, json=self.json).run(screen)
 
 
-def _with_steps(policy: NativePolicy, steps: int | None) -> NativePolicy:
-    return policy if steps is None else policy.with_steps(steps)
+def _with_steps(
+    policy: NativePolicy | LeRobotPolicy, steps: int | None
+) -> NativePolicy | LeRobotPolicy:
+    if steps is None:
+        return policy
+    if isinstance(policy, NativePolicy):
+        return policy.with_steps(steps)
+    raise UsageError(
+        f"--steps {steps}: LeRobot's own code runs this policy, with the {policy.steps} steps of "
+        "its config.json; change them there"
+    )
+
+
+def _coverage(screen: Screen, policy: NativePolicy | LeRobotPolicy) -> list[dict[str, Any]] | None:
+    """What of a policy that LeRobot runs becomes integers: printed before the work."""
+    if isinstance(policy, NativePolicy):
+        return None
+    for line in coverage_lines(policy.coverage):
+        screen.say(line)
+    return [dict(row) for row in policy.coverage]

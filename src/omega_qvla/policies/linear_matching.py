@@ -112,7 +112,7 @@ def _require_plain(module: nn.Module, names: list[str]) -> None:
         parent = module.get_submodule(name.rpartition(".")[0])
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        reason = _more_than_a_linear(parent, linear)
+        reason = plainness(parent, linear)
         if reason is not None:
             refused[name] = reason
     if refused:
@@ -121,8 +121,8 @@ def _require_plain(module: nn.Module, names: list[str]) -> None:
         raise PolicyError(f"{first!r}{more} cannot be quantized: {refused[first]}, {_LEAVE}")
 
 
-def _more_than_a_linear(parent: nn.Module, linear: nn.Linear) -> str | None:
-    """What a linear is or does beside x Wᵀ + b, with the remedy; None: nothing."""
+def plainness(parent: nn.Module, linear: nn.Linear) -> str | None:
+    """What a linear is or does beside x Wᵀ + b, with the remedy; None: it is a plain one."""
     checks: tuple[Callable[[nn.Linear], str | None], ...] = (
         _extra_tensors,
         _own_code,

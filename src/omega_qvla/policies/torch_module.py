@@ -26,6 +26,9 @@ AS_MODULE = (
 )
 """What to do with a policy that this version does not build; ends an error's sentence."""
 
+FOREIGN = ("torch", "lerobot")
+"""Families of policies whose network is other people's code."""
+
 Sampler = Callable[[nn.Module, Any, Any, FlowClock], Any]
 """(module, observation, noise, clock) → actions."""
 

@@ -55,6 +55,9 @@ class Inspection(Memory, Document):
         kernel: the kernel that will run it.
         sites: the quantized sites in execution order.
         content_hash: of an artifact: SHA-256 over all of it.
+        coverage: of a policy that LeRobot's own code runs: what of it becomes integers, what is
+            kept in full precision and what is left out, each with ``what`` it is, the ``count`` of
+            modules, their ``parameters`` and ``names``; null of native policies.
         decisions: of an artifact: what was decided about its checkpoint
             ([checkpoints.md](checkpoints.md)), question and answer.
     """
@@ -64,6 +67,7 @@ class Inspection(Memory, Document):
     sites: list[dict[str, Any]] | None = None
     content_hash: str | None = None
     decisions: dict[str, str] | None = None
+    coverage: list[dict[str, Any]] | None = None
 
 
 class Failure(Part):

@@ -41,15 +41,21 @@ def refuse_others(content: Mapping[str, Any], where: Path) -> None:
                 raise PolicyError(f"{where} is of {name}, {_NOT_BUILT}. {reader}; {AS_MODULE}")
 
 
-def refuse_lerobot_n1_7(content: Mapping[str, Any], where: Path) -> None:
-    """Refuse LeRobot's ``groot`` where it is GR00T N1.7.
+def is_lerobot_n1_7(content: Mapping[str, Any]) -> bool:
+    """Whether LeRobot's ``groot`` is GR00T N1.7.
 
     N1.5 was saved with the repository of its tokenizer, which LeRobot refuses from 0.6.0 on.
+    """
+    return content.get("tokenizer_assets_repo") is None and "tokenizer_assets_repo" in content
+
+
+def refuse_lerobot_n1_7(content: Mapping[str, Any], where: Path) -> None:
+    """Refuse LeRobot's ``groot`` where it is GR00T N1.7.
 
     Raises:
         PolicyError: it is.
     """
-    if content.get("tokenizer_assets_repo") is None and "tokenizer_assets_repo" in content:
+    if is_lerobot_n1_7(content):
         _, reader = _GR00T["gr00tn1d7"]
         raise PolicyError(
             f"{where} is LeRobot's groot of GR00T N1.7 (LeRobot 0.6.0 or later), {_NOT_BUILT}. "
