@@ -1,6 +1,7 @@
 """Our pi0.5 module against outputs recorded from openpi's own PyTorch code.
 
-How the golden file was made is written in ``docs/parity.md``.  It holds three observations (a
+How the golden file was made is in
+``docs/design-notes/2026-11-parity.md``.  It holds three observations (a
 masked last camera with a padded prompt, a masked middle camera with a full prompt, and all cameras
 with a short prompt) and what openpi computed from them; the weights are drawn again here by
 ``golden_weights``.  openpi masks, in one padded batch; we drop, one observation at a time.
