@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 2
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup gpu demo test test-emulated check slow test-scale test-lerobot golden-lerobot lint format bench bench-gpu soak fuzz train clean
+.PHONY: setup gpu demo test test-emulated check slow test-scale test-lerobot golden-lerobot lint docs format bench bench-gpu soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -84,7 +84,7 @@ test-scale: $(STAMP)
 	$(BIN)/python -m pytest -q -m scale tests/evaluation/execution/test_ray.py
 
 # LeRobot itself beside ours on what it writes: 5 GB in an environment of its own, then a quarter
-# of an hour.  LEROBOT=DIR names an environment that is there already (docs/parity.md says with what).
+# of an hour.  LEROBOT=DIR names an environment that is there already (docs/design-notes/2026-11-parity.md).
 LEROBOT ?=
 LEROBOT_VENV := .venv-lerobot
 LEROBOT_PYTHON = $(abspath $(or $(LEROBOT),$(LEROBOT_VENV)))/bin/python
@@ -125,10 +125,19 @@ lint: $(STAMP)
 	$(BIN)/python tools/forbidden_calls.py src
 	$(BIN)/python tools/results_table.py --check
 	$(BIN)/python tools/speed_table.py --check
+	$(BIN)/python tools/readme_figure.py --check
 	$(BIN)/python tools/json_page.py --check
 	$(BIN)/python tools/artifact_table.py --check
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+# The documentation's site, into $(OUT)/site; a dead link or anchor is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(abspath $(OUT))/site
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	@touch $@
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

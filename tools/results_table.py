@@ -1,7 +1,7 @@
 """Write the README's results and docs/results.md from the saved JSON, or check them.
 
-Usage: ``python tools/results_table.py [--check]``.  Everything between the two markers of README.md
-and all of docs/results.md is generated: no figure in them was typed.
+Usage: ``python tools/results_table.py [--check]``.  The eight rows of README.md and all of
+docs/results.md are generated: no figure in them was typed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from generated import ROOT, with_block, write_or_check
+
 from omega_qvla.report.benchmark_table import (
     benchmark_tables,
     drift_table,
@@ -19,7 +21,9 @@ from omega_qvla.report.benchmark_table import (
     unseen_table,
 )
 from omega_qvla.report.table import (
+    MISSING,
     Table,
+    error_text,
     markdown,
     results_table,
     task_table,
@@ -27,7 +31,6 @@ from omega_qvla.report.table import (
 from omega_qvla.results.reading import load_comparison
 from omega_qvla.results.rows import Row
 
-ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "src" / "omega_qvla" / "assets"
@@ -39,13 +42,32 @@ ADMISSION = (
     "the same scene (swapped). A task is admitted to the benchmark if full precision solves 80 % "
     "and the controls far less."
 )
-START, END = "<!-- results:start -->", "<!-- results:end -->"
+README_POLICY, README_OUTLIERS = "builtin:tiny-pi05", "stress:30"
+README_RECIPES = (
+    "fp32",
+    "rtn",
+    "gptq",
+    "smoothquant",
+    "quarot",
+    "duquant",
+    "foldquant",
+    "omega-w4a4-no-prior",
+)
+README_HEADER = (
+    "recipe",
+    "bits per weight",
+    "checkpoint, MB",
+    "success, %",
+    "success with outliers, %",
+    "action error with outliers",
+)
 
 BENCHMARK = "benchmark-v1.json"
 BENCHMARK_TEXT = "`{}`, everything quantized (`--scope all`), the same unseen seeds in every cell:"
 PAPER_SCOPE = (
     "`{}` open loop on held-out observations, eight noises each, backbone and action head only "
-    "(`--scope paper`), the scope of the paper:"
+    "(`--scope paper`), the scope of the paper, from "
+    "[`benchmarks/results/{name}`](../benchmarks/results/{name}):"
 )
 DETAILS = """# Results of the benchmark
 
@@ -108,31 +130,46 @@ def rows_of(name: str) -> list[Row]:
     return load_comparison(RESULTS / name).rows
 
 
-def benchmark_section() -> list[str]:
-    """The benchmark on one page, a table per policy."""
-    parts: list[str] = []
+def readme_table() -> Table:
+    """Eight recipes, plain and with outliers, one number in a cell."""
+    rows = [row for row in rows_of(BENCHMARK) if row.policy == README_POLICY]
+    cells = {(row.recipe, row.condition): row for row in rows}
+    return Table(
+        README_HEADER,
+        tuple(
+            _readme_row(cells[name, "plain"], cells.get((name, README_OUTLIERS)))
+            for name in README_RECIPES
+        ),
+    )
+
+
+def _readme_row(plain: Row, outliers: Row | None) -> tuple[str, ...]:
+    bits, size = plain.bits_per_weight, plain.checkpoint_bytes
+    return (
+        f"`{plain.recipe}`",
+        "16" if bits is None else f"{bits:.1f}",
+        MISSING if size is None else f"{size / 1e6:.1f}",
+        _percent(plain),
+        MISSING if outliers is None else _percent(outliers),
+        MISSING if outliers is None else error_text(outliers.action_error),
+    )
+
+
+def _percent(row: Row) -> str:
+    return MISSING if row.success_mean is None else f"{100 * row.success_mean:.1f}"
+
+
+def overview() -> list[str]:
+    """The admission of tasks, the benchmark on one page, and the paper's scope."""
+    parts = ["## Tasks\n", ADMISSION, "", markdown(admission_table(POLICIES))]
+    parts += ["## Overview\n"]
     for name, table in benchmark_tables(rows_of(BENCHMARK)).items():
         parts += [BENCHMARK_TEXT.format(name.removeprefix("builtin:")), "", markdown(table)]
-    link = f"[`benchmarks/results/{BENCHMARK}`](benchmarks/results/{BENCHMARK})"
-    return [
-        *parts,
-        f"Data: {link}; intervals, paired tests, drift: [docs/results.md](docs/results.md).",
-        "",
-    ]
-
-
-def readme_section() -> str:
-    """The text between the README's markers."""
-    parts = [ADMISSION, "", markdown(admission_table(POLICIES)), *benchmark_section()]
+    parts += ["## The paper's scope\n"]
     for policy in POLICIES:
         name = f"{policy}-paper-scope.json"
-        parts += [
-            PAPER_SCOPE.format(policy),
-            "",
-            markdown(results_table(rows_of(name))),
-        ]
-        parts += [f"Data: [`benchmarks/results/{name}`](benchmarks/results/{name}).", ""]
-    return "\n".join(parts)
+        parts += [PAPER_SCOPE.format(policy, name=name), "", markdown(results_table(rows_of(name)))]
+    return parts
 
 
 def details() -> str:
@@ -143,6 +180,7 @@ def details() -> str:
     parts = [DETAILS.format(name=BENCHMARK, **run.model_dump())]
     if run.missing:
         parts.append(f"**Not measured**: {'; '.join(run.missing)}.\n")
+    parts += overview()
     for policy in POLICIES:
         kept = [row for row in rows if row.policy == f"builtin:{policy}"]
         parts += [f"## {policy}\n", markdown(results_table(kept))]
@@ -169,25 +207,11 @@ def details() -> str:
 
 def main(arguments: list[str]) -> int:
     """Rewrite or check; returns the exit status."""
-    text = README.read_text("utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
     wanted = {
-        README: f"{before}{START}\n{readme_section()}{END}{after}",
+        README: with_block(README.read_text("utf-8"), "results", markdown(readme_table())),
         ROOT / "docs" / "results.md": details(),
     }
-    stale = [path for path, content in wanted.items() if _read(path) != content]
-    if arguments == ["--check"]:
-        for path in stale:
-            print(f"{path.name}: results are out of date; run python tools/results_table.py")
-        return int(bool(stale))
-    for path in stale:
-        path.write_text(wanted[path], "utf-8")
-    return 0
-
-
-def _read(path: Path) -> str:
-    return path.read_text("utf-8") if path.exists() else ""
+    return write_or_check(wanted, arguments, "results_table.py")
 
 
 if __name__ == "__main__":

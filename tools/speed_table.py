@@ -1,16 +1,28 @@
-"""Write the tables of docs/kernels.md from the saved benchmarks, or check that they are those."""
+"""Write the speed tables of README.md and of the pages about kernels, or check them.
+
+Usage: ``python tools/speed_table.py [--check]``.
+"""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from omega_qvla.report.table import Table, kernel_table, latency_table, markdown, policy_table
+from generated import ROOT, with_block, write_or_check
+
+from omega_qvla.report.table import (
+    MISSING,
+    Table,
+    kernel_table,
+    latency_table,
+    markdown,
+    policy_table,
+)
 from omega_qvla.results.reading import parse, read_bytes
-from omega_qvla.results.speed import KernelBench, PolicyBench
+from omega_qvla.results.speed import KernelBench, PolicyBench, PolicySpeed
 
-ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 DOCUMENT = ROOT / "docs" / "kernels.md"
+NOTE = ROOT / "docs" / "design-notes" / "2026-11-kernels.md"
 RESULTS = ROOT / "benchmarks" / "results"
 LIMITED = "FBGEMM_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2"
 """Limits torch's libraries, as ``--kernel avx2`` limits ours."""
@@ -43,6 +55,7 @@ TABLES = (
     ),
 )
 """Name between the markers, results, and the command that made them."""
+PRECISIONS = {"fp32": "float32", "w4a4": "W4A4"}
 
 
 def table_of(name: str, found: KernelBench | PolicyBench) -> Table:
@@ -57,30 +70,59 @@ def block(name: str, command: str, found: KernelBench | PolicyBench) -> str:
     machine = f"{found.machine}, torch {found.torch}"
     if name != "latency":
         machine += f", {found.threads} thread(s)"
-    table = markdown(table_of(name, found))
-    return (
-        f"<!-- {name}:start -->\nMade by `{command}` on {machine}.\n\n{table}\n<!-- {name}:end -->"
-    )
+    return f"Made by `{command}` on {machine}.\n\n{markdown(table_of(name, found))}\n"
 
 
 def rendered(text: str) -> str:
     """The document with its tables as the saved benchmarks have them."""
     for name, results, command in TABLES:
+        if f"<!-- {name}:start -->" not in text:
+            continue
         kind, found = parse(read_bytes(RESULTS / results), results)
         assert isinstance(found, KernelBench | PolicyBench), kind
-        start, end = text.index(f"<!-- {name}:start -->"), f"<!-- {name}:end -->"
-        after = text.index(end) + len(end)
-        text = text[:start] + block(name, command, found) + text[after:]
+        text = with_block(text, name, block(name, command, found))
     return text
 
 
+CHUNKS = {"pi0.5": "cpu-pi05-chunk.json", "GR00T N1.5": "cpu-gr00t-chunk.json"}
+
+
+def readme_table() -> Table:
+    """Two full-size policies, before and after: three rows, one number in a cell."""
+    columns: list[PolicySpeed] = []
+    names: list[str] = []
+    for title, results in (
+        ("pi0.5", "cpu-pi05-chunk.json"),
+        ("GR00T N1.5", "cpu-gr00t-chunk.json"),
+    ):
+        kind, found = parse(read_bytes(RESULTS / results), results)
+        assert isinstance(found, PolicyBench), kind
+        columns += found.rows
+        names += [f"{title}, {PRECISIONS[row.precision]}" for row in found.rows]
+    return Table(
+        ("", *names),
+        (
+            ("one action chunk, s", *(f"{row.total_ms / 1e3:.1f}" for row in columns)),
+            ("peak memory, GB", *(_gigabytes(row.peak_rss_bytes, 1) for row in columns)),
+            ("checkpoint, GB", *(_gigabytes(row.checkpoint_bytes, 2) for row in columns)),
+        ),
+        ("a full-precision checkpoint is counted in bfloat16, as it is published",),
+    )
+
+
+def _gigabytes(count: int | None, digits: int) -> str:
+    return MISSING if count is None else f"{count / 1e9:.{digits}f}"
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrite or check; returns the exit status."""
+    wanted = {
+        README: with_block(README.read_text("utf-8"), "speed", markdown(readme_table())),
+        DOCUMENT: rendered(DOCUMENT.read_text("utf-8")),
+        NOTE: rendered(NOTE.read_text("utf-8")),
+    }
+    return write_or_check(wanted, arguments, "speed_table.py")
+
+
 if __name__ == "__main__":
-    before = DOCUMENT.read_text("utf-8")
-    after = rendered(before)
-    if "--check" in sys.argv:
-        if before != after:
-            sys.exit(
-                "docs/kernels.md is not what the saved benchmarks say: run tools/speed_table.py"
-            )
-    else:
-        DOCUMENT.write_text(after, "utf-8")
+    sys.exit(main(sys.argv[1:]))

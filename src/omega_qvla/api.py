@@ -64,7 +64,12 @@ def quantize(
 
     Raises:
         OutputError: another process is computing sites for the journal.
-        RecipeError, ObservationError, PolicyError, NonFiniteError, ResumeError, ResourceError.
+        RecipeError: there is no such recipe, or it does not fit the policy.
+        ObservationError: observations that the policy cannot take, or unlike its training data.
+        PolicyError: a module that cannot be quantized.
+        NonFiniteError: NaN or Inf in weights or activations; site and step are named.
+        ResumeError: the journal belongs to other work.
+        ResourceError: not enough memory, or a device that cannot be used.
     """
     if threads is not None:
         check_threads(threads)

@@ -87,7 +87,7 @@ class ServingError(OmegaError):
     """A request that was not answered with actions.
 
     Attributes:
-        code: why, for programs; ``docs/serving.md`` lists them.
+        code: why, for programs; ``docs/serving-protocol.md`` lists them.
     """
 
     def __init__(self, code: str, message: str) -> None:

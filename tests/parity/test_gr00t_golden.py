@@ -1,6 +1,7 @@
 """Our GR00T N1.5 module against outputs recorded from LeRobot 0.4.4's code.
 
-How the golden file was made is written in ``docs/parity.md``.  It holds three observations with
+How the golden file was made is in
+``docs/design-notes/2026-11-parity.md``.  It holds three observations with
 two cameras and prompts of different lengths, images between the words, and what LeRobot computed
 from them one at a time; the weights are drawn again here by ``golden_weights``.
 

@@ -1,6 +1,6 @@
 """Our pi0.5 module against outputs recorded from openpi's own PyTorch code.
 
-How the golden file was made is written in ``docs/parity.md``; tolerances are explained in
+How the golden file was made is written in ``docs/design-notes/2026-11-parity.md``; tolerances are explained in
 ``tests/helpers/openpi_golden.py``.
 """
 

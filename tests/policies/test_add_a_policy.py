@@ -108,26 +108,27 @@ print(*families(), len(quantized.config["sites"]))
 """
 
 
-def blocks() -> tuple[dict[str, str], str]:
-    """The files of the document by name, and its line."""
+EXAMPLE = ROOT / "examples" / FOLDER
+
+
+def shown_line() -> str:
+    """The one block of the document that is no file of the example; the others show all of them."""
     text = (ROOT / "docs" / "add-a-policy.md").read_text("utf-8")
-    found = re.findall(r"```python ?(\S*)\n(.*?)```", text, flags=re.DOTALL)
-    files = {name: code for name, code in found if name}
-    (line,) = (code for name, code in found if not name)
-    return files, line
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    shown = {found[1] for block in blocks if (found := re.search(r'--8<-- "(.*)"', block))}
+    files = {path.relative_to(ROOT).as_posix() for path in EXAMPLE.glob("*.py")}
+    assert shown == files - {f"examples/{FOLDER}/__init__.py"}
+    (line,) = (block for block in blocks if "--8<--" not in block)
+    return line
 
 
 def test_one_folder_and_one_line_add_a_policy(tmp_path: Path) -> None:
     pytest.importorskip("websockets", reason="the extra serve is not installed")
     package = tmp_path / "package" / "omega_qvla"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "assets"))
-    files, line = blocks()
+    line = shown_line()
     assert line.strip() == f'"{FOLDER}",' and line.count("\n") == 1
-    folder = package / "policies" / FOLDER
-    folder.mkdir()
-    (folder / "__init__.py").write_text('"""A policy like pi0."""\n')
-    for name, code in files.items():
-        (folder / name).write_text(code)
+    shutil.copytree(EXAMPLE, package / "policies" / FOLDER)
     registry = package / "policies" / "families.py"
     text = registry.read_text("utf-8")
     end = text.index(")\n", text.index("FOLDERS = ("))
@@ -144,6 +145,6 @@ def test_one_folder_and_one_line_add_a_policy(tmp_path: Path) -> None:
 
 
 def test_the_example_imports_no_other_family() -> None:
-    files, _ = blocks()
-    imports = re.findall(r"omega_qvla\.policies\.(\w+)", "\n".join(files.values()))
+    code = "\n".join(path.read_text("utf-8") for path in EXAMPLE.glob("*.py"))
+    imports = re.findall(r"omega_qvla\.policies\.(\w+)", code)
     assert set(imports) <= {"base", "native", "family", "layers", "processing", FOLDER}

@@ -92,7 +92,8 @@ def evaluate(
         seed: of the first episode; the next ones follow.  LIBERO's are its recorded states.
         execute: of your own environment: actions carried out of each chunk; None: 5.
         stress: magnitude of injected outliers; 0: none.
-        suite, protocol: of LIBERO: which tasks, and 10 (``paper``) or 50 (``full``) trials of each.
+        suite: of LIBERO: which tasks.
+        protocol: of LIBERO: 10 (``paper``) or 50 (``full``) trials of each.
         simulator_python: interpreter of the environment in which the simulator is installed.
         out: of LIBERO or your own environment: finished episodes are kept here.
         resume: keep the episodes that are there already.

@@ -22,7 +22,7 @@ from omega_qvla.policies.slots import forget_shared
 
 AS_MODULE = (
     "quantize it where it runs, as a module of your own: load it there and wrap it in "
-    "omega_qvla.TorchPolicy (README)"
+    "omega_qvla.TorchPolicy (docs/torch-policy.md)"
 )
 """What to do with a policy that this version does not build; ends an error's sentence."""
 

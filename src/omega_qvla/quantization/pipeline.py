@@ -251,7 +251,7 @@ def work_shares(policy: Policy, recipe: Recipe) -> list[float]:
 
     For estimates of the time left: the widest site of a policy takes a thousand times as long as
     the narrowest.  Per site R K² for the second moment, 4/3 K³ for the factor and its inverse,
-    3 N K² for propagation and proxy loss (docs/full-size.md).
+    3 N K² for propagation and proxy loss (docs/design-notes/2026-11-full-size.md).
     """
     done = [0.0]
     for site in planned_sites(policy, recipe):

@@ -40,7 +40,7 @@ class EpisodeRecord:
         jerk: mean squared third difference of the executed actions; None below four actions.
         ms_per_chunk: median milliseconds of the policy's passes, each divided by the episodes that
             shared it.
-        states: the robot's state at each chunk, [chunks][state_dim], rounded to five decimals.
+        states: the robot's state at each chunk, [chunks, state_dim], rounded to five decimals.
         reruns: how often the simulator died and the episode was started again.
         actions_sha256: of the executed actions, float32 [steps, action_dim] as they lie in memory:
             two episodes with the same one moved alike, bit for bit.  None in older journals.

@@ -44,7 +44,8 @@ class Served(Document):
 
     Attributes:
         artifact: content hash; null in full precision.
-        requests: how they ended: `answered` or the [error](serving.md#errors).
+        requests: how they ended: `answered` or the
+            [error](serving-protocol.md#error-codes-of-the-server).
         action_violations: by rule.
         connections: by event.
         batches: by size.

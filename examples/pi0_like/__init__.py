@@ -1,0 +1,1 @@
+"""A policy like pi0 (docs/add-a-policy.md)."""
