@@ -1,7 +1,7 @@
 """Our pi0.5 module against outputs recorded from openpi's own PyTorch code.
 
-How the golden file was made is written in ``docs/design-notes/2026-11-parity.md``; tolerances are explained in
-``tests/helpers/openpi_golden.py``.
+How the golden file was made is written in ``docs/design-notes/2026-11-parity.md``; tolerances are
+explained in ``tests/helpers/openpi_golden.py``.
 """
 
 from __future__ import annotations
