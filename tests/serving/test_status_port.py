@@ -159,7 +159,7 @@ def test_a_token_protects_the_metrics_and_not_the_health(artifact: Path, tmp_pat
 
 def test_other_machines_need_a_token_before_anything_is_loaded(tmp_path: Path) -> None:
     settings = Settings("gr00t", metrics_port=0, metrics_host="0.0.0.0")
-    with pytest.raises(PolicyError, match="--token-file"):
+    with pytest.raises(PolicyError, match="`token_file`"):
         Service.build(tmp_path / "absent", settings, lambda event, **fields: None)
 
 
