@@ -18,6 +18,7 @@ from omega_qvla.cli.options import (
     option,
     require_cpu,
     save,
+    to_standard_output,
 )
 from omega_qvla.errors import RecipeError
 from omega_qvla.extras import require
@@ -114,7 +115,7 @@ class Bench(Common):
         from omega_qvla.results.speed import KernelBench
         from omega_qvla.threads import available_cores
 
-        if self.figure is not None and self.json is None:
+        if self.figure is not None and (self.json is None or to_standard_output(self.json)):
             raise RecipeError("--figure is drawn from the saved JSON: give --json FILE as well")
         shapes = [shape for shape in SHAPES if self.sites in shape.site]
         if not shapes:
