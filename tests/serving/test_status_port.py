@@ -167,8 +167,8 @@ def test_other_machines_need_a_token_before_anything_is_loaded(tmp_path: Path) -
     ("settings", "told"),
     [
         ({"protocol": "openpi", "metrics_port": 9000}, "on its own port"),
-        ({"protocol": "gr00t", "metrics_port": 70000}, "--metrics-port 70000"),
-        ({"protocol": "gr00t", "metrics_host": "0.0.0.0"}, "needs a --metrics-port"),
+        ({"protocol": "gr00t", "metrics_port": 70000}, "`metrics_port=70000`"),
+        ({"protocol": "gr00t", "metrics_host": "0.0.0.0"}, "needs a `metrics_port`"),
         ({"protocol": "gr00t", "token_file": Path("token")}, "SSH tunnel"),
     ],
 )

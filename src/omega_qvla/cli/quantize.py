@@ -26,7 +26,7 @@ from omega_qvla.cli.options import (
     save,
 )
 from omega_qvla.cli.outputs import prepare_journal, require_free_artifact
-from omega_qvla.errors import ObservationError, RecipeError
+from omega_qvla.errors import ObservationError, OmegaError, RecipeError
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 
 if TYPE_CHECKING:
@@ -232,16 +232,20 @@ class Quantize(Calibrated, Checkpoint, Common):
             screen.say(f"action error not measured: {reason}")
             return None
         full = self._with_steps(load_policy(self.policy, self.choices))
-        with screen.bar(f"measuring beside {BASELINE}") as step:
-            return measure_held_out(
-                full,
-                quantized,
-                calibration,
-                self._candidates(source, full, calibration),
-                count=self.held_out,
-                threads=self.threads,
-                progress=step,
-            )
+        try:
+            with screen.bar(f"measuring beside {BASELINE}") as step:
+                return measure_held_out(
+                    full,
+                    quantized,
+                    calibration,
+                    self._candidates(source, full, calibration),
+                    count=self.held_out,
+                    threads=self.threads,
+                    progress=step,
+                )
+        except (KeyboardInterrupt, OmegaError) as error:  # the artifact is complete all the same
+            screen.say(f"action error not measured: {str(error) or 'interrupted'}")
+            return None
 
     def _candidates(
         self, source: str, policy: NativePolicy, calibration: Observations
