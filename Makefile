@@ -146,7 +146,7 @@ format: $(STAMP)
 # One thread, every layer shape; about ten minutes on an idle machine.
 bench: $(STAMP)
 	@mkdir -p $(OUT)
-	$(BIN)/omega-qvla bench kernels --overwrite --json $(OUT)/kernels.json --figure $(OUT)/kernels.png
+	$(BIN)/omega-qvla bench kernels --threads 1 --overwrite --json $(OUT)/kernels.json --figure $(OUT)/kernels.png
 
 # A server under load: overload, slow clients, and REQUESTS requests; hours, on an idle machine.
 REQUESTS ?= 1000000

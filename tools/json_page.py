@@ -22,7 +22,7 @@ from omega_qvla.results.episodes import EpisodeRecord
 from omega_qvla.results.memory import Inspection, Verification
 from omega_qvla.results.rows import Comparison, Evaluation, MadeBy
 from omega_qvla.results.speed import KernelBench, PolicyBench, Roofline
-from omega_qvla.results.summaries import ReportSummary, Served
+from omega_qvla.results.summaries import Checkup, RecipeList, ReportSummary, Served
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "json.md"
 HEAD = """# JSON results
@@ -30,7 +30,8 @@ HEAD = """# JSON results
 Written by `python tools/json_page.py` from `src/omega_qvla/results/`, which also checks every file
 that is read.
 
-Every command takes `--json FILE` and writes one object. Keys are stable; new ones may be added, and
+Every command takes `--json FILE` and writes one object; `--json -` prints it, and everything else
+goes to standard error. Keys are stable; new ones may be added, and
 `schema` grows when one changes its meaning: it is 1 everywhere. Numbers that were not measured are
 `null`; a key marked *optional* is absent where it does not apply. Bytes are bytes, times are
 milliseconds unless the name says otherwise, rates and reductions are fractions.
@@ -75,6 +76,8 @@ five significant digits.""",
     ),
     ("`report`", "", (ReportSummary,)),
     ("`serve`", "Written when the server ends.", (Served,)),
+    ("`recipes`", "", (RecipeList,)),
+    ("`doctor`", "", (Checkup,)),
 )
 TAIL = """## `make bench-gpu`
 

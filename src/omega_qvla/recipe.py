@@ -27,11 +27,11 @@ from pydantic import (
     model_validator,
 )
 
-from omega_qvla.errors import RecipeError
+from omega_qvla.errors import RecipeError, did_you_mean
 
 Scope = Literal["all", "paper"]
 
-_COMPONENTS = ("vision", "projector", "backbone", "action_head")
+COMPONENTS = ("vision", "projector", "backbone", "action_head")
 DEFAULT_RECIPE = "omega-w4a4"
 """What is taken when none is named: of the four-bit methods the one with the lowest action error on
 what calibration saw that also stands what it did not see (docs/methods.md)."""
@@ -278,14 +278,14 @@ class Recipe(_Frozen):
     @property
     def realizable(self) -> bool:
         """Whether every quantized component can be stored and multiplied as integers."""
-        schemes = [self.scheme(component) for component in _COMPONENTS]
+        schemes = [self.scheme(component) for component in COMPONENTS]
         return all(scheme.realizable for scheme in schemes if scheme is not None)
 
     @property
     def left_in_16_bits(self) -> tuple[str, ...]:
         """What keeps the checkpoint's precision, or adds 16-bit weights, in the user's words."""
         left: list[str] = []
-        for component in _COMPONENTS:
+        for component in COMPONENTS:
             scheme, name = self.scheme(component), component.replace("_", " ")
             if scheme is None:
                 left.append(name)
@@ -334,9 +334,11 @@ class Recipe(_Frozen):
                 return cls._parse(text, f"recipe {source!r}")
         path = Path(source)
         if path.suffix not in (".yaml", ".yml"):
+            known = [*recipe_names(), *ablation_names()]
             raise RecipeError(
-                f"unknown recipe {str(source)!r}; known recipes: {', '.join(recipe_names())}; "
-                f"ablations: {', '.join(ablation_names())}; or give the path of a .yaml file"
+                f"unknown recipe {str(source)!r}{did_you_mean(str(source), known)}; known recipes: "
+                f"{', '.join(recipe_names())}; ablations: {', '.join(ablation_names())}; or give "
+                "the path of a .yaml file"
             )
         try:
             return cls._parse(path.read_text("utf-8"), str(path))

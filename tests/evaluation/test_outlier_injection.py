@@ -215,5 +215,5 @@ def test_bad_paths_are_refused_before_anything_changes(paths, message: str) -> N
 
 def test_a_family_of_which_nothing_is_known_is_refused_by_name() -> None:
     policy = SimpleNamespace(family="another", config=None)
-    with pytest.raises(PolicyError, match=r"'another'.*pi05, gr00t_n15.*--stress"):
+    with pytest.raises(PolicyError, match=r"'another'.*pi05, gr00t_n15.*`stress`"):
         outlier_paths(cast(Any, policy), "all")

@@ -62,7 +62,7 @@ def outlier_paths(policy: NativePolicy, scope: Scope) -> list[OutlierPath]:
     if policy.family not in _PATHS:
         raise PolicyError(
             f"outliers cannot be injected into policies of family {policy.family!r}: "
-            f"evaluation/outlier_paths.py knows {', '.join(_PATHS)}; leave --stress out"
+            f"evaluation/outlier_paths.py knows {', '.join(_PATHS)}; leave `stress` out"
         )
     return _PATHS[policy.family](policy.config, scope)
 

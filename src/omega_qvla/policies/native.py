@@ -105,6 +105,10 @@ class NativePolicy(ABC):
         self._schedules: dict[int, Any] = {}
         self._pass: Pass | None = None
 
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.module.parameters())
+        return f"<{type(self).__name__} {self.family}, {size:,} parameters>"
+
     @property
     def device(self) -> torch.device:
         """Where the network computes; observations and noise are brought there."""
@@ -429,7 +433,7 @@ def of_embodiment(policy: NativePolicy, embodiment: str | None) -> NativePolicy:
         return policy
     if not isinstance(policy, HasEmbodiments):
         raise PolicyError(
-            f"a {policy.family} policy has no layers per embodiment; leave --embodiment out"
+            f"a {policy.family} policy has no layers per embodiment; leave `embodiment` out"
         )
     known = [str(number) for number in policy.config.embodiments]
     if embodiment not in known:

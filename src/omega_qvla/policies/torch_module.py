@@ -92,6 +92,10 @@ class TorchPolicy:
                 f"step_module {step_module!r} is not a submodule, nor a method of one"
             )
 
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.module.parameters())
+        return f"<TorchPolicy {type(self.module).__name__}, {size:,} parameters>"
+
     def clone(self) -> TorchPolicy:
         """A structural copy that shares every tensor: modules may be replaced in it freely.
 

@@ -62,6 +62,11 @@ class QuantizedPolicy:
         self.sites = tuple(SiteRecord.model_validate(item) for item in config["sites"])
         self.content_hash = content_hash
 
+    def __repr__(self) -> str:
+        recipe, family = self.config["recipe"]["name"], self.config["policy"]["family"]
+        size = f"{self.resident_bytes() / 1e6:.3g} MB"
+        return f"<QuantizedPolicy {family}, {recipe}: {len(self.sites)} sites, {size}>"
+
     def __getattr__(self, name: str) -> Any:
         """Whatever the policy offers beyond this class (``noise_shape``, ``processor``, …)."""
         if name == "policy":
@@ -168,6 +173,9 @@ class SimulatedPolicy:
         self.policy = simulate(policy, quantization)
         self.recipe = quantization.recipe
         use_cpu_elementwise(self.policy.module, best_kernel())
+
+    def __repr__(self) -> str:
+        return f"<SimulatedPolicy {self.policy.family}, {self.recipe.name}, in floating point>"
 
     def __getattr__(self, name: str) -> Any:
         if name == "policy":

@@ -117,7 +117,7 @@ class PolicyEngine:
         if not bool(np.isfinite(low).all() and np.isfinite(high).all()):
             raise PolicyError(
                 "the policy has no action statistics to take limits from; give your own with "
-                "--limits FILE (or --limits none, if something else keeps the robot safe)"
+                "`limits`, a JSON file (or none, if something else keeps the robot safe)"
             )
         spread = margin * (high - low)
         return ActionLimits(

@@ -104,7 +104,7 @@ class Specification:
         if named and named != set(self.cameras):
             raise PolicyError(
                 f"this layout has the cameras {sorted(named)}, the policy {sorted(self.cameras)}; "
-                "choose another with --layout"
+                "choose another `layout`"
             )
 
     def dump(self) -> dict[str, Any]:
