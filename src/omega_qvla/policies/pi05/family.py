@@ -5,6 +5,7 @@ from __future__ import annotations
 from omega_qvla.policies.family import CheckpointLayout, Family, LiberoConvention
 from omega_qvla.policies.pi05.checkpoints.lerobot import stream_lerobot_pi05
 from omega_qvla.policies.pi05.checkpoints.openpi import is_openpi, stream_openpi
+from omega_qvla.policies.pi05.checkpoints.openpi_jax import is_openpi_jax, stream_openpi_jax
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import dropped_parameters
 from omega_qvla.policies.pi05.policy import Pi05Policy
@@ -39,6 +40,12 @@ FAMILY = Family(
             stream_openpi,
             frozenset({"training_config", "tokenizer", "tied"}),
             is_openpi,
+        ),
+        CheckpointLayout(
+            "a step of openpi's JAX trainer",
+            stream_openpi_jax,
+            frozenset({"training_config", "tokenizer"}),
+            is_openpi_jax,
         ),
         CheckpointLayout(
             "LeRobot's pi05",

@@ -21,11 +21,12 @@ from pydantic import ValidationError
 
 from omega_qvla.checkpoints.files import read_bytes, read_json
 from omega_qvla.checkpoints.options import CheckpointOptions
-from omega_qvla.checkpoints.stored_tensors import StoredTensors, find_tensors, write_weights
+from omega_qvla.checkpoints.orbax import is_orbax
+from omega_qvla.checkpoints.stored_tensors import INDEX, WEIGHTS, find_tensors, write_weights
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.layers.siglip_checkpoints import official_names
-from omega_qvla.policies.pi05.checkpoints.openpi_training import training_config
-from omega_qvla.policies.pi05.checkpoints.sizes import TIE, TOWER, infer_sizes
+from omega_qvla.policies.pi05.checkpoints.openpi_training import TrainingConfig, training_config
+from omega_qvla.policies.pi05.checkpoints.sizes import TIE, TOWER, Sizes, infer_sizes
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import dropped_shapes
 from omega_qvla.policies.pi05.policy import Pi05Policy
@@ -40,7 +41,8 @@ CONFIG, TOKENIZER, STATISTICS = "config.json", "tokenizer.json", "norm_stats.jso
 def is_openpi(directory: Path, content: Mapping[str, Any] | None) -> bool:
     """Whether a directory is openpi's, or self-contained in its layout."""
     if content is None:
-        return True
+        weights = any((directory / name).exists() for name in (WEIGHTS, INDEX))
+        return weights or not is_orbax(directory)
     if content.get("family", Pi05Policy.family) != Pi05Policy.family:
         return False
     return "paligemma_variant" in content or (directory / "assets").exists()
@@ -59,17 +61,22 @@ def stream_openpi(directory: Path, options: CheckpointOptions) -> Pi05Policy:
     if "vision" in content or content.get("family") == Pi05Policy.family:
         processor, decisions = _self_contained(directory), {}
     else:
-        processor = _as_published(directory, options, stored, content)
-        decisions = _decisions(processor.config, options)
+        training = training_config(options.training_config, directory)
+        sizes = infer_sizes(stored)
+        _require_agreement(directory, content, training, sizes, options)
+        processor = published_processor(directory, options, training, sizes)
+        decisions = published_decisions("openpi, PyTorch", processor.config, options)
     policy = Pi05Policy.of_processor(processor)
     return policy.read_from(stored, dropped_shapes(processor.config), decisions)
 
 
-def _decisions(config: Pi05Config, options: CheckpointOptions) -> dict[str, str]:
+def published_decisions(
+    layout: str, config: Pi05Config, options: CheckpointOptions
+) -> dict[str, str]:
     """What the user's training configuration says of how the policy is shown the world."""
     own = f"the robot's {config.state_dim} numbers"
     return {
-        "layout": "openpi, PyTorch",
+        "layout": layout,
         "training configuration": str(options.training_config),
         "state in the prompt": own if config.state_in_prompt else "none",
         "images": "padded to a square with -1 (black)",
@@ -84,27 +91,61 @@ def _self_contained(directory: Path) -> Pi05Processor:
     return Pi05Processor(config, _statistics(directory, None), described)
 
 
-def _as_published(
-    directory: Path, options: CheckpointOptions, stored: StoredTensors, converted: dict[str, Any]
-) -> Pi05Processor:
-    training = training_config(options.training_config, directory)
-    sizes = infer_sizes(stored)
+def _require_agreement(
+    directory: Path,
+    converted: Mapping[str, Any],
+    training: TrainingConfig,
+    sizes: Sizes,
+    options: CheckpointOptions,
+) -> None:
+    """Hold the ``config.json`` of openpi's converter against what else is known.
+
+    Raises:
+        PolicyError: they differ.
+    """
     for key, ours in (("action_horizon", training.horizon), ("action_dim", sizes.action_dim)):
         if converted.get(key, ours) != ours:
             raise PolicyError(
                 f"{directory / CONFIG} has {key} {converted[key]}, the training configuration "
                 f"{options.training_config} and the tensors say {ours}: it is another policy's"
             )
-    config = Pi05Config(
-        **sizes._asdict(),
-        horizon=training.horizon,
-        robot_action_dim=training.robot_action_dim,
-        state_dim=training.state_dim,
-        cameras=training.cameras,
-        prompt_length=training.prompt_length,
-        state_in_prompt=training.state_in_prompt,
-        image_fit="antialiased",
-    )
+
+
+def published_processor(
+    directory: Path, options: CheckpointOptions, training: TrainingConfig, sizes: Sizes
+) -> Pi05Processor:
+    """The processor, and with it the configuration, of a policy as openpi publishes it.
+
+    Args:
+        directory: with ``assets``.
+        options: the tokenizer, and the name of the training configuration.
+        training: what openpi keeps in its code.
+        sizes: what the tensors say.
+
+    Raises:
+        PolicyError: the two do not go together, statistics are missing or too few, or there is no
+            tokenizer.
+        ResourceError: a library for the tokenizer is missing.
+    """
+    if training.robot_action_dim > sizes.action_dim:
+        raise PolicyError(
+            f"{directory} gives {sizes.action_dim} numbers per action, the training configuration "
+            f"{options.training_config} has a robot of {training.robot_action_dim} "
+            "(robot_action_dim): it is another policy's"
+        )
+    try:
+        config = Pi05Config(
+            **sizes._asdict(),
+            horizon=training.horizon,
+            robot_action_dim=training.robot_action_dim,
+            state_dim=training.state_dim,
+            cameras=training.cameras,
+            prompt_length=training.prompt_length,
+            state_in_prompt=training.state_in_prompt,
+            image_fit="antialiased",
+        )
+    except ValidationError as error:
+        raise PolicyError(f"{directory} is no pi0.5 policy: {error}") from error
     return Pi05Processor(
         config,
         _statistics(directory, training.asset_id),

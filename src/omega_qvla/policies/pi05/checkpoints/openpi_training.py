@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.layers.paligemma_jax import Lora, LoraVariant, Part
 
 _BASE, _LEFT = "base_0_rgb", "left_wrist_0_rgb"
 
@@ -27,6 +28,8 @@ class TrainingConfig(BaseModel):
         cameras: images the robot has, under the network's names; the others are masked.
         prompt_length: ``max_token_len``.
         asset_id: folder of the statistics below ``assets``, where there are several.
+        lora: adapters in a JAX checkpoint, by the Gemma they are in: openpi's variant, or the
+            ``LoRAConfig`` of its attention.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +40,7 @@ class TrainingConfig(BaseModel):
     cameras: tuple[str, ...] = Field(min_length=1)
     prompt_length: int = Field(default=200, ge=1)
     asset_id: str | None = None
+    lora: dict[Part, LoraVariant | Lora] = Field(default_factory=dict[Part, "LoraVariant | Lora"])
 
 
 TRAINING_CONFIGS: dict[str, TrainingConfig] = {
@@ -86,12 +90,15 @@ def training_config(choice: str | None, directory: Path) -> TrainingConfig:
     """
     known = ", ".join(TRAINING_CONFIGS)
     if choice is None:
+        # openpi's trainer saves below checkpoints/<configuration>/<experiment>/<step>.
+        likely = [name for name in directory.resolve().parts if name in TRAINING_CONFIGS]
+        hint = f". A folder of its path is called {likely[-1]}" if likely else ""
         raise PolicyError(
             f"no config.json in {directory} says how the policy was trained (horizon, cameras, "
             "robot dimensions, whether the state is in the prompt): openpi keeps that in its code. "
             f"Name the training configuration ({known}), or a JSON file with "
             f"{', '.join(TrainingConfig.model_fields)}: --training-config, or "
-            "CheckpointOptions(training_config=...)"
+            f"CheckpointOptions(training_config=...){hint}"
         )
     if choice in TRAINING_CONFIGS:
         return TRAINING_CONFIGS[choice]

@@ -19,6 +19,7 @@ from omega_qvla.policies.layers.siglip_checkpoints import tower_sizes
 ROOT = "paligemma_with_expert"
 TOWER = f"{ROOT}.paligemma.model.vision_tower"
 VISION = f"{TOWER}.vision_model"
+PROJECTOR = f"{ROOT}.paligemma.model.multi_modal_projector.linear"
 LANGUAGE = f"{ROOT}.paligemma.model.language_model"
 EXPERT = f"{ROOT}.gemma_expert.model"
 EMBEDDING = f"{LANGUAGE}.embed_tokens.weight"
