@@ -19,8 +19,8 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 PROMPTS = ("pick up the black bowl", "open_the drawer\nand close it ")
 
 VISION = {"width": 16, "depth": 2, "mlp_dim": 24, "num_heads": 2}
-BACKBONE = {"width": 32, "depth": 3, "mlp_dim": 40}
-EXPERT = {"width": 16, "depth": 3, "mlp_dim": 32}
+BACKBONE = {"width": 32, "depth": 3, "mlp_dim": 24}
+EXPERT = {"width": 16, "depth": 3, "mlp_dim": 24}
 HEADS = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 8}
 
 
@@ -30,6 +30,7 @@ class Case:
 
     Attributes:
         name: of its directory.
+        pi0: whether it is pi0 and not pi0.5.
         gemmas: sizes of backbone and expert; openpi's own ``dummy`` where there are none.
         loras: ``LoRAConfig`` of attention and of feed-forward, for backbone and for expert.
         average: whether the trainer averages its weights (EMA), and saves the average.
@@ -41,6 +42,7 @@ class Case:
     """
 
     name: str
+    pi0: bool = False
     gemmas: bool = True
     loras: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     average: bool = True
@@ -62,7 +64,7 @@ class Case:
         told = {part: configs["attn"] for part, configs in self.loras.items()}
         return {
             "horizon": HORIZON,
-            "state_in_prompt": self.state_in_prompt,
+            **({} if self.pi0 else {"state_in_prompt": self.state_in_prompt}),
             "state_dim": STATE,
             "robot_action_dim": ROBOT,
             "cameras": CAMERAS if self.right else CAMERAS[:2],
@@ -81,8 +83,9 @@ CASES = (
     Case("full", golden=True),
     Case("lora", loras=_LORAS, average=False, dtype="bfloat16", state_in_prompt=False, golden=True),
     Case("lora_of_the_backbone", loras={"backbone": _LORAS["backbone"]}, average=False, right=True),
-    Case("lora_of_the_expert", loras={"expert": _LORAS["expert"]}, average=False),
     Case("dummy", gemmas=False, right=True),
     Case("bfloat16", average=False, dtype="bfloat16"),
     Case("zarr3", orbax={"use_zarr3": True}),
+    Case("pi0", pi0=True, dtype="bfloat16", average=False, golden=True),
+    Case("pi0_lora", pi0=True, loras=_LORAS, average=False, right=True),
 )

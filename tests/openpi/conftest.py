@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from comparison_table import pytest_terminal_summary, table
 
-ROWS = pytest.StashKey[list[str]]()
+__all__ = ["pytest_terminal_summary", "table"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,16 +17,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-openpi", action="store_true", help="replace the checkpoints kept with the tests"
     )
-
-
-@pytest.fixture
-def table(request: pytest.FixtureRequest) -> list[str]:
-    """Lines printed at the end."""
-    return request.config.stash.setdefault(ROWS, [])
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    for line in config.stash.get(ROWS, []):
-        terminalreporter.write_line(line)

@@ -51,6 +51,7 @@ import orbax.checkpoint as ocp
 import sentencepiece
 import torch
 from flax import traverse_util
+from openpi.models.model import ModelType
 from openpi.models.pi0_config import Pi0Config
 from openpi.models.tokenizer import PaligemmaTokenizer
 from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
@@ -115,8 +116,8 @@ def configuration(case: Case) -> Pi0Config:
         action_dim=ACTION_DIM,
         action_horizon=HORIZON,
         max_token_len=PROMPT_LENGTH,
-        pi05=True,
-        discrete_state_input=case.state_in_prompt,
+        pi05=not case.pi0,
+        discrete_state_input=None if case.pi0 else case.state_in_prompt,
         pytorch_compile_mode=None,
     )
 
@@ -131,7 +132,7 @@ def drawn(params: nnx.State) -> nnx.State:
         shape, name = variable.value.shape, str(path[-1])
         spread = 0.3 if len(shape) < 3 and "kernel" not in name else max(shape[-3:-1]) ** -0.5
         if "lora" in name:
-            spread = 0.5
+            spread = 0.2  # the product is then about as large as the weight
         value = generator.uniform(-1, 1, shape) * np.sqrt(3.0) * spread
         if name == "scale" and "img" in path:
             value = value + 1.0
@@ -204,9 +205,9 @@ def observed(case: Case, config: Pi0Config) -> dict[str, np.ndarray]:
     tokenizer._tokenizer = sentencepiece.SentencePieceProcessor(model_proto=TOKENIZER.read_bytes())
     transform = transforms.compose(
         [
-            transforms.Normalize(statistics(), use_quantiles=True),
+            transforms.Normalize(statistics(), use_quantiles=config.model_type != ModelType.PI0),
             transforms.ResizeImages(IMAGE, IMAGE),
-            transforms.TokenizePrompt(tokenizer, discrete_state_input=case.state_in_prompt),
+            transforms.TokenizePrompt(tokenizer, discrete_state_input=config.discrete_state_input),
             transforms.PadStatesAndActions(ACTION_DIM),
         ]
     )
@@ -238,9 +239,10 @@ def inputs_of(record: dict[str, np.ndarray]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
-def robot_units(chunks: np.ndarray) -> np.ndarray:
-    """What openpi's server sends: all of ``libero_policy`` but the number of dimensions is here."""
-    back = transforms.Unnormalize(statistics(), use_quantiles=True)
+def robot_units(config: Pi0Config, chunks: np.ndarray) -> np.ndarray:
+    """What openpi's server sends of a robot whose actions are not converted."""
+    quantiles = config.model_type != ModelType.PI0
+    back = transforms.Unnormalize(statistics(), use_quantiles=quantiles)
     states = np.zeros((len(chunks), STATE))
     return np.stack(
         [
@@ -282,10 +284,11 @@ def in_pytorch(config: Pi0Config, step: Path, record: dict[str, np.ndarray]) -> 
     )
     weights, rest = converter.slice_paligemma_state_dict(params["paligemma_params"], paligemma)
     weights |= converter.slice_gemma_state_dict(
-        rest, expert, num_expert=1, checkpoint_dir="pi05", pi05=True
+        rest, expert, num_expert=1, checkpoint_dir=config.model_type.value, pi05=config.pi05
     )
-    for key in ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out"):
-        layer = params["projection_params"][key]
+    for key, layer in params["projection_params"].items():
+        if key == "PaliGemma":
+            continue
         weights[f"{key}.weight"] = torch.from_numpy(np.array(layer["kernel"])).T
         weights[f"{key}.bias"] = torch.from_numpy(np.array(layer["bias"]))
     original = gemma_pytorch.PaliGemmaForConditionalGeneration
@@ -327,7 +330,7 @@ def main() -> None:
         if case.converts:
             chunks["pytorch"] = in_pytorch(config, step, record)
         for name, chunk in chunks.items():
-            record |= {f"chunk.{name}": chunk, f"actions.{name}": robot_units(chunk)}
+            record |= {f"chunk.{name}": chunk, f"actions.{name}": robot_units(config, chunk)}
         kept = {
             k: np.ascontiguousarray(v) for k, v in record.items() if not k.startswith("in.image")
         }

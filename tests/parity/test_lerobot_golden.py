@@ -19,7 +19,7 @@ from lerobot_parity import choices_of, compare, know_small_tower
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.layers.siglip import VisionConfig
-from omega_qvla.policies.pi05.checkpoints.sizes import GEMMA_VARIANTS
+from omega_qvla.policies.paligemma.sizes import GEMMA_VARIANTS
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import Pi05Module
 

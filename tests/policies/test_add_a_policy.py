@@ -140,7 +140,7 @@ def test_one_folder_and_one_line_add_a_policy(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:3] == ["pi05", "gr00t_n15", FOLDER]
+    assert done.stdout.split()[:4] == ["pi05", "pi0", "gr00t_n15", FOLDER]
 
 
 def test_the_example_imports_no_other_family() -> None:

@@ -41,6 +41,15 @@ def is_orbax(directory: Path) -> bool:
     )
 
 
+def is_step_with(directory: Path, array: str) -> bool:
+    """Whether a directory is a step that has an array of this name.
+
+    Raises:
+        PolicyError: it is a step, and what lists its arrays is missing or damaged.
+    """
+    return is_orbax(directory) and array in array_paths(directory)
+
+
 def require_finished(directory: Path) -> None:
     """Refuse what is no finished step of a training, and say what to give instead.
 

@@ -115,7 +115,7 @@ class SavedArrays:
         """
         array = self._arrays[name]
         with self._lock:
-            if array.nbytes > WINDOW_BYTES // 2:
+            if array.nbytes > WINDOW_BYTES // 4:
                 self._windows.clear()
             return self._box(name, [slice(0, size) for size in array.header.shape])
 
@@ -145,14 +145,19 @@ class SavedArrays:
     def _box(self, name: str, box: Sequence[slice]) -> Tensor:
         """A part of an array, chunk by chunk."""
         array = self._arrays[name]
-        found = np.empty([part.stop - part.start for part in box], array.handle.dtype.numpy_dtype)
+        pieces = list(_pieces(box, array.chunk))
         try:
-            for piece in _pieces(box, array.chunk):
-                inside = [
-                    slice(part.start - whole.start, part.stop - whole.start)
-                    for part, whole in zip(piece, box, strict=True)
-                ]
-                found[tuple(inside)] = array.handle[piece].read().result()
+            if len(pieces) == 1:
+                found = array.handle[pieces[0]].read().result()
+            else:
+                shape = [part.stop - part.start for part in box]
+                found = np.empty(shape, array.handle.dtype.numpy_dtype)
+                for piece in pieces:
+                    inside = [
+                        slice(part.start - whole.start, part.stop - whole.start)
+                        for part, whole in zip(piece, box, strict=True)
+                    ]
+                    found[tuple(inside)] = array.handle[piece].read().result()
         except _FAILURES as error:
             raise self._unreadable(name, error) from error
         if array.header.dtype == torch.bfloat16:  # which numpy has not, and torch does not take

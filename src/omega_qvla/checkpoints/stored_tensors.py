@@ -96,6 +96,11 @@ class StoredTensors:
         )
 
 
+def has_safetensors(directory: Path) -> bool:
+    """Whether a directory has weights in safetensors, in one file or in shards."""
+    return any((directory / name).exists() for name in (WEIGHTS, INDEX))
+
+
 def find_tensors(directory: Path) -> StoredTensors:
     """The tensors of a policy directory, in one file or in shards.
 

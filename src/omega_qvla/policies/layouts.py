@@ -11,7 +11,7 @@ from omega_qvla.checkpoints.lora import has_adapter
 from omega_qvla.checkpoints.lora_settings import ADAPTER_CONFIG
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.orbax import array_paths, is_orbax, require_finished
-from omega_qvla.checkpoints.stored_tensors import INDEX, WEIGHTS
+from omega_qvla.checkpoints.stored_tensors import WEIGHTS, has_safetensors
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.families import families
 from omega_qvla.policies.family import CheckpointLayout
@@ -21,7 +21,6 @@ from omega_qvla.policies.torch_module import AS_MODULE
 OWN = CheckpointLayout("this project's own", stream_own, frozenset({"embodiment"}))
 
 _LEROBOT_TYPES = {
-    "pi0": "pi0",
     "pi0_fast": "pi0-FAST",
     "smolvla": "SmolVLA",
     "xvla": "X-VLA",
@@ -31,11 +30,8 @@ _LEROBOT_TYPES = {
 }
 """LeRobot's ``type`` → what it is, where something can be said."""
 
-_JAX_ARRAYS = {
-    "state_proj/kernel": "pi0",
-    "PaliGemma/llm/embedder/input_embedding": "pi0-FAST, or PaliGemma alone",
-}
-"""An array of a JAX checkpoint → what has it, the first that is there."""
+_JAX_ARRAYS = {"PaliGemma/llm/embedder/input_embedding": "pi0-FAST, or PaliGemma alone"}
+"""An array of a JAX checkpoint → what has it."""
 
 _SHOWN = 4
 
@@ -73,7 +69,7 @@ def layout_of(directory: Path) -> CheckpointLayout:
             "this version folds the adapters of LeRobot's policies; merge this one where it was "
             "trained (peft's merge_and_unload) and save the whole policy without it"
         )
-    weights = any((directory / name).exists() for name in (WEIGHTS, INDEX))
+    weights = has_safetensors(directory)
     # With both, openpi too reads the safetensors.
     if content is None and not weights and is_orbax(directory):
         return _jax(directory)

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
 def changed(folder: Callable[..., Path]) -> Callable[..., Path]:
     """A golden case with other arrays: name → array, or None to leave one out."""
 
-    def write(name: str = "full", **training: Any) -> Callable[[dict[str, Any]], Path]:
+    def of_case(name: str = "full", **training: Any) -> Callable[[dict[str, Any]], Path]:
         copied = folder(name)
         text = json.loads((copied / "training.json").read_text()) | training
         (copied / "training.json").write_text(json.dumps(text))
@@ -50,12 +50,18 @@ def changed(folder: Callable[..., Path]) -> Callable[..., Path]:
             saved = SavedArrays(step)
             found = {n: saved.read(n).float().numpy() for n in saved.headers} | changes
             shutil.rmtree(step / "params")
-            write_step(step, [(n, a) for n, a in found.items() if a is not None])
+            write(step, {n: a for n, a in found.items() if a is not None})
             return copied
 
         return of
 
-    return write
+    return of_case
+
+
+def write(step: Path, arrays: dict[str, np.ndarray], **options: Any) -> None:
+    """Write a step with these arrays."""
+    shapes = {name: array.shape for name, array in arrays.items()}
+    write_step(step, shapes, lambda name, shape: arrays[name], **options)
 
 
 def refused(folder: Path, expected: str) -> None:
@@ -94,9 +100,9 @@ def test_chunks_may_lie_in_any_way(chunk: tuple[int, ...], changed: Callable[...
     folder = changed()({})
     step = folder / str(STEP)
     saved = SavedArrays(step)
-    found = [(n, saved.read(n).numpy()) for n in saved.headers]
+    found = {n: saved.read(n).numpy() for n in saved.headers}
     shutil.rmtree(step / "params")
-    write_step(step, found, chunks={name: chunk})
+    write(step, found, chunks={name: chunk})
     for (key, ours), (_, theirs) in zip(
         load(folder).module.named_parameters(), whole.module.named_parameters(), strict=True
     ):
@@ -268,7 +274,7 @@ def test_another_trainers_checkpoint_is_not_taken_for_openpis(
     copied = folder()
     step = copied / str(STEP)
     shutil.rmtree(step / "params")
-    write_step(step, [("decoder/layers/mlp/kernel", np.zeros((2, 3), np.float32))])
+    write(step, {"decoder/layers/mlp/kernel": np.zeros((2, 3), np.float32)})
     refused(
         copied, r"JAX checkpoint of no policy this version reads; its arrays are decoder/layers"
     )

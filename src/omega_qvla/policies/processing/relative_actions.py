@@ -55,3 +55,17 @@ def to_absolute(actions: np.ndarray, state: np.ndarray | None, mask: Mask) -> np
     absolute = actions.copy()
     absolute[..., : len(mask)] += np.where(mask, state[: len(mask)], np.float32(0.0))
     return absolute
+
+
+def describe_actions(mask: Mask, names: Sequence[str] | None) -> str:
+    """Which actions are relative, for the user.
+
+    Args:
+        mask: of the actions.
+        names: their names, where they have some.
+    """
+    if not any(mask):
+        return "absolute"
+    labels = [*(names or ()), *map(str, range(len(names or ()), len(mask)))]
+    kept = [label for label, relative in zip(labels, mask, strict=False) if not relative]
+    return "relative to the state" + (f", but {', '.join(kept)}" if kept else "")

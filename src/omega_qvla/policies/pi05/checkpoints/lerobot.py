@@ -37,32 +37,34 @@ from omega_qvla.checkpoints.lerobot_weights import lerobot_tensors
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.layers.siglip_checkpoints import official_names
-from omega_qvla.policies.pi05.checkpoints.lerobot_releases import Writer, writer_of
-from omega_qvla.policies.pi05.checkpoints.sizes import (
-    GEMMA_VARIANTS,
-    TIE,
-    TOWER,
-    Sizes,
-    infer_sizes,
-)
-from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.network import (
+from omega_qvla.policies.paligemma.lerobot_releases import Writer, writer_of
+from omega_qvla.policies.paligemma.names import TOWER
+from omega_qvla.policies.paligemma.network import (
     TIME_MAX_PERIOD,
     TIME_MIN_PERIOD,
     dropped_shapes,
 )
+from omega_qvla.policies.paligemma.sizes import (
+    GEMMA_VARIANTS,
+    TIE,
+    Sizes,
+    infer_sizes,
+    require_tensor,
+)
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.network import ADAPTIVE_NORM
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.lerobot import (
     ABSOLUTE,
     RELATIVE,
     RELATIVE_IN_0_5_1,
-    describe_actions,
     normalization,
     relative_actions,
 )
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
 from omega_qvla.policies.processing.published_tokenizers import paligemma_tokenizer
+from omega_qvla.policies.processing.relative_actions import describe_actions
 
 CONFIG, PREFIX = "config.json", "model."
 PROMPT, TOKENIZE = "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor"
@@ -149,6 +151,7 @@ def stream_lerobot_pi05(directory: Path, options: CheckpointOptions) -> Pi05Poli
         official_names, tower=TOWER, tie=TIE._replace(apart=_APART), told=options.tied
     )
     stored = lerobot_tensors(directory, content, PREFIX, options, official)
+    require_tensor(stored, ADAPTIVE_NORM, "pi0.5")
     sizes = infer_sizes(stored)
     _require_agreement(settings, sizes, where)
     processor = _processor(directory, options, settings, sizes, writer)

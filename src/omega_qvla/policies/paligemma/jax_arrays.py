@@ -34,15 +34,17 @@ from omega_qvla.checkpoints.weight_store import Change, Place, read_place
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.layers.gemma import GemmaConfig
 from omega_qvla.policies.layers.siglip import VisionConfig
+from omega_qvla.policies.paligemma.names import EMBED_TOKENS, EXPERT, LANGUAGE, PROJECTOR, VISION
+from omega_qvla.policies.paligemma.sizes import Sizes
 
-IMAGES, LANGUAGE = "PaliGemma/img", "PaliGemma/llm"
-BLOCK, LAYERS = f"{IMAGES}/Transformer/encoderblock", f"{LANGUAGE}/layers"
-EMBEDDING = f"{LANGUAGE}/embedder/input_embedding"
+IMAGES, TEXT = "PaliGemma/img", "PaliGemma/llm"
+BLOCK, LAYERS = f"{IMAGES}/Transformer/encoderblock", f"{TEXT}/layers"
+EMBEDDING = f"{TEXT}/embedder/input_embedding"
 
 Part = Literal["backbone", "expert"]
 LoraVariant = Literal["gemma_2b_lora", "gemma_300m_lora"]
 SUFFIX: Mapping[Part, str] = {"backbone": "", "expert": "_1"}
-PUBLISHED: Mapping[Part, LoraVariant] = {
+LORA_OF_BOTH: Mapping[Part, LoraVariant] = {
     "backbone": "gemma_2b_lora",
     "expert": "gemma_300m_lora",
 }
@@ -195,13 +197,24 @@ def kernel(source: str, target: str, n: int | None = None) -> Rule:
     return Rule(source, target, nth(n, transposed), thin)
 
 
-def vision_rules(tower: str, projector: str) -> list[Rule]:
-    """The vision tower and the projector behind it.
+def network_rules(projections: Iterable[str], *, adaptive: bool) -> list[Rule]:
+    """All parameters of a network on PaliGemma.
 
     Args:
-        tower: path of the tower in the network, ``….vision_model``.
-        projector: path of the linear.
+        projections: its linears beside PaliGemma and the action expert.
+        adaptive: whether a linear makes the scales of the expert's norms.
     """
+    return [
+        *_vision_rules(VISION, PROJECTOR),
+        Rule(EMBEDDING, f"{EMBED_TOKENS}.weight", as_it_is),
+        *_gemma_rules("backbone", LANGUAGE, adaptive=False),
+        *_gemma_rules("expert", EXPERT, adaptive=adaptive),
+        *(rule for name in projections for rule in dense(name, name)),
+    ]
+
+
+def _vision_rules(tower: str, projector: str) -> list[Rule]:
+    """The vision tower and the projector behind it."""
     layer, attention = f"{tower}.encoder.layers.{{}}", f"{BLOCK}/MultiHeadDotProductAttention_0"
     rules = [
         Rule(
@@ -232,14 +245,8 @@ def vision_rules(tower: str, projector: str) -> list[Rule]:
     return rules
 
 
-def gemma_rules(part: Part, stem: str, *, adaptive: bool) -> list[Rule]:
-    """The layers and the final norm of one Gemma.
-
-    Args:
-        part: which of the two.
-        stem: its path in the network.
-        adaptive: whether a linear makes the scales of its norms.
-    """
+def _gemma_rules(part: Part, stem: str, *, adaptive: bool) -> list[Rule]:
+    """The layers and the final norm of one Gemma."""
     s, layer = SUFFIX[part], f"{stem}.layers.{{}}"
     attention, here = f"{LAYERS}/attn", f"{layer}.self_attn"
     output, gates = f"{attention}/attn_vec_einsum{s}", f"{LAYERS}/mlp{s}/gating_einsum"
@@ -260,7 +267,7 @@ def gemma_rules(part: Part, stem: str, *, adaptive: bool) -> list[Rule]:
     for source, target in (
         (f"{LAYERS}/pre_attention_norm{s}", f"{layer}.input_layernorm"),
         (f"{LAYERS}/pre_ffw_norm{s}", f"{layer}.post_attention_layernorm"),
-        (f"{LANGUAGE}/final_norm{s}", f"{stem}.norm"),
+        (f"{TEXT}/final_norm{s}", f"{stem}.norm"),
     ):
         if adaptive:
             rules += dense(f"{source}/Dense_0", f"{target}.dense")
@@ -269,49 +276,45 @@ def gemma_rules(part: Part, stem: str, *, adaptive: bool) -> list[Rule]:
     return rules
 
 
-def shapes_of(arrays: SavedArrays) -> Shapes:
-    """The shapes of arrays that must be there."""
-    return Shapes(StoredTensors(str(arrays.where), arrays.headers, {}))
-
-
-def vision_sizes(shape: Shapes) -> VisionConfig:
-    """The sizes of the vision tower.
+def network_sizes(arrays: SavedArrays) -> Sizes:
+    """The sizes of the network, heads included.
 
     Raises:
-        PolicyError: an array is missing, has another rank, or positions form no square.
+        PolicyError: an array is missing, has another rank, or does not go with the others.
     """
+    shape = Shapes(StoredTensors(str(arrays.where), arrays.headers, {}))
     patch, _, _, width = shape(f"{IMAGES}/embedding/kernel", 4)
     _, positions, _ = shape(f"{IMAGES}/pos_embedding", 3)
-    depth, _, hidden = shape(f"{BLOCK}/MlpBlock_0/Dense_0/kernel", 3)
-    query = f"{BLOCK}/MultiHeadDotProductAttention_0/query/kernel"
+    vision_depth, _, hidden = shape(f"{BLOCK}/MlpBlock_0/Dense_0/kernel", 3)
+    _, _, heads, _ = shape(f"{BLOCK}/MultiHeadDotProductAttention_0/query/kernel", 4)
     edge = math.isqrt(positions)
     if edge * edge != positions:
-        raise PolicyError(f"{shape.where}: {positions} vision positions are no square of patches")
-    return VisionConfig(
-        width=width,
-        hidden=hidden,
-        heads=shape(query, 4)[2],
-        depth=depth,
-        image_size=edge * patch,
-        patch_size=patch,
+        raise PolicyError(f"{arrays.where}: {positions} vision positions are no square of patches")
+    backbone, expert = _gemma_sizes(shape, "backbone"), _gemma_sizes(shape, "expert")
+    together = [(each.heads, each.kv_heads, each.head_dim) for each in (backbone, expert)]
+    if together[0] != together[1]:
+        raise PolicyError(
+            f"{arrays.where}: heads, key heads and their width are {together[0]} in the backbone "
+            f"and {together[1]} in the action expert, which attends to the backbone's keys"
+        )
+    return Sizes(
+        vision=VisionConfig(
+            width=width,
+            hidden=hidden,
+            heads=heads,
+            depth=vision_depth,
+            image_size=edge * patch,
+            patch_size=patch,
+        ),
+        backbone=backbone,
+        expert=expert,
+        depth=shape(f"{LAYERS}/mlp/linear", 3)[0],
+        vocabulary=shape(EMBEDDING, 2)[0],
+        action_dim=shape("action_out_proj/kernel", 2)[1],
     )
 
 
-def layer_count(shape: Shapes) -> int:
-    """Layers of the Gemmas.
-
-    Raises:
-        PolicyError: an array is missing or has another rank.
-    """
-    return shape(f"{LAYERS}/mlp/linear", 3)[0]
-
-
-def gemma_sizes(shape: Shapes, part: Part) -> GemmaConfig:
-    """The sizes of one Gemma.
-
-    Raises:
-        PolicyError: an array is missing or has another rank.
-    """
+def _gemma_sizes(shape: Shapes, part: Part) -> GemmaConfig:
     s = SUFFIX[part]
     _, heads, width, head = shape(f"{LAYERS}/attn/q_einsum{s}/w", 4)
     _, _, kv_heads, _, _ = shape(f"{LAYERS}/attn/kv_einsum{s}/w", 5)
@@ -432,7 +435,7 @@ def _scaling(arrays: SavedArrays, rule: Rule, loras: Mapping[Part, Lora]) -> flo
         raise PolicyError(
             f"{arrays.where} has {thin.a}, a LoRA of rank {rank}, and the training configuration "
             f'has none: openpi keeps its strength in its code. Add "lora": {{"{part}": '
-            f'"{PUBLISHED[part]}"}} to it, or {{"rank": {rank}, "alpha": .., "rslora": false}} '
+            f'"{LORA_OF_BOTH[part]}"}} to it, or {{"rank": {rank}, "alpha": .., "rslora": false}} '
             "(docs/checkpoints.md)"
         )
     if thin.scaled and rank != loras[part].rank:
