@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 2
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup gpu demo test test-emulated check slow test-scale test-lerobot golden-lerobot lint docs format bench bench-gpu soak fuzz train clean
+.PHONY: setup gpu demo test test-emulated check slow test-scale test-lerobot golden-lerobot test-openpi golden-openpi lint docs format bench bench-gpu soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -42,7 +42,7 @@ OPENPI_CLIENT := openpi-client==0.1.2
 # torch first and alone: resolved with the rest, pip may pick another build and fetch gigabytes.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) tools/rendering.sh | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,data,serve,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,openpi,data,serve,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps "$(OPENPI_CLIENT)"
 	sh tools/rendering.sh $(BIN)/python
 	@touch $@
@@ -76,7 +76,7 @@ test-emulated: $(STAMP) $(EMULATOR) $(GPU)
 # For a developer at work: lint, and the tests of files that are not marked long.
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) \
-	  -m "not long and not emulated and not slow and not scale and not lerobot"
+	  -m "not long and not emulated and not slow and not scale and not lerobot and not openpi"
 
 # Ray is 80 MB to fetch, 240 MB installed, and slow to start: its tests are not part of `make test`.
 test-scale: $(STAMP)
@@ -115,6 +115,36 @@ $(LEROBOT_VENV)/.installed:
 	  imageio pyserial deepdiff sentencepiece
 	@touch $@
 
+# openpi itself beside ours, in JAX and in PyTorch, on what its trainer saves: 3 GB in an environment
+# of its own, then some minutes.  OPENPI=DIR names a clone of openpi that is there already, and
+# OPENPI_PYTHON=PATH the Python of an environment for it (docs/parity.md says with what).
+OPENPI ?= .venv-openpi/openpi
+OPENPI_PYTHON ?= .venv-openpi/bin/python
+OPENPI_COMMIT := 15a9616a00943ada6c20a0f158e3adb39df2ccac
+OPENPI_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m openpi tests/openpi \
+  -o faulthandler_timeout=0 --openpi $(OPENPI) --openpi-python $(OPENPI_PYTHON) \
+  --openpi-out $(OUT)/openpi
+
+test-openpi: $(STAMP) $(OPENPI) $(OPENPI_PYTHON)
+	@mkdir -p $(OUT)
+	$(OPENPI_TESTS)
+
+# Replaces the checkpoints and records that `test` reads by what openpi saves and computes now.
+golden-openpi: $(STAMP) $(OPENPI) $(OPENPI_PYTHON)
+	@mkdir -p $(OUT)
+	$(OPENPI_TESTS) --write-openpi
+
+.venv-openpi/openpi:
+	git clone --quiet https://github.com/Physical-Intelligence/openpi $@.partial
+	git -C $@.partial checkout --quiet $(OPENPI_COMMIT)
+	mv $@.partial $@
+
+# What openpi's lock file pins, but for what training and robots alone need.  Its PyTorch model needs
+# its own files in the place of some of transformers'.
+.venv-openpi/bin/python: | $(OPENPI)
+	@for python in "$(PYTHON311)" python3.11 "$$HOME"/.pyenv/versions/3.11*/bin/python3.11; do \
+	  "$$python" -m venv .venv-openpi/env 2>/dev/null && exit 0; done; \
+	  echo "Python 3.11 is needed for openpi; name one with: make PYTHON311=PATH test-openpi"; exit 2
 # What `test` does a little of, done at length.
 slow: $(STAMP) $(EMULATOR) $(GPU)
 	$(BIN)/python -m pytest -q -m slow

@@ -11,7 +11,8 @@ from omega_qvla.checkpoints.files import read_json, refuse_unsafe
 from omega_qvla.checkpoints.lora import has_adapter
 from omega_qvla.checkpoints.lora_settings import ADAPTER_CONFIG
 from omega_qvla.checkpoints.options import CheckpointOptions
-from omega_qvla.checkpoints.stored_tensors import INDEX, WEIGHTS
+from omega_qvla.checkpoints.orbax import array_paths, is_orbax, require_finished
+from omega_qvla.checkpoints.stored_tensors import WEIGHTS, has_safetensors
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.families import families
 from omega_qvla.policies.family import CheckpointLayout
@@ -28,6 +29,11 @@ def _not_here(directory: Path, options: CheckpointOptions) -> NativePolicy:
 OWN = CheckpointLayout("this project's own", stream_own, frozenset({"embodiment"}))
 
 LEROBOT = CheckpointLayout("LeRobot's, run by its own code", _not_here, frozenset())
+
+_JAX_ARRAYS = {"PaliGemma/llm/embedder/input_embedding": "pi0-FAST, or PaliGemma alone"}
+"""An array of a JAX checkpoint → what has it."""
+
+_SHOWN = 4
 
 
 def require_asked(layout: CheckpointLayout, options: CheckpointOptions, where: str) -> None:
@@ -63,7 +69,11 @@ def layout_of(directory: Path) -> CheckpointLayout:
             "this version folds the adapters of LeRobot's policies; merge this one where it was "
             "trained (peft's merge_and_unload) and save the whole policy without it"
         )
-    if content is None and not any((directory / n).exists() for n in (WEIGHTS, INDEX, "assets")):
+    weights = has_safetensors(directory)
+    # With both, openpi too reads the safetensors.
+    if content is None and not weights and is_orbax(directory):
+        return _jax(directory)
+    if content is None and not weights and not (directory / "assets").exists():
         refuse_unsafe(directory)
         raise PolicyError(
             f"{str(directory)!r} has no {CONFIG} and no {WEIGHTS}: it is not a policy directory "
@@ -80,6 +90,25 @@ def layout_of(directory: Path) -> CheckpointLayout:
         f"{directory / CONFIG} is of no layout this version reads ({_read()}; "
         "docs/checkpoints.md): it has neither LeRobot's 'type' nor openpi's 'paligemma_variant' "
         "nor GR00T's 'model_type'"
+    )
+
+
+def _jax(directory: Path) -> CheckpointLayout:
+    """The layout of a step that Orbax saved.
+
+    Raises:
+        PolicyError: it was not finished, is no step, or is no policy that this version reads.
+    """
+    require_finished(directory)
+    for layout in _layouts():
+        if layout.recognizes(directory, None):
+            return layout
+    names = array_paths(directory)
+    kind = next((kind for name, kind in _JAX_ARRAYS.items() if name in names), None)
+    known = "" if kind is None else f" ({kind})"
+    raise PolicyError(
+        f"{directory} is a JAX checkpoint of no policy this version reads{known}; its arrays are "
+        f"{', '.join(list(names)[:_SHOWN])}.. It reads {_read()} (docs/checkpoints.md)"
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from omega_qvla.checkpoints.files import read_bytes
 from omega_qvla.checkpoints.options import CheckpointOptions
-from omega_qvla.checkpoints.stored_tensors import StoredTensors, find_tensors
+from omega_qvla.checkpoints.orbax import is_orbax
+from omega_qvla.checkpoints.stored_tensors import StoredTensors, find_tensors, has_safetensors
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.layers.siglip_checkpoints import official_names
 from omega_qvla.policies.paligemma.config import PaligemmaConfig
@@ -37,7 +38,7 @@ def is_openpi_layout(directory: Path, content: Mapping[str, Any] | None, family:
         family: named by a ``config.json`` that this project wrote in openpi's layout.
     """
     if content is None:
-        return True
+        return has_safetensors(directory) or not is_orbax(directory)
     if content.get("family", family) != family:
         return False
     return "paligemma_variant" in content or (directory / "assets").exists()
@@ -88,7 +89,17 @@ def require_agreement(
 
 
 def published_fields(training: TrainingConfig, sizes: Sizes) -> dict[str, Any]:
-    """The fields of ``PaligemmaConfig`` that tensors and training configuration tell."""
+    """The fields of ``PaligemmaConfig`` that tensors and training configuration tell.
+
+    Raises:
+        PolicyError: the two do not go together.
+    """
+    if training.robot_action_dim > sizes.action_dim:
+        raise PolicyError(
+            f"the training configuration has a robot of {training.robot_action_dim} numbers per "
+            f"action (robot_action_dim), the weights (action_out_proj) give {sizes.action_dim}: it "
+            "is another policy's"
+        )
     return {
         **sizes._asdict(),
         "horizon": training.horizon,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omega_qvla.errors import PolicyError
+from omega_qvla.policies.paligemma.jax_arrays import Lora, LoraVariant, Part
 from omega_qvla.policies.processing.relative_actions import Mask
 
 BASE, LEFT, RIGHT = "base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"
@@ -34,6 +35,8 @@ class TrainingConfig(BaseModel):
         asset_id: folder of the statistics below ``assets``, where there are several.
         relative_actions: of the first actions, which are differences from the state (the mask of
             ``DeltaActions``).
+        lora: adapters in a JAX checkpoint, by the Gemma they are in: openpi's variant, or the
+            ``LoRAConfig`` of its attention.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +48,7 @@ class TrainingConfig(BaseModel):
     prompt_length: int | None = Field(default=None, ge=1)
     asset_id: str | None = None
     relative_actions: Mask = ()
+    lora: dict[Part, LoraVariant | Lora] = Field(default_factory=dict[Part, "LoraVariant | Lora"])
 
 
 class Published(NamedTuple):
@@ -69,12 +73,15 @@ def training_config(choice: str | None, directory: Path, published: Published) -
     """
     known = ", ".join(published.known)
     if choice is None:
+        # openpi's trainer saves below checkpoints/<configuration>/<experiment>/<step>.
+        likely = [name for name in directory.resolve().parts if name in published.known]
+        hint = f". A folder of its path is called {likely[-1]}" if likely else ""
         raise PolicyError(
             f"no config.json in {directory} says how the policy was trained (horizon, cameras, "
             "robot dimensions, whether the state is in the prompt): openpi keeps that in its code. "
             f"Name the training configuration ({known}), or a JSON file with "
             f"{', '.join(TrainingConfig.model_fields)}: --training-config, or "
-            "CheckpointOptions(training_config=...)"
+            f"CheckpointOptions(training_config=...){hint}"
         )
     if choice in published.known:
         return published.known[choice]

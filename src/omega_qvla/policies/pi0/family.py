@@ -7,6 +7,7 @@ from omega_qvla.policies.paligemma.libero import LIBERO
 from omega_qvla.policies.paligemma.network import dropped_parameters
 from omega_qvla.policies.pi0.checkpoints.lerobot import stream_lerobot_pi0
 from omega_qvla.policies.pi0.checkpoints.openpi import is_openpi, stream_openpi
+from omega_qvla.policies.pi0.checkpoints.openpi_jax import is_openpi_jax, stream_openpi_jax
 from omega_qvla.policies.pi0.config import Pi0Config
 from omega_qvla.policies.pi0.policy import Pi0Policy
 from omega_qvla.policies.pi0.processing import Pi0Processor
@@ -45,6 +46,12 @@ FAMILY = Family(
             stream_lerobot_pi0,
             frozenset({"tokenizer", "written_by", "ignore_settings", "base", "tied"}),
             lerobot_type="pi0",
+        ),
+        CheckpointLayout(
+            "a step of openpi's JAX trainer, pi0",
+            stream_openpi_jax,
+            frozenset({"training_config", "tokenizer"}),
+            is_openpi_jax,
         ),
     ),
     libero=LIBERO,

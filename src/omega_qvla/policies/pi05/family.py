@@ -7,6 +7,7 @@ from omega_qvla.policies.paligemma.libero import LIBERO
 from omega_qvla.policies.paligemma.network import dropped_parameters
 from omega_qvla.policies.pi05.checkpoints.lerobot import stream_lerobot_pi05
 from omega_qvla.policies.pi05.checkpoints.openpi import is_openpi, stream_openpi
+from omega_qvla.policies.pi05.checkpoints.openpi_jax import is_openpi_jax, stream_openpi_jax
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.pi05.processing import Pi05Processor
@@ -40,6 +41,12 @@ FAMILY = Family(
             stream_openpi,
             frozenset({"training_config", "tokenizer", "tied"}),
             is_openpi,
+        ),
+        CheckpointLayout(
+            "a step of openpi's JAX trainer",
+            stream_openpi_jax,
+            frozenset({"training_config", "tokenizer"}),
+            is_openpi_jax,
         ),
         CheckpointLayout(
             "LeRobot's pi05",

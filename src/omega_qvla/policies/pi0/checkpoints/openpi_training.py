@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from omega_qvla.policies.paligemma.jax_arrays import LORA_OF_BOTH
 from omega_qvla.policies.paligemma.openpi_training import BASE, LEFT, Published, TrainingConfig
 
 _DROID = TrainingConfig(
@@ -25,7 +26,7 @@ PUBLISHED = Published(
     known={
         "pi0_droid": _DROID,
         "pi0_libero": _LIBERO,
-        "pi0_libero_low_mem_finetune": _LIBERO,
+        "pi0_libero_low_mem_finetune": _LIBERO.model_copy(update={"lora": LORA_OF_BOTH}),
         "pi0_droid_jointpos_polaris": _POLARIS,
         "pi0_droid_jointpos_100k_polaris": _POLARIS,
     },

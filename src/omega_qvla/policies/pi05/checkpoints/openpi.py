@@ -73,10 +73,15 @@ def stream_openpi(directory: Path, options: CheckpointOptions) -> Pi05Policy:
         sizes = infer_sizes(stored)
         require_agreement(directory, content, training, sizes, options)
         processor = published_processor(directory, options, training, sizes)
-        own = f"the robot's {training.state_dim} numbers" if training.state_in_prompt else "none"
-        decisions = published_decisions("openpi, PyTorch", processor.config, own, options)
+        state = state_of(training)
+        decisions = published_decisions("openpi, PyTorch", processor.config, state, options)
     policy = Pi05Policy.of_processor(processor)
     return policy.read_from(stored, dropped_shapes(processor.config), decisions)
+
+
+def state_of(training: TrainingConfig) -> str:
+    """What the prompt has of the state, in words."""
+    return f"the robot's {training.state_dim} numbers" if training.state_in_prompt else "none"
 
 
 def _self_contained(directory: Path) -> Pi05Processor:
