@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from omega_qvla.calibration.mismatch import CalibrationWarning
+from omega_qvla.cli.backbone import Backbone
 from omega_qvla.cli.bench import Bench
 from omega_qvla.cli.benchmark import Benchmark
 from omega_qvla.cli.compare import Compare
@@ -47,6 +48,7 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Benchmark, tyro.conf.subcommand("benchmark")]
     | Annotated[Unseen, tyro.conf.subcommand("unseen")]
+    | Annotated[Backbone, tyro.conf.subcommand("backbone")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Report, tyro.conf.subcommand("report")]
