@@ -42,7 +42,7 @@ OPENPI_CLIENT := openpi-client==0.1.2
 # torch first and alone: resolved with the rest, pip may pick another build and fetch gigabytes.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) tools/rendering.sh | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,openpi,data,serve,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,openpi,data,serve,bench,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps "$(OPENPI_CLIENT)"
 	sh tools/rendering.sh $(BIN)/python
 	@touch $@

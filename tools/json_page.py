@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel
 
+from omega_qvla.results.backbone import BackboneBench
 from omega_qvla.results.diagnostics import Diagnostics
 from omega_qvla.results.episodes import EpisodeRecord
 from omega_qvla.results.memory import Inspection, Verification
@@ -60,6 +61,7 @@ checkpoint the tensors that stay unquantized.""",
         (Inspection,),
     ),
     ("`verify`", "It has no `schema`.", (Verification,)),
+    ("`backbone`", "", (BackboneBench,)),
     ("`bench kernels`", "", (KernelBench,)),
     ("`bench policy`", "", (PolicyBench,)),
     (

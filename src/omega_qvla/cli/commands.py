@@ -21,6 +21,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "compare": "recipes side by side on one policy, on the same seeds",
         "diagnose": "error and range of every site, and the robot's path",
         "unseen": "recipes calibrated on less than they meet",
+        "backbone": "recipes on a language model with real weights",
         "benchmark": "the frozen benchmark of all methods",
         "bench": "speed and memory of kernels or of a whole policy",
         "report": "saved results as one HTML page",

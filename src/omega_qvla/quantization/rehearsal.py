@@ -87,6 +87,7 @@ def rehearse(policy: TorchPolicy, observation: Observation, recipe: Recipe) -> R
         PolicyError: the two differ, or sampling fails; says where and why.
         ArtifactError: the module holds a tensor that no artifact can.
     """
+    recipe.require_known(policy.sites)
     covered = [site for site in policy.sites if recipe.scheme_of(site) is not None]
     if recipe.realizable:
         _require_storable(policy, {name for site in covered for name in site.linears})
