@@ -13,9 +13,18 @@ from typing import Any
 
 import pytest
 from checkpoint_formats import module_of
+from guided_cases import GUIDED, SETTINGS, STEP_SETTINGS, Setting
+from guided_parity import (
+    FILE,
+    TOLERANCE,
+    chunk_difference,
+    left_over_difference,
+    loaded,
+    step_difference,
+)
 from lerobot_cases import VOCABULARY, Case, Policy, golden_cases
 from lerobot_golden import WEIGHTS, Golden, draw_weights, golden_file
-from lerobot_parity import choices_of, compare, know_small_tower
+from lerobot_parity import Record, choices_of, compare, know_small_tower, read_record
 
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.layers.siglip import VisionConfig
@@ -107,3 +116,24 @@ def test_a_release_that_nothing_tells_must_be_said_and_matters(
     found = compare(directory, golden.record(case), case, replace(right, written_by=other))
     assert (found.tokens > 0) == (case.policy == "pi05")  # whose prompt has the state
     assert found.pixels > 1.0 and found.actions > 1e-3
+
+
+@pytest.fixture(scope="module")
+def guided() -> Record:
+    return read_record(FILE)
+
+
+@pytest.mark.parametrize("setting", STEP_SETTINGS, ids=lambda setting: setting.name)
+def test_a_guided_denoising_step_is_lerobots(setting: Setting, guided: Record) -> None:
+    assert step_difference(guided, setting) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", GUIDED, ids=lambda case: case.name)
+def test_a_chunk_continues_another_as_lerobots_does(
+    case: Case, guided: Record, checkpoint: Callable[[Case], Path]
+) -> None:
+    """From the same left-over, in the robot's units and in the network's."""
+    policy = loaded(checkpoint(case), case)
+    assert left_over_difference(policy, guided, case) <= TOLERANCE
+    for setting in SETTINGS:
+        assert chunk_difference(policy, guided, case, setting) <= TOLERANCE, setting.name

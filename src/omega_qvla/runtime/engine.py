@@ -31,6 +31,7 @@ from omega_qvla.quantization.attention import scale_attention
 from omega_qvla.quantization.pipeline import Quantization, simulate
 from omega_qvla.quantization.simulation import SimulatedLinear, install, install_site
 from omega_qvla.quantization.stored import SiteRecord
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, RealTimeChunking
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.description import coverage_faults, describe
@@ -80,9 +81,20 @@ class QuantizedPolicy:
         *,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        previous: np.ndarray | Tensor | None = None,
+        delay: int | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
     ) -> Any:
         """One action chunk; see the policy's own ``sample_actions``."""
-        return self.policy.sample_actions(observation, noise, steps=steps, generator=generator)
+        return self.policy.sample_actions(
+            observation,
+            noise,
+            steps=steps,
+            generator=generator,
+            previous=previous,
+            delay=delay,
+            chunking=chunking,
+        )
 
     def save_pretrained(self, directory: str | Path, *, claim: Claim | None = None) -> Path:
         """Write the artifact atomically; an earlier one is replaced only when this is complete.

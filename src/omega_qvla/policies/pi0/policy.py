@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omega_qvla.flow_time import euler_times
 from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
+from omega_qvla.policies.guidance import Guidance
 from omega_qvla.policies.layers.attention import KeyValue, PreallocatedKVCache
+from omega_qvla.policies.layers.flow import integrate
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.paligemma.names import EMBED_TOKENS
 from omega_qvla.policies.paligemma.stages import component_of, expert_attention
@@ -58,15 +59,21 @@ class Pi0Policy(NativePolicy):
     def make_schedule(self, times: Tensor) -> Tensor:
         return self.module.time_code(times)
 
-    def denoise(self, observed: tuple[list[KeyValue], int], noise: Tensor, steps: int) -> Tensor:
+    def denoise(
+        self,
+        observed: tuple[list[KeyValue], int],
+        noise: Tensor,
+        steps: int,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
         seen, length = observed
         codes, rotary = self.schedule(steps), self.module.suffix_rotary(length)
         cache = [PreallocatedKVCache.after(kv, self.config.horizon) for kv in seen]
-        x = noise
-        for i, t in enumerate(euler_times(steps)):
-            with self.clock.step(i, t):
-                x = x - self.module.velocity(x, codes[i : i + 1], cache, rotary) / steps
-        return x
+
+        def velocity(x: Tensor, step: int) -> Tensor:
+            return self.module.velocity(x, codes[step : step + 1], cache, rotary)
+
+        return integrate(velocity, noise, steps, self.clock, guidance)
 
     def head_attention(self) -> Sequence[AttentionLayer]:
         return expert_attention(self.config)

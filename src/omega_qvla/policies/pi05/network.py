@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.flow_time import FlowClock, euler_times
+from omega_qvla.flow_time import FlowClock
+from omega_qvla.policies.guidance import Guidance
 from omega_qvla.policies.layers.attention import KeyValue, PreallocatedKVCache
 from omega_qvla.policies.layers.elementwise import RotaryTable
+from omega_qvla.policies.layers.flow import integrate
 from omega_qvla.policies.layers.gemma import AdaptiveGemmaLayer
 from omega_qvla.policies.layers.modules import time_embedding
 from omega_qvla.policies.layers.norms import AdaptiveRMSNorm
@@ -112,6 +114,7 @@ def sample_chunk(
     noise: Tensor,
     modulation: Tensor,
     clock: FlowClock,
+    guidance: Guidance | None = None,
 ) -> Tensor:
     """Integrate the flow from noise to a normalized action chunk.
 
@@ -120,15 +123,15 @@ def sample_chunk(
         noise: [B, horizon, action_dim] at t = 1.
         modulation: [steps, norms, 3, D], one row per Euler step.
         clock: entered once per step.
+        guidance: what the chunk continues, or None.
     """
-    steps = modulation.shape[0]
     rotary = module.suffix_rotary(prefix_length)
     preallocated = [PreallocatedKVCache.after(kv, noise.shape[-2]) for kv in cache]
-    x = noise
-    for i, t in enumerate(euler_times(steps)):
-        with clock.step(i, t):
-            x = x - module.velocity(x, modulation[i : i + 1], preallocated, rotary) / steps
-    return x
+
+    def velocity(x: Tensor, step: int) -> Tensor:
+        return module.velocity(x, modulation[step : step + 1], preallocated, rotary)
+
+    return integrate(velocity, noise, modulation.shape[0], clock, guidance)
 
 
 def remove_modulation(module: Pi05Module) -> None:

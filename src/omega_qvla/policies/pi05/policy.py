@@ -9,6 +9,7 @@ from torch import Tensor
 
 from omega_qvla.policies.adaptive_norms import AdaptiveNorms
 from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
+from omega_qvla.policies.guidance import Guidance
 from omega_qvla.policies.layers.attention import KeyValue
 from omega_qvla.policies.paligemma.names import EMBED_TOKENS
 from omega_qvla.policies.paligemma.stages import component_of, expert_attention
@@ -64,9 +65,16 @@ class Pi05Policy(AdaptiveNorms):
         positions = torch.arange(prefix.shape[1], device=prefix.device).unsqueeze(0)
         return self.module.prefill(prefix, positions)[0], prefix.shape[1]
 
-    def denoise(self, observed: tuple[list[KeyValue], int], noise: Tensor, steps: int) -> Tensor:
+    def denoise(
+        self,
+        observed: tuple[list[KeyValue], int],
+        noise: Tensor,
+        steps: int,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
         cache, length = observed
-        return sample_chunk(self.module, cache, length, noise, self.schedule(steps), self.clock)
+        schedule = self.schedule(steps)
+        return sample_chunk(self.module, cache, length, noise, schedule, self.clock, guidance)
 
     def head_attention(self) -> Sequence[AttentionLayer]:
         return expert_attention(self.config)

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from omega_qvla.errors import ObservationError
+from omega_qvla.policies.guidance import Guidance
 
 
 class Encoded(NamedTuple):
@@ -18,10 +19,12 @@ class Encoded(NamedTuple):
         inputs: what the network reads, one row each.
         anchor: [state_dim] float32, what relative actions are counted from; None where actions are
             absolute.
+        guidance: one row of what the chunk continues; None where it begins anew.
     """
 
     inputs: Sequence[Tensor]
     anchor: np.ndarray | None
+    guidance: Guidance | None = None
 
 
 def require_images(observation: Mapping[str, Any], cameras: Sequence[str]) -> list[np.ndarray]:
