@@ -32,6 +32,7 @@ from omega_qvla.policies.lerobot_bridge.watching import Left, Watched, leave_out
 from omega_qvla.policies.processing.observations import require_prompt, require_state
 from omega_qvla.policies.slots import AbsentLinear
 from omega_qvla.policies.torch_module import TorchPolicy
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, RealTimeChunking
 
 IMAGE, STATE = "observation.images.", "observation.state"
 _SEED_BELOW = 1 << 62
@@ -157,6 +158,9 @@ class LeRobotPolicy(TorchPolicy):
         *,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        previous: np.ndarray | Tensor | None = None,
+        delay: int | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
     ) -> np.ndarray:
         """One action chunk, [T, A] float32 in the robot's units.
 
@@ -166,13 +170,23 @@ class LeRobotPolicy(TorchPolicy):
                 none, a seed, int64 [1].  Drawn when absent.
             steps: nothing else than the policy's own.
             generator: source of randomness when noise is drawn (freshly seeded if absent).
+            previous, delay, chunking: refused: these networks continue no chunk.
 
         Raises:
             ObservationError: the observation lacks something, or the noise is misshaped.
-            PolicyError: the module is not used as it was when it was quantized.
+            PolicyError: the module is not used as it was when it was quantized; or there is a
+                previous chunk.
         """
         batch = self.preprocess(self.batch_of(observation))
-        chunk = super().sample_actions(batch, noise, steps=steps, generator=generator)
+        chunk = super().sample_actions(
+            batch,
+            noise,
+            steps=steps,
+            generator=generator,
+            previous=previous,
+            delay=delay,
+            chunking=chunking,
+        )
         actions = self.postprocess(chunk.to(torch.float32))
         return np.ascontiguousarray(actions[0].to("cpu", torch.float32).numpy())
 

@@ -18,7 +18,7 @@ class Pi0Config(PaligemmaConfig):
             (openpi), or ``as_given`` (LeRobot); a line break ends both.
     """
 
-    family: Literal["pi0"] = "pi0"
+    family: Literal["pi0"] = "pi0"  # pyright: ignore[reportIncompatibleVariableOverride]
     padded_state_dim: int
     prompt: Literal["cleaned", "as_given"] = "cleaned"
 

@@ -17,7 +17,7 @@ class Pi05Config(PaligemmaConfig):
             written into the prompt (LeRobot: 32); None writes the robot's own dimensions (openpi).
     """
 
-    family: Literal["pi05"] = "pi05"
+    family: Literal["pi05"] = "pi05"  # pyright: ignore[reportIncompatibleVariableOverride]
     state_in_prompt: bool
     prompt_state_dim: int | None = None
 
