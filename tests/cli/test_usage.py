@@ -125,6 +125,7 @@ def test_a_slip_is_one_line_with_what_was_meant(
         (("--resume",), "give --out as well"),
         (("--env", "a:b", "--tasks", "t", "--suite", "goal"), "not for a:b"),
         (("--env", "libero", "--suite", "goal", "--tasks", "goal:1"), "give one of them"),
+        (("--env", "libero", "--seed", "3"), "--seed is for metaworld or your own"),
         (("--env", "libero", "--episodes", "3"), "--protocol (paper or full)"),
         (("--env", "a:b"), "needs --tasks"),
     ],
@@ -147,6 +148,25 @@ def test_help_has_a_command_s_own_options_first_and_those_of_all_last(
         shown.index(f" --{name} ") for name in ("out", "recipe", "calibration", "base", "json")
     ]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("kernels", "--artifact", "x"), "--artifact would do nothing for `bench kernels`"),
+        (("kernels", "--roofline", "orin"), "--roofline would do nothing for `bench kernels`"),
+        (("policy", "--llama-cpp", "x"), "--llama-cpp would do nothing for `bench policy`"),
+        (("policy", "--sites", "expert"), "--sites would do nothing for `bench policy`"),
+        (("policy", "--figure", "x.png"), "--figure would do nothing for `bench policy`"),
+    ],
+    ids=" ".join,
+)
+def test_an_option_of_the_other_benchmark_is_refused(
+    words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("bench", *words) == 2
+    message = capsys.readouterr().err
+    assert told in message and message.count("\n") == 1
 
 
 def test_the_library_names_parameters_and_the_command_line_its_options() -> None:

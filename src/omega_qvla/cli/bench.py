@@ -20,11 +20,14 @@ from omega_qvla.cli.options import (
     save,
     to_standard_output,
 )
-from omega_qvla.errors import RecipeError
+from omega_qvla.errors import RecipeError, UsageError
 from omega_qvla.extras import require
 
 if TYPE_CHECKING:
     from omega_qvla.cli.screen import Screen
+
+_ONLY = {"policy": ("artifact", "roofline"), "kernels": ("llama_cpp", "sites", "figure")}
+"""What would do nothing for the other of the two."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ class Bench(Common):
         return [*super().files, *([] if self.figure is None else [self.figure])]
 
     def run(self, screen: Screen) -> int:
+        for name in _ONLY["policy" if self.what == "kernels" else "kernels"]:
+            if getattr(self, name):
+                words = name.replace("_", "-")
+                raise UsageError(
+                    f"--{words} would do nothing for `bench {self.what}`: leave it out"
+                )
         if self.figure is not None:
             require("drawing the roofline", "report", "matplotlib")
         require_cpu(self.device)
@@ -90,8 +99,6 @@ class Bench(Common):
         from omega_qvla.report.table import bound_table
         from omega_qvla.results.speed import Roofline
 
-        if self.what != "policy":
-            raise RecipeError("--roofline is for `bench policy`; `bench kernels` draws --figure")
         calculated = roofline(device, policy=self.policy, artifact=self.artifact)
         found = Roofline(library=version("omega-qvla"), **calculated)
         screen.table(bound_table(found))

@@ -14,6 +14,7 @@ import tyro
 from omega_qvla.cli.options import (
     COUNT,
     COUNT_OR_NONE,
+    EVALUATION_SEED,
     MAGNITUDE,
     Calibrated,
     Checkpoint,
@@ -22,8 +23,9 @@ from omega_qvla.cli.options import (
     Positional,
     RecipeName,
     ScopeName,
-    Simulation,
+    Seed,
     TaskNames,
+    Threads,
     chosen_tasks,
     option,
     save,
@@ -41,7 +43,7 @@ FILM_SIZE = 112
 
 
 @dataclass(frozen=True)
-class Diagnose(Simulation, Calibrated, Checkpoint, Common):
+class Diagnose(Calibrated, Checkpoint, Common):
     """Look inside a quantized policy: every site's error and range, and the robot's path."""
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -61,6 +63,8 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
         int, option(metavar="N", help="per task and policy; 0: none"), COUNT_OR_NONE
     ] = 1
     tasks: TaskNames = None
+    seed: Seed = EVALUATION_SEED
+    threads: Threads = None
     out: Annotated[Path, option(metavar="FILE", help="the JSON, an input of `report`")] = Path(
         "out/diagnostics.json"
     )

@@ -87,6 +87,7 @@ Threads = Annotated[
     ),
     PROCESSES,
 ]
+Seed = Annotated[int, option(metavar="N", help="first episode seed"), SEED]
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Simulation(Execution):
         ),
         PROCESSES,
     ] = None
-    seed: Annotated[int, option(metavar="N", help="first episode seed"), SEED] = EVALUATION_SEED
+    seed: Seed = EVALUATION_SEED
 
     @property
     def resources(self) -> Resources:

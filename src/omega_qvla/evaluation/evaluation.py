@@ -125,6 +125,7 @@ def evaluate(
             "suite": suite,
             "protocol": protocol,
             "simulator_python": simulator_python,
+            "seed": seed or None,
             "out": out,
         },
     )
@@ -192,6 +193,7 @@ _ONLY = {
     "out": ("libero", "your own"),
     "episodes": ("metaworld", "your own"),
     "execute": ("your own",),
+    "seed": ("metaworld", "your own"),
 }
 """What goes with some environments alone."""
 

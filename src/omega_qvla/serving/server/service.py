@@ -89,6 +89,11 @@ class Settings:
                 "parsing: it is served on loopback without them (they protect `metrics_port`, "
                 "where there is one); reach it through an SSH tunnel"
             )
+        if self.limits is not None and self.limit_margin != Settings.limit_margin:
+            raise PolicyError(
+                "`limit_margin` widens the limits that statistics give, and `limits` gives others: "
+                "leave one of them out"
+            )
         if not protocol.layouts and self.layout != "native":
             raise PolicyError(f"`layout` is not for {self.protocol}, which names its parts itself")
 
