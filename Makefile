@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 2
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup gpu demo test test-emulated check slow test-scale test-lerobot golden-lerobot test-openpi golden-openpi lint docs format bench bench-gpu soak fuzz train clean
+.PHONY: setup gpu demo test test-emulated check slow test-scale test-lerobot golden-lerobot test-openpi golden-openpi lint quick-lint types docs format bench bench-gpu soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -149,7 +149,10 @@ golden-openpi: $(STAMP) $(OPENPI) $(OPENPI_PYTHON)
 slow: $(STAMP) $(EMULATOR) $(GPU)
 	$(BIN)/python -m pytest -q -m slow
 
-lint: $(STAMP)
+lint: quick-lint types
+
+# Seconds; what pre-commit runs before a commit.
+quick-lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/forbidden_calls.py src
@@ -159,6 +162,8 @@ lint: $(STAMP)
 	$(BIN)/python tools/json_page.py --check
 	$(BIN)/python tools/artifact_table.py --check
 	$(BIN)/lint-imports
+
+types: $(STAMP)
 	$(BIN)/pyright
 
 # The documentation's site, into $(OUT)/site; a dead link or anchor is an error.

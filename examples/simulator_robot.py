@@ -1,6 +1,7 @@
 """The simulator as the robot: drives Meta-World in real time from a policy behind a socket.
 
-    omega-qvla serve out/demo/artifacts/omega-w4a4-plain &
+    omega-qvla quantize builtin:tiny-pi05 --out out/tiny
+    omega-qvla serve out/tiny &
     python examples/simulator_robot.py ws://127.0.0.1:8000 --task drawer-open-v3 --rate 10
 
 The robot moves at its rate whether or not actions have arrived, as a real one does: chunks are

@@ -7,6 +7,9 @@ are real, sizes and weights are not (tests/helpers/checkpoint_formats.py).
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ pytestmark = pytest.mark.long
 
 Directory = Callable[..., Path]
 PARTS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-EMBEDDED = ("index.md", "serving.md", "report.md")
+TINY = "omega-qvla quantize builtin:tiny-pi05 --out out/tiny"
 FRAMES = [(episode, frame) for episode in range(2) for frame in range(6)]
 
 
@@ -124,11 +127,22 @@ def test_calibrate_on_my_dataset(lerobot_directory: Directory) -> None:  # noqa:
     assert len(observations) == 6 and observations.report
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_guides_with_embedded_policies(name: str) -> None:
-    run_all(page(name))
-    if name == "report.md":
-        assert "<html" in Path("out/report.html").read_text("utf-8")
+def test_serve_to_a_robot() -> None:
+    """The artifact is made as in README.md, where that command is run; here by a quicker recipe."""
+    quantize, serve = commands(page("serving.md"))
+    assert quantize == TINY
+    run(f"{quantize} --recipe rtn")
+    with serving(serve):
+        pass
+
+
+def test_the_first_page_shows_the_commands_of_the_readme() -> None:
+    assert commands(page("index.md")) == commands((ROOT / "README.md").read_text("utf-8"))
+
+
+def test_read_a_report() -> None:
+    run_all(page("report.md"))
+    assert "<html" in Path("out/report.html").read_text("utf-8")
 
 
 def test_evaluate_in_my_simulator(tmp_path: Path) -> None:
@@ -138,8 +152,22 @@ def test_evaluate_in_my_simulator(tmp_path: Path) -> None:
     run_all(text)
 
 
+@pytest.mark.parametrize("name", ["look_inside", "own_module"])
+def test_examples_run(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{name}.py", "--recipe", "rtn"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    errors = [float(error) for error in re.findall(r"error.*? (\d+\.\d+)", done.stdout)]
+    assert errors and all(0 < error < 0.5 for error in errors), done.stdout
+    assert "False" not in done.stdout
+
+
 def test_every_page_with_commands_is_run_here() -> None:
     """A new guide has to be added above."""
     shown = {path.name for path in (ROOT / "docs").glob("**/*.md") if commands(path.read_text())}
-    run_above = {"pi05.md", "gr00t.md", "calibration.md", "evaluate-your-robot.md", *EMBEDDED}
+    run_above = {"pi05.md", "gr00t.md", "calibration.md", "evaluate-your-robot.md"}
+    run_above |= {"index.md", "serving.md", "report.md"}
     assert {name for name in shown if not name.startswith("add-")} == run_above

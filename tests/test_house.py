@@ -139,6 +139,42 @@ def test_makefile_has_every_target_the_documents_name() -> None:
     assert {"setup", "demo", "test", "lint", "train", "clean"} <= targets
 
 
+def release_notes(version: str, changelog: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The tool, in a copy of the project that has another changelog."""
+    (folder / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "release_notes.py", folder / "tools")
+    (folder / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
+    command = [sys.executable, str(folder / "tools" / "release_notes.py"), version]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+CHANGES = "# Log\n\n## [Unreleased]\n\n## [0.2.0] - 2027-01-02\n\n- two\n\n## [0.1.0]\n\n- one\n"
+
+
+@pytest.mark.parametrize(("version", "notes"), [("0.2.0", "- two\n"), ("0.1.0", "- one\n")])
+def test_release_notes_are_the_section_of_the_version(
+    version: str, notes: str, tmp_path: Path
+) -> None:
+    assert release_notes(version, CHANGES, tmp_path).stdout == notes
+
+
+@pytest.mark.parametrize("version", ["0.3.0", "Unreleased", "0.2"])
+def test_a_release_without_notes_is_refused(version: str, tmp_path: Path) -> None:
+    done = release_notes(version, CHANGES, tmp_path)
+    assert done.returncode == 1 and f"'## [{version}]'" in done.stderr
+
+
+def test_the_changelog_has_a_place_for_what_comes_next() -> None:
+    assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_versions_agree() -> None:
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    (version,) = re.findall(r'^version = "(.*)"$', project, flags=re.MULTILINE)
+    assert f"\nversion: {version}\n" in citation
+
+
 def test_every_builtin_recipe_loads_under_its_own_name() -> None:
     assert {"omega-paper", "omega-w4a4-static", "rtn"} <= set(recipe_names())
     for name in recipe_names():
