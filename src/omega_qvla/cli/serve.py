@@ -29,6 +29,7 @@ from omega_qvla.cli.options import (
 )
 from omega_qvla.cli.screen import Screen
 from omega_qvla.extras import require
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, WeightSchedule
 from omega_qvla.results.summaries import Served
 from omega_qvla.serving.server.protocols import PROTOCOLS
 
@@ -90,6 +91,15 @@ class Serve(Checkpoint, Common):
     )
     threads: Annotated[int, tyro.conf.arg(help="threads of the policy"), PROCESSES] = 1
     kernel: Annotated[str | None, tyro.conf.arg(help="integer kernel; the best by default")] = None
+    execution_horizon: Annotated[
+        int, tyro.conf.arg(help="actions guided by a robot's last chunk at most"), COUNT
+    ] = DEFAULT_CHUNKING.execution_horizon
+    max_guidance_weight: Annotated[
+        float, tyro.conf.arg(help="how strongly they are guided at most"), Range(1e-6, 1e6)
+    ] = DEFAULT_CHUNKING.max_guidance_weight
+    guidance_schedule: Annotated[
+        WeightSchedule, tyro.conf.arg(help="how that falls from the delay to the horizon")
+    ] = DEFAULT_CHUNKING.schedule
     seed: Annotated[int | None, tyro.conf.arg(help="of the noise; drawn by default"), SEED] = None
     drain_s: Annotated[
         float, tyro.conf.arg(help="seconds to finish in at the end"), Range(0, 86_400)
