@@ -29,6 +29,7 @@ from omega_qvla.evaluation.evaluation import evaluate
 from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.torch_module import TorchPolicy
+from omega_qvla.real_time_chunking import RealTimeChunking
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
 from omega_qvla.runtime.load import load
@@ -40,6 +41,7 @@ __all__ = [
     "Observations",
     "OmegaError",
     "QuantizedPolicy",
+    "RealTimeChunking",
     "Recipe",
     "Resources",
     "SimulatedPolicy",

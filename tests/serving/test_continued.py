@@ -258,3 +258,28 @@ def test_after_a_lost_chunk_the_next_one_continues_what_the_robot_really_does() 
         server.asked[2]["previous"], counting(7.0, 1)
     )
     assert robot.actions == [*range(8), -1.0, -1.0, 203]
+
+
+class Noting(FakeEngine):
+    """Notes what its chunks were to continue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.continued: list[Any] = []
+
+    def encode(self, observation: Mapping[str, Any], left_over: Any = None) -> Any:
+        self.continued.append(left_over)
+        return super().encode(observation, left_over)
+
+
+def test_a_robot_and_a_server_continue_chunks_over_the_socket() -> None:
+    engine, robot = Noting(), Still()
+    scheduler = make_scheduler(engine)
+    scheduler.start()
+    blending = Blending(ticks=0, late="hold", continued=True)
+    server = OpenpiServer(scheduler, Listening())
+    with running(server) as service, RemotePolicy(f"ws://127.0.0.1:{service.port}") as policy:
+        report = drive(robot, policy, rate_hz=20, ticks=12, ask_below=4, blending=blending)
+    assert report.errors == {} and engine.continued[0] is None
+    left_overs = [left for left in engine.continued if left is not None]
+    assert left_overs and all(left.delay <= len(left.actions) <= 5 for left in left_overs)
