@@ -287,7 +287,8 @@ def main() -> None:
     document["cells"] = []
     if options.out.exists():
         document["cells"] = json.loads(options.out.read_text())["cells"]
-    document["command"] = shlex.join(["python", *sys.argv])
+    told = ["FILE" if word == str(options.out) else word for word in sys.argv]
+    document["command"] = shlex.join(["python", *told])
     kept = {cell["name"]: cell for cell in document["cells"]}
     with SimulatorPool(options.together) as pool:
         for delay, policy, precision in itertools.product(

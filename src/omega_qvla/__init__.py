@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from omega_qvla.flow_time import FlowClock
     from omega_qvla.policies.any_policy import load_policy
     from omega_qvla.policies.torch_module import TorchPolicy
+    from omega_qvla.real_time_chunking import RealTimeChunking
     from omega_qvla.recipe import Recipe
     from omega_qvla.runtime.engine import QuantizedPolicy, SimulatedPolicy
     from omega_qvla.runtime.load import load
@@ -44,6 +45,7 @@ __all__ = [
     "Observations",
     "OmegaError",
     "QuantizedPolicy",
+    "RealTimeChunking",
     "Recipe",
     "Resources",
     "SimulatedPolicy",
@@ -62,6 +64,7 @@ _HOMES = {
     "Observations": "calibration.observations",
     "OmegaError": "errors",
     "QuantizedPolicy": "runtime.engine",
+    "RealTimeChunking": "real_time_chunking",
     "Recipe": "recipe",
     "Resources": "evaluation.closed_loop",
     "SimulatedPolicy": "runtime.engine",
@@ -70,7 +73,7 @@ _HOMES = {
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.evaluation",
     "load": "runtime.load",
-    "load_policy": "policies.full_precision",
+    "load_policy": "policies.any_policy",
     "quantize": "api",
 }
 """Public name → the module of this package that has it."""

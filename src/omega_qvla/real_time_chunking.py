@@ -131,7 +131,7 @@ class LeftOver:
     def __post_init__(self) -> None:
         """Check, and keep a float32 copy."""
         try:
-            actions = np.array(self.actions, dtype=np.float32)
+            actions = np.asarray(self.actions, dtype=np.float32).copy()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ObservationError(f"previous is not numeric: {error}") from error
         if actions.ndim != 2 or 0 in actions.shape:

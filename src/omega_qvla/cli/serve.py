@@ -32,6 +32,7 @@ from omega_qvla.cli.options import (
     save,
 )
 from omega_qvla.extras import require
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, WeightSchedule
 from omega_qvla.serving.server.protocols import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -109,6 +110,15 @@ class Serve(Checkpoint, Common):
     kernel: Annotated[
         str | None, option(metavar="NAME", help="integer kernel; the best by default")
     ] = None
+    execution_horizon: Annotated[
+        int, option(metavar="N", help="actions guided by a robot's last chunk at most"), COUNT
+    ] = DEFAULT_CHUNKING.execution_horizon
+    max_guidance_weight: Annotated[
+        float, option(metavar="X", help="how strongly they are guided at most"), Range(1e-6, 1e6)
+    ] = DEFAULT_CHUNKING.max_guidance_weight
+    guidance_schedule: Annotated[
+        WeightSchedule, option(help="how that falls from the delay to the horizon")
+    ] = DEFAULT_CHUNKING.schedule
     seed: Annotated[
         int | None, option(metavar="N", help="of the noise; drawn by default"), SEED
     ] = None

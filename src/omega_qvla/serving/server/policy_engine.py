@@ -22,6 +22,7 @@ from omega_qvla.policies.processing.normalization import (
     Range,
 )
 from omega_qvla.policies.processing.tokenizers import WordTokenizer
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, LeftOver, RealTimeChunking
 from omega_qvla.serving.server.safety import ActionLimits
 from omega_qvla.serving.wire.specification import NATIVE, Layout, Specification
 
@@ -36,8 +37,12 @@ _WARM_UP_SIDE = 224
 class Engine(Protocol):
     """What the scheduler computes with."""
 
-    def encode(self, observation: Mapping[str, Any]) -> Any:
-        """What one observation becomes; raises an ``OmegaError`` where the policy refuses it."""
+    def encode(self, observation: Mapping[str, Any], left_over: LeftOver | None = None) -> Any:
+        """What one observation becomes, and what its chunk continues.
+
+        Raises:
+            OmegaError: the policy refuses it.
+        """
         ...
 
     def sample(self, inputs: Sequence[Any], noises: Sequence[Array]) -> Sequence[Array]:
@@ -56,23 +61,31 @@ class PolicyEngine:
         policy: of ``load_policy``, or the one inside what ``load`` gives.
         threads: of PyTorch and of the kernels, in the thread that computes.
         steps: denoising steps; None: the policy's own.
+        chunking: how a chunk continues its robot's last one.
 
     Raises:
         PolicyError: a module of the user's own, which does not say what it needs.
     """
 
-    def __init__(self, policy: Policy, *, threads: int = 1, steps: int | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        threads: int = 1,
+        steps: int | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
+    ) -> None:
         if not isinstance(policy, NativePolicy):
             raise PolicyError(
                 f"a {policy.family!r} policy cannot be served: only {titles()} describe the "
                 "observations they need"
             )
         self._policy = policy
-        self._threads, self._steps = threads, steps
+        self._threads, self._steps, self._chunking = threads, steps, chunking
 
-    def encode(self, observation: Mapping[str, Any]) -> Any:
-        """Tensors of one observation, and what its actions are counted from."""
-        return self._policy.encode(observation)
+    def encode(self, observation: Mapping[str, Any], left_over: LeftOver | None = None) -> Any:
+        """Tensors of one observation, what its actions are counted from and what they continue."""
+        return self._policy.encode(observation, left_over, self._chunking)
 
     def sample(self, inputs: Sequence[Any], noises: Sequence[Array]) -> Sequence[Array]:
         """Chunks in the robot's units; observations alike share one forward pass."""

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.full_precision import load_policy
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, RealTimeChunking, WeightSchedule
 from omega_qvla.runtime.load import load
 from omega_qvla.serving.server.access import read_token, require_token, tls_context
 from omega_qvla.serving.server.policy_engine import PolicyEngine
@@ -52,6 +53,20 @@ class Settings:
     drain_s: float = 3.0
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
+    execution_horizon: int = DEFAULT_CHUNKING.execution_horizon
+    max_guidance_weight: float = DEFAULT_CHUNKING.max_guidance_weight
+    guidance_schedule: WeightSchedule = DEFAULT_CHUNKING.schedule
+
+    @property
+    def chunking(self) -> RealTimeChunking:
+        """How a chunk continues its robot's last one.
+
+        Raises:
+            PolicyError: names the setting.
+        """
+        return RealTimeChunking(
+            self.execution_horizon, self.max_guidance_weight, self.guidance_schedule
+        )
 
     def __post_init__(self) -> None:
         """Numbers that make no sense are refused before anything is loaded.
@@ -61,6 +76,7 @@ class Settings:
         """
         positive = {"batch": self.batch, "waiting": self.waiting, "deadline_ms": self.deadline_ms}
         positive |= {"steps": self.steps, "threads": self.threads}
+        _ = self.chunking
         for name, value in positive.items():
             if value is not None and not 0 < value < float("inf"):
                 raise PolicyError(f"`{name}={value}`: it must be above 0")
@@ -186,7 +202,9 @@ class Service:
         require_token(settings.metrics_host, token)
         served = open_policy(source, settings, choices)
         threads = chosen_threads(served.policy.module, settings.threads)
-        engine = PolicyEngine(served.policy, threads=threads, steps=settings.steps)
+        engine = PolicyEngine(
+            served.policy, threads=threads, steps=settings.steps, chunking=settings.chunking
+        )
         specification = engine.specification(LAYOUTS[settings.layout])
         if settings.limits == "none":
             limits = ActionLimits.unlimited(specification.action_dim)
@@ -201,7 +219,7 @@ class Service:
             specification,
             limits,
             artifact=served.artifact,
-            identity=served.identity,
+            identity={**served.identity, "real_time_chunking": asdict(settings.chunking)},
             generator=np.random.default_rng(settings.seed),
             batching=BatchingConfig(settings.batch, waiting, deadline_s),
             log=log,

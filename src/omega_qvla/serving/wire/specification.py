@@ -14,7 +14,8 @@ Robots of different laboratories name the same things differently.  A *layout* s
   ``observation/joint_position``, ``observation/gripper_position`` |
 
 The last two are openpi's (``policies/libero_policy.py``, ``policies/droid_policy.py``).  Beside the
-observation a request may carry ``request_id``, ``deadline_ms``, ``age_ms`` and ``noise``.
+observation a request may carry ``request_id``, ``deadline_ms``, ``age_ms``, ``noise``, and the
+left-over of its robot's last chunk as ``previous`` with ``delay``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.errors import PolicyError, ServingError
+from omega_qvla.errors import ObservationError, PolicyError, ServingError
+from omega_qvla.real_time_chunking import LeftOver, left_over_of
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +37,7 @@ MAX_IMAGE_SIDE = 4096
 MAX_PROMPT_CHARACTERS = 2000
 MAX_REQUEST_ID_CHARACTERS = 64
 _PROMPT = "prompt"
-CONTROL = ("request_id", "deadline_ms", "age_ms", "noise")
+CONTROL = ("request_id", "deadline_ms", "age_ms", "noise", "previous", "delay")
 """What a request may carry beside the observation."""
 
 
@@ -133,6 +135,7 @@ class Request:
         deadline_s: how old the observation may be when the actions leave; None: the server's.
         age_s: how old it was already when it was sent.
         noise: what sampling starts from, or None.
+        left_over: what the new chunk continues, or None.
     """
 
     observation: Mapping[str, Any]
@@ -140,6 +143,7 @@ class Request:
     deadline_s: float | None = None
     age_s: float = 0.0
     noise: Array | None = field(default=None, repr=False)
+    left_over: LeftOver | None = field(default=None, repr=False)
 
 
 def parse_request(message: Mapping[str, Any], specification: Specification) -> Request:
@@ -173,6 +177,7 @@ def parse_request(message: Mapping[str, Any], specification: Specification) -> R
         None if deadline is None else _milliseconds("deadline_ms", deadline),
         _milliseconds("age_ms", message.get("age_ms", 0.0)),
         _noise(message.get("noise"), specification),
+        _left_over(message.get("previous"), message.get("delay"), specification),
     )
 
 
@@ -291,6 +296,22 @@ def _noise(value: Any, specification: Specification) -> Array | None:
     if not np.isfinite(noise).all():
         raise _bad("'noise' has NaN or Inf")
     return noise.copy()
+
+
+def _left_over(previous: Any, delay: Any, specification: Specification) -> LeftOver | None:
+    if previous is not None:
+        most = specification.horizon, specification.action_dim
+        array = cast(Array, previous) if isinstance(previous, np.ndarray) else None
+        if array is None or array.dtype != np.float32 or array.ndim != 2:
+            raise _bad(f"'previous' must be float32 [at most {most[0]}, {most[1]}]")
+        if len(array) > most[0] or array.shape[1] != most[1]:
+            raise _bad(
+                f"'previous' must be [at most {most[0]}, {most[1]}], found {list(array.shape)}"
+            )
+    try:
+        return left_over_of(previous, _plain(delay))
+    except ObservationError as error:
+        raise _bad(str(error)) from error
 
 
 def _bad(message: str) -> ServingError:
