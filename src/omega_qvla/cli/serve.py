@@ -77,8 +77,12 @@ class Serve(Checkpoint, Common):
     )
     tls_key: Annotated[Path | None, option(metavar="FILE", help="PEM")] = None
     layout: Annotated[
-        Literal["native", "libero", "droid"], option(help="how robots name observations")
-    ] = "native"
+        Literal["native", "aloha", "droid", "libero"] | None,
+        option(
+            help="how robots name observations; by default as the policy's training configuration "
+            "says, else native"
+        ),
+    ] = None
     batch: Annotated[
         int, option(metavar="N", help="robots computed in one pass at most"), PROCESSES
     ] = 8

@@ -40,7 +40,7 @@ class Settings:
     token_file: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None
-    layout: str = "native"
+    layout: str | None = None
     batch: int = 8
     waiting: int | None = None
     deadline_ms: float | None = None
@@ -110,7 +110,7 @@ class Settings:
                 "`limit_margin` widens the limits that statistics give, and `limits` gives others: "
                 "leave one of them out"
             )
-        if not protocol.layouts and self.layout != "native":
+        if not protocol.layouts and self.layout is not None:
             raise PolicyError(f"`layout` is not for {self.protocol}, which names its parts itself")
 
 
@@ -205,7 +205,8 @@ class Service:
         engine = PolicyEngine(
             served.policy, threads=threads, steps=settings.steps, chunking=settings.chunking
         )
-        specification = engine.specification(LAYOUTS[settings.layout])
+        layout = settings.layout if PROTOCOLS[settings.protocol].layouts else "native"
+        specification = engine.specification(None if layout is None else LAYOUTS[layout])
         if settings.limits == "none":
             limits = ActionLimits.unlimited(specification.action_dim)
         elif settings.limits is None:
