@@ -97,8 +97,11 @@ LEROBOT_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m lerobot tests/le
 test-lerobot: $(STAMP) $(if $(LEROBOT),,$(LEROBOT_VENV)/.installed)
 	@mkdir -p $(OUT)
 	$(LEROBOT_TESTS)
-	$(LEROBOT_PYTHON) -m pip install --quiet pytest .
-	OMP_NUM_THREADS=1 $(LEROBOT_PYTHON) -m pytest -q tests/lerobot/test_torch_policies.py
+	$(LEROBOT_PYTHON) -m pip install --quiet pytest ".[sim]"
+	$(LEROBOT_PYTHON) -m pip install --quiet ./integrations/lerobot
+	$(LEROBOT_PYTHON) -m pip check
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LEROBOT_PYTHON) -m pytest -q \
+	  tests/lerobot/test_torch_policies.py tests/lerobot/test_bridge.py tests/lerobot/test_plugin.py
 
 # Replaces the records that `test` compares with by what LeRobot computes now.
 golden-lerobot: $(STAMP) $(if $(LEROBOT),,$(LEROBOT_VENV)/.installed)

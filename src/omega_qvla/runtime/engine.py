@@ -37,6 +37,7 @@ from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.description import coverage_faults, describe
 from omega_qvla.runtime.foreign import align
 from omega_qvla.runtime.fused import CpuElementwise
+from omega_qvla.runtime.lerobot_files import lerobot_files
 from omega_qvla.runtime.linear import REFERENCE, QuantizedLinear, best_kernel
 from omega_qvla.runtime.memory import STEP_TABLE, MemorySummary, memory_report
 from omega_qvla.runtime.prediction import narrowed
@@ -117,6 +118,7 @@ class QuantizedPolicy:
             tensors=self.tensors(),
             processor=processor,
             card=model_card(self.config),
+            lerobot=lerobot_files(self.policy),
             claim=claim,
         )
         return target

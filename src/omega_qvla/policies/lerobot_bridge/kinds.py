@@ -190,6 +190,10 @@ def kind_of(name: str) -> Kind:
         return KINDS[name]
     if name in REFUSED:
         raise PolicyError(f"LeRobot's type {name!r} is not quantized: {REFUSED[name]}")
+    if name in UNSUITED:
+        raise PolicyError(
+            f"{UNSUITED[name]} (LeRobot's {name!r}) is mostly convolutions, which are not quantized"
+        )
     raise PolicyError(
         f"LeRobot's type {name!r} was not tried: those that are run by LeRobot's own code are "
         f"{', '.join(KINDS)}. Another module can be quantized in Python, with "
