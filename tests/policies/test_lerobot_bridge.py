@@ -1,4 +1,4 @@
-"""The bridge to LeRobot's policies, as far as it goes without LeRobot; tests/lerobot has the rest."""
+"""The bridge to LeRobot's policies, as far as it goes without LeRobot (the rest: tests/lerobot)."""
 
 from __future__ import annotations
 
