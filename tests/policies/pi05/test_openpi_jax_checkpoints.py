@@ -14,13 +14,14 @@ import pytest
 import torch
 from openpi_cases import CASES, GOLDEN, STEP
 from openpi_parity import choices_of, load
-from orbax_steps import write_step
+from orbax_steps import full_shapes, write_step
 
 from omega_qvla.checkpoints import orbax_arrays
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.orbax_arrays import SavedArrays
 from omega_qvla.errors import MissingPackageError, NonFiniteError, PolicyError
 from omega_qvla.policies.full_precision import stream_policy
+from omega_qvla.policies.pi05.config import Pi05Config
 
 FULL, LORA = (next(case for case in CASES if case.name == name) for name in ("full", "lora"))
 Q_A = "PaliGemma/llm/layers/attn/q_einsum/lora_a"
@@ -341,3 +342,28 @@ def test_without_tensorstore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     )
     with pytest.raises(MissingPackageError, match=expected):
         load(GOLDEN / "full")
+
+
+# --- the full-size layout, from arrays without data ----------------------------------------------
+
+
+def test_the_arrays_of_full_size_are_the_published_policy(
+    tmp_path: Path, sentencepiece_model: bytes
+) -> None:
+    step = tmp_path / "full"
+    write_step(step, full_shapes(), None)
+    (step / "tokenizer.model").write_bytes(sentencepiece_model)
+    statistics = step / "assets" / "droid" / "norm_stats.json"
+    statistics.parent.mkdir(parents=True)
+    entry = {name: [value] * 8 for name, value in (("q01", -1.0), ("q99", 1.0))}
+    statistics.write_text(json.dumps({"norm_stats": {"state": entry, "actions": entry}}))
+    options = CheckpointOptions(training_config="pi05_droid")
+    policy = stream_policy(step, options)
+    expected = Pi05Config.full(horizon=15, cameras=2)
+    changes = {"robot_action_dim": 8, "state_dim": 8, "image_fit": "antialiased"}
+    assert policy.config == expected.model_copy(update=changes)
+    assert sum(parameter.numel() for parameter in policy.module.parameters()) == 3_244_377_872
+    assert policy.dropped_parameters == 109_056_000  # both heads, which JAX does not have, apart
+    assert policy.store is not None
+    with pytest.raises(PolicyError, match=r"cannot read time_mlp_in/kernel of .*params: NOT_FOUND"):
+        policy.store.read("time_mlp_in.weight")
