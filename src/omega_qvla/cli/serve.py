@@ -63,8 +63,12 @@ class Serve(Checkpoint, Common):
     tls_certificate: Annotated[Path | None, tyro.conf.arg(help="PEM; with --tls-key")] = None
     tls_key: Annotated[Path | None, tyro.conf.arg(help="PEM")] = None
     layout: Annotated[
-        Literal["native", "libero", "droid"], tyro.conf.arg(help="how robots name observations")
-    ] = "native"
+        Literal["native", "aloha", "droid", "libero"] | None,
+        tyro.conf.arg(
+            help="how robots name observations; by default as the policy's training configuration "
+            "says, else native"
+        ),
+    ] = None
     batch: Annotated[int, tyro.conf.arg(help="robots computed in one pass at most"), PROCESSES] = 8
     waiting: Annotated[
         int | None,

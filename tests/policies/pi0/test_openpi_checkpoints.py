@@ -25,6 +25,7 @@ from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.paligemma.network import dropped_shapes
+from omega_qvla.policies.paligemma.openpi_training import DROID
 from omega_qvla.policies.paligemma.sizes import EMBEDDING, TIED_HEAD
 from omega_qvla.policies.pi0.checkpoints.openpi_training import PUBLISHED
 from omega_qvla.policies.pi0.config import Pi0Config
@@ -195,6 +196,7 @@ def test_the_published_layout_is_accepted_to_the_last_key(
     policy = stream_policy(full_directory(shapes), CheckpointOptions(training_config="pi0_droid"))
     full = Pi0Config.full(horizon=10, cameras=2)
     changes = {"robot_action_dim": 8, "state_dim": 8, "image_fit": "antialiased"}
+    changes["robot"] = DROID
     assert policy.config == full.model_copy(update=changes)
     kept = sum(parameter.numel() for parameter in policy.module.parameters())
     assert kept + policy.dropped_parameters == 3_501_372_176

@@ -27,6 +27,7 @@ from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.layers import siglip_checkpoints
 from omega_qvla.policies.paligemma import sizes
 from omega_qvla.policies.paligemma.network import dropped_shapes
+from omega_qvla.policies.paligemma.openpi_training import DROID
 from omega_qvla.policies.paligemma.sizes import EMBEDDING, TIED_HEAD
 from omega_qvla.policies.pi05.checkpoints.openpi_training import PUBLISHED
 from omega_qvla.policies.pi05.config import Pi05Config
@@ -111,7 +112,6 @@ def test_the_artifact_rebuilds_the_tokenizer_without_the_checkpoint(
         (None, r"openpi keeps that in its code.*pi05_libero, pi05_droid.*--training-config"),
         ("pi05_moon", "unknown training configuration 'pi05_moon' of pi0.5; known: pi05_libero"),
         ("pi05_base", "the weights others start from"),
-        ("pi05_aloha", "converted between two conventions"),
         ("nowhere.json", r"cannot read the training configuration nowhere\.json"),
         ("pi05_libero", "has action_horizon 4, the training configuration pi05_libero .* say 10"),
     ],
@@ -254,6 +254,7 @@ def test_the_published_layout_is_accepted_to_the_last_key(
     policy = stream_policy(full_directory(shapes), CheckpointOptions(training_config="pi05_droid"))
     full = Pi05Config.full(horizon=15, cameras=2)
     changes = {"robot_action_dim": 8, "state_dim": 8, "image_fit": "antialiased"}
+    changes["robot"] = DROID
     assert policy.config == full.model_copy(update=changes)
     kept = sum(parameter.numel() for parameter in policy.module.parameters())
     assert kept + policy.dropped_parameters == 3_616_757_520

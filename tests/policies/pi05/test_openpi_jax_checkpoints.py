@@ -21,6 +21,7 @@ from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.orbax_arrays import SavedArrays
 from omega_qvla.errors import MissingPackageError, NonFiniteError, PolicyError
 from omega_qvla.policies.full_precision import stream_policy
+from omega_qvla.policies.paligemma.openpi_training import DROID
 from omega_qvla.policies.pi05.config import Pi05Config
 
 FULL, LORA = (next(case for case in CASES if case.name == name) for name in ("full", "lora"))
@@ -360,7 +361,7 @@ def test_the_arrays_of_full_size_are_the_published_policy(
     options = CheckpointOptions(training_config="pi05_droid")
     policy = stream_policy(step, options)
     expected = Pi05Config.full(horizon=15, cameras=2)
-    changes = {"robot_action_dim": 8, "state_dim": 8, "image_fit": "antialiased"}
+    changes = {"robot_action_dim": 8, "state_dim": 8, "image_fit": "antialiased", "robot": DROID}
     assert policy.config == expected.model_copy(update=changes)
     assert sum(parameter.numel() for parameter in policy.module.parameters()) == 3_244_377_872
     assert policy.dropped_parameters == 109_056_000  # both heads, which JAX does not have, apart

@@ -10,6 +10,7 @@ from omega_qvla.policies.layers.gemma import GemmaConfig
 from omega_qvla.policies.layers.siglip import VisionConfig
 from omega_qvla.policies.processing.images import ImageFit
 from omega_qvla.policies.processing.relative_actions import Mask
+from omega_qvla.policies.processing.robots import ALOHA_DIM, Robot
 
 
 class PaligemmaConfig(BaseModel):
@@ -26,6 +27,7 @@ class PaligemmaConfig(BaseModel):
         image_fit: how images are fitted into the square, see ``images.py``.
         relative_actions: which of the robot's actions are relative to its state, see
             ``relative_actions.py``.
+        robot: conventions of the robot, see ``robots.py``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +46,7 @@ class PaligemmaConfig(BaseModel):
     steps: int = 10
     image_fit: ImageFit = "bilinear"
     relative_actions: Mask = ()
+    robot: Robot = Robot()
 
     @model_validator(mode="after")
     def _relative_actions_must_have_a_state(self) -> PaligemmaConfig:
@@ -63,6 +66,16 @@ class PaligemmaConfig(BaseModel):
             theirs.head_dim,
         ):
             raise ValueError("the expert attends to the backbone's keys: heads must be the same")
+        return self
+
+    @model_validator(mode="after")
+    def _aloha_has_two_arms(self) -> PaligemmaConfig:
+        widths = {self.state_dim, self.robot_action_dim}
+        if self.robot.adapt_to_pi and widths != {ALOHA_DIM}:
+            raise ValueError(
+                f"adapt_to_pi converts an ALOHA of {ALOHA_DIM} joints and grippers; this robot has "
+                f"{self.state_dim} numbers of state and {self.robot_action_dim} of an action"
+            )
         return self
 
     @property

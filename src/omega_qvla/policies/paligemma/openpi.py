@@ -108,6 +108,7 @@ def published_fields(training: TrainingConfig, sizes: Sizes) -> dict[str, Any]:
         "cameras": training.cameras,
         "image_fit": "antialiased",
         "relative_actions": training.relative_actions,
+        "robot": training.robot,
     }
 
 
@@ -122,6 +123,8 @@ def published_decisions(
         state: where the state goes.
         options: name the training configuration.
     """
+    robot = config.robot
+    units = "ALOHA's joints and grippers, converted" if robot.adapt_to_pi else "the robot's"
     return {
         "layout": layout,
         "training configuration": str(options.training_config),
@@ -129,6 +132,9 @@ def published_decisions(
         "images": "padded to a square with -1 (black)",
         "cameras": ", ".join(config.cameras),
         "actions": describe_actions(config.relative_actions, None),
+        "units of state and actions": units,
+        "robot's observations": robot.layout or "under the policy's own names",
+        **({"default prompt": robot.default_prompt} if robot.default_prompt else {}),
     }
 
 

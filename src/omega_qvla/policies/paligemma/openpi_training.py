@@ -16,9 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.paligemma.jax_arrays import Lora, LoraVariant, Part
 from omega_qvla.policies.processing.relative_actions import Mask
+from omega_qvla.policies.processing.robots import ALOHA_DIM, Robot
 
 BASE, LEFT, RIGHT = "base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"
 """openpi's names of the network's cameras."""
+
+
+LIBERO, DROID = Robot(layout="libero"), Robot(layout="droid")
 
 
 class TrainingConfig(BaseModel):
@@ -37,6 +41,7 @@ class TrainingConfig(BaseModel):
             ``DeltaActions``).
         lora: adapters in a JAX checkpoint, by the Gemma they are in: openpi's variant, or the
             ``LoRAConfig`` of its attention.
+        robot: its conventions, see ``robots.py``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +54,48 @@ class TrainingConfig(BaseModel):
     asset_id: str | None = None
     relative_actions: Mask = ()
     lora: dict[Part, LoraVariant | Lora] = Field(default_factory=dict[Part, "LoraVariant | Lora"])
+    robot: Robot = Robot()
+
+
+ALOHA_ACTIONS: Mask = 2 * (*[True] * 6, False)
+"""Joints are differences from the state, grippers are not."""
+
+
+def aloha(
+    horizon: int,
+    default_prompt: str | None = None,
+    *,
+    cameras: tuple[str, ...] = (BASE, LEFT, RIGHT),
+    asset_id: str = "trossen",
+    relative_actions: Mask = ALOHA_ACTIONS,
+    reset_pose: tuple[float, ...] = (),
+    state_in_prompt: bool | None = None,
+) -> TrainingConfig:
+    """What ``LeRobotAlohaDataConfig`` says; the arguments are those that configurations differ in.
+
+    Args:
+        horizon, cameras, asset_id, relative_actions, state_in_prompt: see ``TrainingConfig``.
+        default_prompt, reset_pose: see ``Robot``.
+    """
+    return TrainingConfig(
+        horizon=horizon,
+        state_in_prompt=state_in_prompt,
+        state_dim=ALOHA_DIM,
+        robot_action_dim=ALOHA_DIM,
+        cameras=cameras,
+        asset_id=asset_id,
+        relative_actions=relative_actions,
+        robot=Robot(
+            layout="aloha",
+            adapt_to_pi=True,
+            default_prompt=default_prompt,
+            reset_pose=reset_pose,
+        ),
+    )
+
+
+RESET_POSE = (0.0, -1.5, 1.5, 0.0, 0.0, 0.0)
+"""``policy_metadata`` of openpi's ALOHA policies."""
 
 
 class Published(NamedTuple):

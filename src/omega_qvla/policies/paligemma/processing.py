@@ -13,8 +13,13 @@ from omega_qvla.policies.base import Observation
 from omega_qvla.policies.paligemma.config import PaligemmaConfig
 from omega_qvla.policies.processing.images import FITS
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
-from omega_qvla.policies.processing.observations import require_images, require_state
+from omega_qvla.policies.processing.observations import (
+    require_images,
+    require_prompt,
+    require_state,
+)
 from omega_qvla.policies.processing.relative_actions import Mask, to_absolute
+from omega_qvla.policies.processing.robots import Robot, from_aloha, to_aloha
 from omega_qvla.policies.processing.tokenizers import Tokenizer
 
 
@@ -51,6 +56,11 @@ class PaligemmaProcessor:
     def relative_actions(self) -> Mask:
         """Which of the robot's actions are relative to its state."""
         return self.config.relative_actions
+
+    @property
+    def robot(self) -> Robot:
+        """Conventions of the robot."""
+        return self.config.robot
 
     def pixels(self, observation: Observation) -> Tensor:
         """The images, [1, V, 3, S, S] in [-1, 1].
@@ -89,18 +99,41 @@ class PaligemmaProcessor:
         Raises:
             ObservationError: missing, misshaped or not finite.
         """
-        state = require_state(observation, self.config.state_dim)
-        return self.statistics.state.normalize(state)
+        return self.statistics.state.normalize(self._state(observation))
+
+    def _state(self, observation: Observation) -> np.ndarray:
+        """The state [state_dim] in the units that the network was trained in."""
+        width = self.config.state_dim
+        if self.config.robot.adapt_to_pi:
+            return from_aloha(require_state(observation, width, np.float64))
+        return require_state(observation, width)
+
+    def instruction(self, observation: Observation) -> str:
+        """The instruction, or the policy's own where the observation has none.
+
+        Raises:
+            ObservationError: there is neither.
+        """
+        default = self.config.robot.default_prompt
+        if default is not None and observation.get("prompt") is None:
+            return default
+        return require_prompt(observation)
 
     def anchor(self, observation: Observation) -> np.ndarray | None:
-        """The state [state_dim] that relative actions are counted from; None without such actions.
+        """What relative actions are counted from, [state_dim] float32 in the network's units.
+
+        None where no action is relative.
 
         Raises:
             ObservationError: the state is missing, misshaped or not finite.
         """
         if not any(self.relative_actions):
             return None
-        return require_state(observation, self.config.state_dim)
+        return self._state(observation).astype(np.float32)
+
+    def robot_units(self, actions: np.ndarray) -> np.ndarray:
+        """Absolute actions [..., robot_action_dim] of the network as the robot takes them."""
+        return to_aloha(actions) if self.config.robot.adapt_to_pi else actions
 
     def decode(self, chunk: Tensor, anchor: np.ndarray | None = None) -> np.ndarray:
         """Normalized chunk [H, A] → robot actions [H, robot_action_dim], float32 and absolute.
@@ -114,4 +147,4 @@ class PaligemmaProcessor:
         """
         robot = chunk[:, : self.config.robot_action_dim].to(torch.float32).cpu().numpy()
         actions = self.statistics.actions.unnormalize(robot)
-        return to_absolute(actions, anchor, self.relative_actions)
+        return self.robot_units(to_absolute(actions, anchor, self.relative_actions))

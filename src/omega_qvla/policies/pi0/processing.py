@@ -12,7 +12,6 @@ from torch import Tensor
 from omega_qvla.policies.base import Observation
 from omega_qvla.policies.paligemma.processing import PaligemmaProcessor
 from omega_qvla.policies.pi0.config import Pi0Config
-from omega_qvla.policies.processing.observations import require_prompt
 from omega_qvla.policies.processing.prompts import format_prompt
 
 
@@ -52,7 +51,7 @@ class Pi0Processor(PaligemmaProcessor):
 
     def prompt(self, observation: Observation) -> str:
         """The instruction and a line break."""
-        instruction = require_prompt(observation)
+        instruction = self.instruction(observation)
         if self.config.prompt == "cleaned":
             return format_prompt(instruction, None)
         return instruction if instruction.endswith("\n") else f"{instruction}\n"

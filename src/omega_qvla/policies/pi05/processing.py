@@ -10,7 +10,6 @@ from torch import Tensor
 from omega_qvla.policies.base import Observation
 from omega_qvla.policies.paligemma.processing import PaligemmaProcessor
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.processing.observations import require_prompt
 from omega_qvla.policies.processing.prompts import discretize_state, format_prompt
 
 
@@ -30,7 +29,7 @@ class Pi05Processor(PaligemmaProcessor):
 
     def prompt(self, observation: Observation) -> str:
         """The full prompt, with the state written into it where the policy wants that."""
-        instruction = require_prompt(observation)
+        instruction = self.instruction(observation)
         if not self.config.state_in_prompt:
             return format_prompt(instruction, None)
         normalized = self.normalized_state(observation)

@@ -66,8 +66,15 @@ def _checked_image(name: str, value: Any) -> np.ndarray:
     return image
 
 
-def require_state(observation: Mapping[str, Any], width: int) -> np.ndarray:
-    """The robot's state as float32 [width].
+def require_state(
+    observation: Mapping[str, Any], width: int, dtype: type[np.floating[Any]] = np.float32
+) -> np.ndarray:
+    """The robot's state [width].
+
+    Args:
+        observation: from the robot.
+        width: of its state.
+        dtype: of what is returned.
 
     Raises:
         ObservationError: missing, misshaped or not finite.
@@ -77,7 +84,7 @@ def require_state(observation: Mapping[str, Any], width: int) -> np.ndarray:
             f"the observation needs 'state' [{width}]; it has {sorted(map(str, observation))}"
         )
     try:
-        state = np.asarray(observation["state"], dtype=np.float32)
+        state = np.asarray(observation["state"], dtype=dtype)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ObservationError(f"'state' is not numeric: {error}") from error
     if state.shape != (width,):

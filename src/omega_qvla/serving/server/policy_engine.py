@@ -21,9 +21,10 @@ from omega_qvla.policies.processing.normalization import (
     Quantiles,
     Range,
 )
+from omega_qvla.policies.processing.robots import HasRobot, Robot
 from omega_qvla.policies.processing.tokenizers import WordTokenizer
 from omega_qvla.serving.server.safety import ActionLimits
-from omega_qvla.serving.wire.specification import NATIVE, Layout, Specification
+from omega_qvla.serving.wire.specification import LAYOUTS, Layout, Specification
 
 Array = npt.NDArray[np.float32]
 
@@ -82,13 +83,23 @@ class PolicyEngine:
         """PyTorch counts its threads per calling thread."""
         torch.set_num_threads(self._threads)
 
-    def specification(self, layout: Layout = NATIVE) -> Specification:
+    @property
+    def robot(self) -> Robot:
+        """Conventions of the robot, where the policy has some."""
+        processor = self._policy.processor
+        return processor.robot if isinstance(processor, HasRobot) else Robot()
+
+    def specification(self, layout: Layout | None = None) -> Specification:
         """What requests must hold.
+
+        Args:
+            layout: how robots name observations; None takes the policy's own.
 
         Raises:
             PolicyError: the layout is for other cameras.
         """
         config, statistics = self._policy.config, self._policy.processor.statistics
+        robot = self.robot
         return Specification(
             cameras=tuple(config.cameras),
             state_dim=config.state_dim,
@@ -97,7 +108,9 @@ class PolicyEngine:
             noise_shape=self._policy.noise_shape,
             state_parts=_parts(statistics.state),
             action_parts=_parts(statistics.actions),
-            layout=layout,
+            layout=layout or LAYOUTS[robot.layout or "native"],
+            default_prompt=robot.default_prompt,
+            reset_pose=robot.reset_pose,
             decisions=self._policy.decisions,
         )
 
@@ -113,7 +126,6 @@ class PolicyEngine:
         """
         width = self._policy.config.robot_action_dim
         low, high = self._action_range()
-        low, high = low[:width], high[:width]
         if not bool(np.isfinite(low).all() and np.isfinite(high).all()):
             raise PolicyError(
                 "the policy has no action statistics to take limits from; give your own with "
@@ -126,14 +138,16 @@ class PolicyEngine:
 
     def _action_range(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Bounds of the actions as the robot gets them; a relative one is added to a state."""
-        statistics = self._policy.processor.statistics
-        low, high = _range(statistics.actions)
-        mask = self._policy.processor.relative_actions
-        if not any(mask):
-            return low, high
-        low, high = low.copy(), high.copy()
-        for bound, state in zip((low, high), _range(statistics.state), strict=True):
-            bound[: len(mask)] += np.where(mask, state[: len(mask)], 0.0)
+        processor = self._policy.processor
+        width = self._policy.config.robot_action_dim
+        low, high = (bound[:width].copy() for bound in _range(processor.statistics.actions))
+        mask = processor.relative_actions
+        if any(mask):
+            for bound, state in zip((low, high), _range(processor.statistics.state), strict=True):
+                bound[: len(mask)] += np.where(mask, state[: len(mask)], 0.0)
+        if isinstance(processor, HasRobot):
+            ends = processor.robot_units(low), processor.robot_units(high)
+            return np.minimum(*ends), np.maximum(*ends)
         return low, high
 
     def warm_up_observation(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Settings:
     token_file: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None
-    layout: str = "native"
+    layout: str | None = None
     batch: int = 8
     waiting: int | None = None
     deadline_ms: float | None = None
@@ -88,7 +88,7 @@ class Settings:
                 "parsing: it is served on loopback without them (they protect --metrics-port, "
                 "where there is one); reach it through an SSH tunnel"
             )
-        if not protocol.layouts and self.layout != "native":
+        if not protocol.layouts and self.layout is not None:
             raise PolicyError(f"--layout is not for {self.protocol}, which names its parts itself")
 
 
@@ -180,7 +180,8 @@ class Service:
         require_token(settings.metrics_host, token)
         served = open_policy(source, settings, choices)
         engine = PolicyEngine(served.policy, threads=settings.threads, steps=settings.steps)
-        specification = engine.specification(LAYOUTS[settings.layout])
+        layout = settings.layout if PROTOCOLS[settings.protocol].layouts else "native"
+        specification = engine.specification(None if layout is None else LAYOUTS[layout])
         if settings.limits == "none":
             limits = ActionLimits.unlimited(specification.action_dim)
         elif settings.limits is None:
