@@ -38,7 +38,8 @@ def test_importing_the_package_imports_no_optional_dependency() -> None:
     code = (
         "from omega_qvla import *; import sys;"
         "print([name for name in ('mujoco', 'metaworld', 'gymnasium', 'matplotlib', 'jinja2',"
-        " 'pyarrow', 'av', 'PIL', 'ray', 'libero', 'websockets', 'zmq', 'msgpack', 'triton')"
+        " 'pyarrow', 'av', 'PIL', 'ray', 'libero', 'websockets', 'zmq', 'msgpack', 'triton',"
+        " 'tensorstore')"
         " if name in sys.modules])"
     )
     assert run_python(code).strip() == "[]"

@@ -1,8 +1,8 @@
 """Saves shrunken policies as openpi's JAX trainer does and records what openpi computes with them.
 
-Runs in an environment with openpi and without this project: ``record.py OPENPI OUT``, the first
-being a clone of openpi.  Every case of ``openpi_cases.py`` gets a directory ``OUT/CASE``: the step
-as the trainer saves it, ``training.json`` and ``record.safetensors``.
+Runs in an environment with openpi and without this project: ``record.py OPENPI OUT [CASE ..]``,
+the first being a clone of openpi.  Every case of ``openpi_cases.py`` gets a directory ``OUT/CASE``:
+the step as the trainer saves it, ``training.json`` and ``record.safetensors``.
 
 What is changed in openpi: the sizes that it writes in code (vision tower, vocabulary, images, and
 the Gemmas but for ``dummy``), where the tokenizer comes from, and that data sets and training
@@ -320,6 +320,8 @@ def in_pytorch(config: Pi0Config, step: Path, record: dict[str, np.ndarray]) -> 
 
 def main() -> None:
     for case in CASES:
+        if sys.argv[3:] and case.name not in sys.argv[3:]:
+            continue
         folder = OUT / case.name
         shutil.rmtree(folder, ignore_errors=True)
         shrink(case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from omega_qvla.policies.family import CheckpointLayout, Family
 from omega_qvla.policies.paligemma.libero import LIBERO
 from omega_qvla.policies.paligemma.network import dropped_parameters
+from omega_qvla.policies.paligemma.openpi_jax import CHOICES
 from omega_qvla.policies.pi0.checkpoints.lerobot import stream_lerobot_pi0
 from omega_qvla.policies.pi0.checkpoints.openpi import is_openpi, stream_openpi
 from omega_qvla.policies.pi0.checkpoints.openpi_jax import is_openpi_jax, stream_openpi_jax
@@ -42,16 +43,16 @@ FAMILY = Family(
             is_openpi,
         ),
         CheckpointLayout(
+            "a step of openpi's JAX trainer, pi0",
+            stream_openpi_jax,
+            CHOICES,
+            is_openpi_jax,
+        ),
+        CheckpointLayout(
             "LeRobot's pi0",
             stream_lerobot_pi0,
             frozenset({"tokenizer", "written_by", "ignore_settings", "base", "tied"}),
             lerobot_type="pi0",
-        ),
-        CheckpointLayout(
-            "a step of openpi's JAX trainer, pi0",
-            stream_openpi_jax,
-            frozenset({"training_config", "tokenizer"}),
-            is_openpi_jax,
         ),
     ),
     libero=LIBERO,

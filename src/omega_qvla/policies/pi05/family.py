@@ -5,6 +5,7 @@ from __future__ import annotations
 from omega_qvla.policies.family import CheckpointLayout, Family
 from omega_qvla.policies.paligemma.libero import LIBERO
 from omega_qvla.policies.paligemma.network import dropped_parameters
+from omega_qvla.policies.paligemma.openpi_jax import CHOICES
 from omega_qvla.policies.pi05.checkpoints.lerobot import stream_lerobot_pi05
 from omega_qvla.policies.pi05.checkpoints.openpi import is_openpi, stream_openpi
 from omega_qvla.policies.pi05.checkpoints.openpi_jax import is_openpi_jax, stream_openpi_jax
@@ -45,7 +46,7 @@ FAMILY = Family(
         CheckpointLayout(
             "a step of openpi's JAX trainer",
             stream_openpi_jax,
-            frozenset({"training_config", "tokenizer"}),
+            CHOICES,
             is_openpi_jax,
         ),
         CheckpointLayout(

@@ -1,4 +1,4 @@
-"""pi0.5 as a step of openpi's JAX trainer (``paligemma/jax_arrays.py``)."""
+"""pi0.5 as a step of openpi's JAX trainer (``paligemma/openpi_jax.py``)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from pathlib import Path
 
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.orbax import is_step_with
-from omega_qvla.checkpoints.orbax_arrays import SavedArrays
 from omega_qvla.policies.family import Content
-from omega_qvla.policies.paligemma.jax_arrays import map_parameters, network_rules, network_sizes
 from omega_qvla.policies.paligemma.network import dropped_shapes
 from omega_qvla.policies.paligemma.openpi import published_decisions
-from omega_qvla.policies.paligemma.openpi_training import training_config
+from omega_qvla.policies.paligemma.openpi_jax import LAYOUT, open_step
 from omega_qvla.policies.pi05.checkpoints.openpi import published_processor, state_of
 from omega_qvla.policies.pi05.checkpoints.openpi_training import PUBLISHED
 from omega_qvla.policies.pi05.policy import Pi05Policy
@@ -28,15 +26,11 @@ def stream_openpi_jax(directory: Path, options: CheckpointOptions) -> Pi05Policy
     """A policy from a step of openpi's JAX trainer, its weights left in the files.
 
     Raises:
-        PolicyError: a file is missing or damaged, an array is missing, unexpected or misshaped, or
-            something has to be chosen that ``options`` leaves open.
-        ResourceError: a library is missing.
+        PolicyError, ResourceError: as ``open_step``; or statistics or tokenizer are missing.
     """
-    training = training_config(options.training_config, directory, PUBLISHED)
-    arrays = SavedArrays(directory)
-    stored = map_parameters(arrays, network_rules(PROJECTIONS, adaptive=True), training.lora)
-    processor = published_processor(directory, options, training, network_sizes(arrays))
-    state = state_of(training)
-    decisions = published_decisions("openpi, JAX", processor.config, state, options)
+    step = open_step(directory, options, PUBLISHED, PROJECTIONS, adaptive=True)
+    processor = published_processor(directory, options, step.training, step.sizes)
+    config, state = processor.config, state_of(step.training)
     policy = Pi05Policy.of_processor(processor)
-    return policy.read_from(stored, dropped_shapes(processor.config), decisions)
+    decisions = published_decisions(LAYOUT, config, state, options)
+    return policy.read_from(step.stored, dropped_shapes(config), decisions)
