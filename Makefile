@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 2
 export LP_NUM_THREADS  ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup gpu demo test check slow test-scale test-lerobot golden-lerobot lint quick-lint types docs format bench bench-gpu soak fuzz train clean
+.PHONY: setup gpu demo test test-emulated check slow test-scale test-lerobot golden-lerobot test-openpi golden-openpi lint quick-lint types docs format bench bench-gpu soak fuzz train clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -42,18 +42,18 @@ OPENPI_CLIENT := openpi-client==0.1.2
 # torch first and alone: resolved with the rest, pip may pick another build and fetch gigabytes.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) tools/rendering.sh | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,data,serve,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[sim,report,hub,openpi,data,serve,bench,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps "$(OPENPI_CLIENT)"
 	sh tools/rendering.sh $(BIN)/python
 	@touch $@
 
-# Tests run the Arm kernels too, in an emulator; without it they say that they did not.
+# Runs the Arm kernels where there is no Arm.
 $(EMULATOR): tools/emulator.sh | $(BIN)/python
 	sh tools/emulator.sh
 	@touch $@
 
-# 200 MB to fetch and 700 MB on disk, so not part of `setup`: without it the tests of the GPU kernels
-# skip and say so. No GPU is needed to interpret the kernels, nor to compile them.
+# 200 MB to fetch and 700 MB on disk, so not part of `setup`.  No GPU is needed to interpret the
+# kernels, nor to compile them.
 gpu: $(GPU)
 
 $(GPU): $(STAMP)
@@ -66,13 +66,17 @@ demo: $(STAMP)
 # Two files at a time, one thread each; tests of threads ask for theirs by number.
 TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(STAMP) $(EMULATOR)
+test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) $(PYTEST)
+
+# What the GPUs and processors compute that are not here: interpreted, emulated, or stood in for.
+test-emulated: $(STAMP) $(EMULATOR) $(GPU)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) -m "emulated and not slow" $(PYTEST)
 
 # For a developer at work: lint, and the tests of files that are not marked long.
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) \
-	  -m "not long and not slow and not scale and not lerobot"
+	  -m "not long and not emulated and not slow and not scale and not lerobot and not openpi"
 
 # Ray is 80 MB to fetch, 240 MB installed, and slow to start: its tests are not part of `make test`.
 test-scale: $(STAMP)
@@ -93,8 +97,11 @@ LEROBOT_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m lerobot tests/le
 test-lerobot: $(STAMP) $(if $(LEROBOT),,$(LEROBOT_VENV)/.installed)
 	@mkdir -p $(OUT)
 	$(LEROBOT_TESTS)
-	$(LEROBOT_PYTHON) -m pip install --quiet pytest .
-	OMP_NUM_THREADS=1 $(LEROBOT_PYTHON) -m pytest -q tests/lerobot/test_torch_policies.py
+	$(LEROBOT_PYTHON) -m pip install --quiet pytest ".[sim]"
+	$(LEROBOT_PYTHON) -m pip install --quiet ./integrations/lerobot
+	$(LEROBOT_PYTHON) -m pip check
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LEROBOT_PYTHON) -m pytest -q \
+	  tests/lerobot/test_torch_policies.py tests/lerobot/test_bridge.py tests/lerobot/test_plugin.py
 
 # Replaces the records that `test` compares with by what LeRobot computes now.
 golden-lerobot: $(STAMP) $(if $(LEROBOT),,$(LEROBOT_VENV)/.installed)
@@ -110,6 +117,44 @@ $(LEROBOT_VENV)/.installed:
 	  "lerobot[pi,smolvla,groot,xvla,diffusion,peft]==0.6.1" peft==0.21.2 \
 	  imageio pyserial deepdiff sentencepiece
 	@touch $@
+
+# openpi itself beside ours, in JAX and in PyTorch, on what its trainer saves: 2 GB in an environment
+# of its own, then some minutes.  OPENPI=DIR names a clone of openpi that is there already, and
+# OPENPI_PYTHON=PATH the Python of an environment for it (docs/parity.md says with what).
+OPENPI ?= .venv-openpi/openpi
+OPENPI_PYTHON ?= .venv-openpi/bin/python
+OPENPI_COMMIT := 15a9616a00943ada6c20a0f158e3adb39df2ccac
+# JAX saves and computes every case before the first test ends: that takes minutes and is no hang.
+OPENPI_TESTS = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m openpi \
+  tests/openpi -o faulthandler_timeout=0 --openpi $(OPENPI) --openpi-python $(OPENPI_PYTHON) \
+  --openpi-out $(OUT)/openpi
+
+test-openpi: $(STAMP) $(OPENPI_PYTHON)
+	@mkdir -p $(OUT)
+	$(OPENPI_TESTS)
+
+# Replaces the checkpoints and records that `test` reads by what openpi saves and computes now.
+golden-openpi: $(STAMP) $(OPENPI_PYTHON)
+	@mkdir -p $(OUT)
+	$(OPENPI_TESTS) --write-openpi
+
+# Versions are those of openpi's lock file, but torch.  Its PyTorch model needs files of openpi in
+# the place of some of transformers'.
+.venv-openpi/bin/python:
+	@for python in "$(PYTHON311)" python3.11 "$$HOME"/.pyenv/versions/3.11*/bin/python3.11; do \
+	  "$$python" -m venv .venv-openpi.partial 2>/dev/null && exit 0; done; \
+	  echo "Python 3.11 is needed for openpi; name one with: make PYTHON311=PATH test-openpi"; exit 2
+	.venv-openpi.partial/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-openpi.partial/bin/python -m pip install --quiet jax==0.5.3 flax==0.10.2 \
+	  orbax-checkpoint==0.11.13 tensorstore==0.1.74 ml-dtypes==0.4.1 numpy==1.26.4 \
+	  transformers==4.53.2 optax==0.2.4 chex==0.1.90 equinox==0.12.2 ml_collections==1.0.0 \
+	  beartype==0.19.0 jaxtyping==0.2.36 augmax einops numpydantic sentencepiece pillow \
+	  "fsspec[gcs]" filelock tqdm-loggable treescope dm-tree flatbuffers msgpack tyro safetensors
+	git clone --quiet https://github.com/Physical-Intelligence/openpi .venv-openpi.partial/openpi
+	git -C .venv-openpi.partial/openpi checkout --quiet $(OPENPI_COMMIT)
+	cp -r .venv-openpi.partial/openpi/src/openpi/models_pytorch/transformers_replace/* \
+	  .venv-openpi.partial/lib/python3.11/site-packages/transformers/
+	mv .venv-openpi.partial .venv-openpi
 
 # What `test` does a little of, done at length.
 slow: $(STAMP) $(EMULATOR) $(GPU)
@@ -131,7 +176,6 @@ quick-lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/pyright
-	$(BIN)/pyright -p pyright-strict.json
 
 # The documentation's site, into $(OUT)/site; a dead link or anchor is an error.
 docs: $(VENV)/.docs
@@ -148,7 +192,7 @@ format: $(STAMP)
 # One thread, every layer shape; about ten minutes on an idle machine.
 bench: $(STAMP)
 	@mkdir -p $(OUT)
-	$(BIN)/omega-qvla bench kernels --overwrite --json $(OUT)/kernels.json --figure $(OUT)/kernels.png
+	$(BIN)/omega-qvla bench kernels --threads 1 --overwrite --json $(OUT)/kernels.json --figure $(OUT)/kernels.png
 
 # A server under load: overload, slow clients, and REQUESTS requests; hours, on an idle machine.
 REQUESTS ?= 1000000

@@ -80,7 +80,7 @@ class ConstantEngine:
     def prepare_thread(self) -> None:
         """Nothing to prepare."""
 
-    def encode(self, observation: Mapping[str, Any]) -> Any:
+    def encode(self, observation: Mapping[str, Any], left_over: Any = None) -> Any:
         """As it is."""
         return observation
 

@@ -32,6 +32,7 @@ from serving_kit import (
 )
 from websockets.asyncio.client import connect
 
+from omega_qvla.recipe import DEFAULT_RECIPE
 from omega_qvla.serving.wire import encode
 
 BATCHES = (1, 2, 4, 8)
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=1000, help="for each robots and batch")
     parser.add_argument("--robots", type=int, nargs="+", default=list(range(1, 17)))
-    parser.add_argument("--recipe", default="omega-w4a4-no-prior")
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     parser.add_argument("--deadline-ms", default=None, help="of the server; its own by default")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)

@@ -5,8 +5,9 @@
     python examples/simulator_robot.py ws://127.0.0.1:8000 --task drawer-open-v3 --rate 10
 
 The robot moves at its rate whether or not actions have arrived, as a real one does: chunks are
-computed while earlier ones are carried out, blended where they overlap, and a tick without an
-action holds still.  A rate that the server cannot keep up with shows as late ticks.
+computed while earlier ones are carried out.  Where they overlap they are blended; with --continued
+the server makes each one continue the one before (real-time chunking).  A tick without an action
+holds still.  A rate that the server cannot keep up with shows as late ticks.
 Serve builtin:tiny-pi05 on another port to compare with full precision.
 """
 
@@ -56,10 +57,17 @@ def main() -> None:
     parser.add_argument("--task", default="drawer-open-v3")
     parser.add_argument("--rate", type=float, default=10.0, help="control steps a second")
     parser.add_argument("--seeds", type=int, default=1, help="episodes")
+    parser.add_argument("--continued", action="store_true", help="real-time chunking")
     parser.add_argument("--token", help="what the server asks for")
     options = parser.parse_args()
     # Meta-World's actions are differences of position: holding still is zero, not the last action.
-    blending = Blending(switched=(GRIPPER,), late="hold", hold_action=(0.0,) * ACTION_DIM)
+    blending = Blending(
+        ticks=0 if options.continued else 2,
+        switched=(GRIPPER,),
+        late="hold",
+        hold_action=(0.0,) * ACTION_DIM,
+        continued=options.continued,
+    )
     with RemotePolicy(options.address, token=options.token) as policy:
         horizon = policy.noise_shape[0]
         for seed in range(options.seeds):

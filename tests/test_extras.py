@@ -44,7 +44,9 @@ def test_a_package_that_is_there_and_broken_is_not_called_missing(
             import_module(name)
 
 
-@pytest.mark.parametrize("extra", ["sim", "report", "hub", "data", "scale", "serve", "gpu"])
+@pytest.mark.parametrize(
+    "extra", ["sim", "report", "hub", "openpi", "data", "scale", "serve", "gpu"]
+)
 def test_the_command_names_exactly_what_the_extra_lists(extra: str) -> None:
     """Nothing is published under this project's name, so the packages are named themselves."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")

@@ -30,15 +30,16 @@ def run_python(code: str) -> str:
 
 
 def test_importing_the_package_starts_no_cuda() -> None:
-    code = "import omega_qvla, torch; print(torch.cuda.is_initialized())"
+    code = "from omega_qvla import *; import torch; print(torch.cuda.is_initialized())"
     assert run_python(code).strip() == "False"
 
 
 def test_importing_the_package_imports_no_optional_dependency() -> None:
     code = (
-        "import omega_qvla, sys;"
+        "from omega_qvla import *; import sys;"
         "print([name for name in ('mujoco', 'metaworld', 'gymnasium', 'matplotlib', 'jinja2',"
-        " 'pyarrow', 'av', 'PIL', 'ray', 'libero', 'websockets', 'zmq', 'msgpack', 'triton')"
+        " 'pyarrow', 'av', 'PIL', 'ray', 'libero', 'websockets', 'zmq', 'msgpack', 'triton',"
+        " 'tensorstore')"
         " if name in sys.modules])"
     )
     assert run_python(code).strip() == "[]"
@@ -47,7 +48,7 @@ def test_importing_the_package_imports_no_optional_dependency() -> None:
 def test_importing_the_package_leaves_the_global_random_state_alone() -> None:
     code = (
         "import torch, numpy; a = torch.get_rng_state(); b = numpy.random.get_state()[1].copy();"
-        "import omega_qvla;"
+        "from omega_qvla import *;"
         "print(torch.equal(a, torch.get_rng_state()), (b == numpy.random.get_state()[1]).all())"
     )
     assert run_python(code).split() == ["True", "True"]

@@ -20,6 +20,7 @@ from omega_qvla.openmp import THE_USERS
 pytestmark = pytest.mark.long
 
 ASLEEP, SPINNING = "0", "300000"
+DRY_RUN = ("-m", "omega_qvla.cli", "quantize", "random:tiny-pi05", "--out", "x", "--dry-run")
 
 
 def run(*arguments: str, pass_fds: tuple[int, ...] = (), **variables: str) -> tuple[str, str]:
@@ -42,11 +43,11 @@ def run(*arguments: str, pass_fds: tuple[int, ...] = (), **variables: str) -> tu
 
 
 def test_threads_sleep_when_the_package_is_imported_first() -> None:
-    assert run("-c", "import omega_qvla") == ("", ASLEEP)
+    assert run("-c", "import omega_qvla, torch") == ("", ASLEEP)
 
 
 def test_threads_sleep_on_the_command_line() -> None:
-    assert run("-m", "omega_qvla.cli", "verify", "--help")[1] == ASLEEP
+    assert run(*DRY_RUN)[1] == ASLEEP
 
 
 def test_a_worker_process_of_a_comparison_sleeps_too() -> None:
@@ -66,7 +67,7 @@ def test_a_worker_process_of_a_comparison_sleeps_too() -> None:
     ],
 )
 def test_what_the_user_set_stays(variable: str, value: str, spins: str) -> None:
-    code = f"import omega_qvla, os; print(os.environ[{variable!r}])"
+    code = f"import omega_qvla, torch, os; print(os.environ[{variable!r}])"
     assert run("-c", code, **{variable: value}) == (value, spins)
 
 
@@ -104,7 +105,7 @@ def test_nothing_is_done_about_it_where_the_user_said_how_threads_wait() -> None
 
 def test_child_processes_and_later_libraries_do_not_see_the_variable() -> None:
     code = (
-        "import omega_qvla, os, subprocess;"
+        "import omega_qvla, torch, os, subprocess;"
         "child = subprocess.run(['env'], capture_output=True, text=True, check=True).stdout;"
         "print('OMP_WAIT_POLICY' in os.environ, 'OMP_WAIT_POLICY' in child)"
     )

@@ -16,7 +16,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from omega_qvla.claims import Claim
-from omega_qvla.cli import entry, main
+from omega_qvla.cli import commands, main
+from omega_qvla.cli.commands import command_class
 from omega_qvla.cli.options import Range
 from omega_qvla.evaluation.comparison_folder import (
     Planned,
@@ -28,9 +29,7 @@ from omega_qvla.results.rows import Comparison, Row
 pytestmark = pytest.mark.long
 
 POLICY = "builtin:tiny-pi05"
-COMMANDS: dict[str, Any] = {
-    get_args(one)[1].name: get_args(one)[0] for one in get_args(entry.Command)
-}
+COMMANDS: dict[str, Any] = {name: command_class(name) for name in commands.COMMANDS}
 NEEDED: dict[str, tuple[str, ...]] = {
     "quantize": ("nowhere", "--out", "x"),
     "inspect": ("nowhere",),
@@ -109,6 +108,8 @@ WRITING: list[tuple[tuple[str, ...], str]] = [
     (("quantize", "nowhere", "--out", "x", "--json", "f"), "f"),
     (("inspect", "nowhere", "--json", "f"), "f"),
     (("verify", "nowhere", "--json", "f"), "f"),
+    (("recipes", "--json", "f"), "f"),
+    (("doctor", "--json", "f"), "f"),
     (("eval", "nowhere", "--json", "f"), "f"),
     (("compare", "nowhere", "--json", "f"), "f"),
     (("compare", "nowhere", "--out", "d"), "d"),

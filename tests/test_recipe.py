@@ -171,7 +171,7 @@ def test_a_recipe_can_be_a_file_a_path_or_itself(tmp_path: Path) -> None:
         (
             "name: a\ndescription: b\nbackbone:\n"
             "  activations: {scale: per_channel_per_step, subtract_mean: true}\n",
-            "centred",
+            "subtract_mean is for integers",
         ),
         (
             "name: a\ndescription: b\nbackbone:\n  transform: {rotation: none}\n"
@@ -181,7 +181,7 @@ def test_a_recipe_can_be_a_file_a_path_or_itself(tmp_path: Path) -> None:
         (
             "name: a\ndescription: b\nbackbone:\n"
             "  transform: {output_rotation: true}\n  activations: {subtract_mean: true}\n",
-            "centred",
+            "subtract_mean is for integers",
         ),
         ("- a\n", "mapping"),
         ("", "mapping"),

@@ -92,9 +92,9 @@ def watch(policy: Pi05Policy) -> list[int]:
     """Numbers of threads with which chunks of a policy are computed from now on."""
     seen: list[int] = []
 
-    def computed(inputs: Sequence[Tensor], noise: Tensor, steps: int) -> Tensor:
+    def computed(inputs: Sequence[Tensor], noise: Tensor, *more: Any) -> Tensor:
         seen.append(torch.get_num_threads())
-        return policy.compute(inputs, noise, steps)
+        return policy.compute(inputs, noise, *more)
 
     policy.use_pass(computed)
     return seen

@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false
+
 """Hooks of mkdocs: what the documentation's site needs beyond its pages.
 
 Pages link to files of the repository, which are not part of the site: such a link must lead

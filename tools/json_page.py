@@ -17,12 +17,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel
 
+from omega_qvla.results.backbone import BackboneBench
 from omega_qvla.results.diagnostics import Diagnostics
 from omega_qvla.results.episodes import EpisodeRecord
 from omega_qvla.results.memory import Inspection, Verification
 from omega_qvla.results.rows import Comparison, Evaluation, MadeBy
 from omega_qvla.results.speed import KernelBench, PolicyBench, Roofline
-from omega_qvla.results.summaries import ReportSummary, Served
+from omega_qvla.results.summaries import Checkup, RecipeList, ReportSummary, Served
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "json.md"
 HEAD = """# JSON results
@@ -30,7 +31,8 @@ HEAD = """# JSON results
 Written by `python tools/json_page.py` from `src/omega_qvla/results/`, which also checks every file
 that is read.
 
-Every command takes `--json FILE` and writes one object. Keys are stable; new ones may be added, and
+Every command takes `--json FILE` and writes one object; `--json -` prints it, and everything else
+goes to standard error. Keys are stable; new ones may be added, and
 `schema` grows when one changes its meaning: it is 1 everywhere. Numbers that were not measured are
 `null`; a key marked *optional* is absent where it does not apply. Bytes are bytes, times are
 milliseconds unless the name says otherwise, rates and reductions are fractions.
@@ -59,6 +61,7 @@ checkpoint the tensors that stay unquantized.""",
         (Inspection,),
     ),
     ("`verify`", "It has no `schema`.", (Verification,)),
+    ("`backbone`", "", (BackboneBench,)),
     ("`bench kernels`", "", (KernelBench,)),
     ("`bench policy`", "", (PolicyBench,)),
     (
@@ -75,6 +78,8 @@ five significant digits.""",
     ),
     ("`report`", "", (ReportSummary,)),
     ("`serve`", "Written when the server ends.", (Served,)),
+    ("`recipes`", "", (RecipeList,)),
+    ("`doctor`", "", (Checkup,)),
 )
 TAIL = """## `make bench-gpu`
 

@@ -31,17 +31,17 @@ TABLES = (
     (
         "kernels",
         "cpu-kernels.json",
-        "omega-qvla bench kernels --rounds 9 --llama-cpp FOLDER",
+        "omega-qvla bench kernels --threads 1 --rounds 9 --llama-cpp FOLDER",
     ),
     (
         "avx2",
         "cpu-kernels-avx2.json",
-        f"{LIMITED} omega-qvla bench kernels --rounds 9 --kernel avx2 --sites pi0.5",
+        f"{LIMITED} omega-qvla bench kernels --threads 1 --rounds 9 --kernel avx2 --sites pi0.5",
     ),
     (
         "latency",
         "cpu-kernels.json",
-        "omega-qvla bench kernels --rounds 9 --llama-cpp FOLDER",
+        "omega-qvla bench kernels --threads 1 --rounds 9 --llama-cpp FOLDER",
     ),
     (
         "chunk",

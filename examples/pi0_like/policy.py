@@ -9,7 +9,9 @@ from torch import Tensor
 
 from omega_qvla.flow_time import euler_times
 from omega_qvla.policies.base import Observation, QuantizationSite, Stage, State
+from omega_qvla.policies.guidance import Guidance
 from omega_qvla.policies.layers.attention import KeyValue, PreallocatedKVCache
+from omega_qvla.policies.layers.flow import integrate
 from omega_qvla.policies.layers.stages import GATED, KEY_VALUE, layer_sites, vision_stages
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.pi0_like.config import Pi0LikeConfig
@@ -41,15 +43,17 @@ class Pi0LikePolicy(NativePolicy):
     def make_schedule(self, times: Tensor) -> Tensor:
         return self.module.time_code(times)
 
-    def denoise(self, observed: Observed, noise: Tensor, steps: int) -> Tensor:
+    def denoise(
+        self, observed: Observed, noise: Tensor, steps: int, guidance: Guidance | None = None
+    ) -> Tensor:
         past, length, state = observed
         suffix, codes = self.module.suffix(length), self.schedule(steps)
         cache = [PreallocatedKVCache.after(kv, 1 + self.config.horizon) for kv in past]
-        x = noise
-        for i, t in enumerate(euler_times(steps)):
-            with self.clock.step(i, t):
-                x = x - self.module.velocity(x, codes[i : i + 1], state, cache, suffix) / steps
-        return x
+
+        def velocity(x: Tensor, step: int) -> Tensor:
+            return self.module.velocity(x, codes[step : step + 1], state, cache, suffix)
+
+        return integrate(velocity, noise, steps, self.clock, guidance)
 
     def component_of(self, parameter: str) -> str:
         first = parameter.partition(".")[0]

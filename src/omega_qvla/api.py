@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def quantize(
     scope: Scope = "all",
     work_directory: str | Path | None = None,
     resume: bool = False,
-    progress: Progress = lambda _done, _total, _what: None,
+    progress: Progress | None = None,
     device: str = "cpu",
     allow_mismatch: bool = False,
     threads: int | None = None,
@@ -47,7 +48,8 @@ def quantize(
         work_directory: keeps a journal of finished sites here, so that a killed run can resume.
         resume: continue the journal in ``work_directory``; without it, one with finished sites is
             refused, so that nothing is lost by mistake.
-        progress: called with (sites done, sites in all, site name).
+        progress: called with (sites done, sites in all, site name); None writes a line on a
+            terminal's standard error, and nothing elsewhere.
         device: ``cpu``, or ``cuda`` or ``cuda:N`` to compute on an NVIDIA GPU (docs/gpu.md); the
             policy is on the CPU before and after, and so is what it becomes.
         allow_mismatch: go on with observations that are mostly unlike what the policy was trained
@@ -92,10 +94,29 @@ def quantize(
             return until_built.enter_context(opened)
 
         keeping = None if work_directory is None else journal
+        told = until_built.enter_context(_line_on_terminal()) if progress is None else progress
         quantization = quantize_policy(
-            policy, given, chosen, journal=keeping, progress=progress, gpu=gpu
+            policy, given, chosen, journal=keeping, progress=told, gpu=gpu
         )
         quantized = build(policy, replace(quantization, warnings=tuple(warned)))
         if rehearsal is not None:
             rehearsal.check(quantized.policy)
         return quantized
+
+
+@contextmanager
+def _line_on_terminal() -> Iterator[Progress]:
+    """Progress on one line of a terminal, which is cleared at the end."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total, _what: None
+        return
+    try:
+        yield lambda done, total, what: _write_line(f"quantizing {done}/{total} {what}")
+    finally:
+        _write_line("")
+
+
+def _write_line(text: str) -> None:
+    """Replace the last line of a terminal."""
+    sys.stderr.write(f"\r{text}\x1b[K")
+    sys.stderr.flush()

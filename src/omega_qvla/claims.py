@@ -165,6 +165,6 @@ def require_free_file(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path} is not a regular file, so no result is written there")
     if not overwrite:
         raise OutputError(
-            f"{path} is there already ({path.stat().st_size:,} bytes); give --overwrite to replace "
-            "it, or another name"
+            f"{path} is there already ({path.stat().st_size:,} bytes); give `overwrite=True` to "
+            "replace it, or another name"
         )

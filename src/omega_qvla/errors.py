@@ -6,6 +6,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` where a known word is close to what was typed, else nothing."""
+    names = list(known)
+    close = get_close_matches(word, names, n=1) or [
+        name for name in names if min(len(name), len(word)) > 2 and word.startswith(name)
+    ]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class CalibrationWarning(UserWarning):
+    """Observations that are unlike what the policy was trained on, with numbers."""
+
 
 class OmegaError(Exception):
     """Base of every error this library raises on purpose."""

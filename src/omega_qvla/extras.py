@@ -50,6 +50,17 @@ def installation(extra: str) -> str:
     return f"pip install {' '.join(repr(package) for package in _packages_of(extra))}"
 
 
+def extras() -> dict[str, list[str]]:
+    """What every extra for users brings, as it was required."""
+    of_extra = re.compile(r"""\bextra\s*==\s*['"]([^'"]+)['"]""")
+    found: dict[str, list[str]] = {}
+    for line in requires(_DISTRIBUTION) or []:
+        for name in of_extra.findall(line):
+            if name != "dev":
+                found.setdefault(name, []).append(line.partition(";")[0].strip())
+    return found
+
+
 def _explanation(purpose: str, extra: str, error: ImportError) -> str:
     package = (error.name or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and not _installed(package):

@@ -5,9 +5,11 @@ work or for each other.  On a machine where nothing else runs that saves some mi
 Beside other programs it costs their time slices, again and again: several times the time of a chunk
 (docs/kernels.md).  So, where the user said nothing about it:
 
-* Before torch is imported, ``OMP_WAIT_POLICY`` is set for that import alone: the runtimes (GNU's
-  libgomp, LLVM's and Intel's libomp) read it once, when they are loaded.  Then it is taken away
-  again, so that child processes and other libraries never see it.
+* Where torch is imported later, ``OMP_WAIT_POLICY`` is set for that import alone, whoever does it:
+  the runtimes (GNU's libgomp, LLVM's and Intel's libomp) read it once, when they are loaded.  Then
+  it is taken away again, so that child processes and other libraries never see it.  To know when
+  torch is imported, Python's import system is asked: a finder of its own, first in
+  ``sys.meta_path``, hands torch's loader out in a wrapping that sets the variable.
 * Where torch was imported first, GNU's runtime is told by what its manual says of
   ``GOMP_SPINCOUNT``: threads spin a hundred times instead of 300,000 when there are more of them
   than processors.  So that many are started once, and sleep.
@@ -20,8 +22,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from threading import Event, Thread
+from types import ModuleType
 
 WAIT_POLICY = "OMP_WAIT_POLICY"
 THE_USERS = (WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
@@ -29,18 +35,54 @@ THE_USERS = (WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
 def let_idle_threads_sleep() -> None:
-    """Import torch so that its threads sleep while they wait, or have them do so from now on."""
+    """Have torch's threads sleep while they wait, from now on or from its import on."""
     if any(name in os.environ for name in THE_USERS):
         return
     if "torch" in sys.modules:
         for library in _runtimes():
             _outnumber_processors(library)
-        return
-    os.environ[WAIT_POLICY] = "PASSIVE"
-    try:
-        import torch  # noqa: F401
-    finally:
-        del os.environ[WAIT_POLICY]
+    elif not any(isinstance(finder, _TorchFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TorchFinder())
+
+
+class _TorchFinder(MetaPathFinder):
+    """Finds torch as the other finders do, in a wrapping."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "torch":
+            return None
+        others = (one for one in sys.meta_path if not isinstance(one, _TorchFinder))
+        found = (one.find_spec(fullname, path, target) for one in others)
+        spec = next((one for one in found if one is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _PassiveLoader(spec.loader)
+        return spec
+
+
+class _PassiveLoader(Loader):
+    """Loads torch with the variable set, and leaves it as if its own loader had done so alone."""
+
+    def __init__(self, own: Loader) -> None:
+        self._own = own
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._own.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._own
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._own
+        sys.meta_path[:] = [one for one in sys.meta_path if not isinstance(one, _TorchFinder)]
+        if any(name in os.environ for name in THE_USERS):  # set since
+            self._own.exec_module(module)
+            return
+        os.environ[WAIT_POLICY] = "PASSIVE"
+        try:
+            self._own.exec_module(module)
+        finally:
+            del os.environ[WAIT_POLICY]
 
 
 def _runtimes() -> list[str]:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import yaml
 from pydantic import (
@@ -27,11 +29,11 @@ from pydantic import (
     model_validator,
 )
 
-from omega_qvla.errors import RecipeError
+from omega_qvla.errors import RecipeError, did_you_mean
 
 Scope = Literal["all", "paper"]
 
-_COMPONENTS = ("vision", "projector", "backbone", "action_head")
+COMPONENTS = ("vision", "projector", "backbone", "action_head")
 DEFAULT_RECIPE = "omega-w4a4"
 """What is taken when none is named: of the four-bit methods the one with the lowest action error on
 what calibration saw that also stands what it did not see (docs/methods.md)."""
@@ -41,6 +43,12 @@ _METHODS, _ABLATIONS = "recipes", "recipes/ablations"
 
 class Site(Protocol):
     """What a recipe asks of a quantization site."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def linears(self) -> tuple[str, ...]: ...
 
     @property
     def component(self) -> str: ...
@@ -211,6 +219,34 @@ class Scheme(_Frozen):
         return self.activations.realizable and not self.transform.output_rotation
 
 
+class SchemeChange(_Frozen):
+    """What some sites have other than their component: the fields that are given, and no others.
+
+    Attributes:
+        transform, weights, activations: fields of ``TransformScheme``, ``WeightScheme`` and
+            ``ActivationScheme``.
+        prior: as in ``Scheme``; None leaves it as it is.
+    """
+
+    transform: Mapping[str, Any] = {}
+    weights: Mapping[str, Any] = {}
+    activations: Mapping[str, Any] = {}
+    prior: Literal["none", "contribution"] | None = None
+
+    def of(self, scheme: Scheme) -> Scheme:
+        """The scheme with these fields in it.
+
+        Raises:
+            ValidationError: there is no such field, or no such scheme.
+        """
+        content = scheme.model_dump()
+        for part, fields in self.model_dump(exclude={"prior"}).items():
+            content[part] |= fields
+        if self.prior is not None:
+            content["prior"] = self.prior
+        return Scheme.model_validate(content)
+
+
 class Recipe(_Frozen):
     """A named quantization method.
 
@@ -230,6 +266,10 @@ class Recipe(_Frozen):
         match_attention: scale queries and outputs of the action head's 16-bit attention so that its
             logits and outputs are as large as in full precision (QuantVLA); needs
             ``action_head.layers: mlp``.
+        sites: what is different at some sites, by a regular expression for their names; None leaves
+            them in the checkpoint's precision.  It has to match the end of a name, from a dot on:
+            ``down_proj`` is that of every layer.  Where several match, each is applied to what the
+            ones before it came to.  One that matches no site of a policy is refused.
     """
 
     name: str
@@ -245,6 +285,20 @@ class Recipe(_Frozen):
     observations: int = Field(default=64, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**62)
     match_attention: bool = False
+    sites: Mapping[str, SchemeChange | None] = {}
+
+    @model_validator(mode="after")
+    def _changes_give_schemes(self) -> Recipe:
+        schemes = [self.scheme(component) for component in COMPONENTS]
+        for pattern, change in self.sites.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"sites: {pattern!r} is no regular expression: {error}") from error
+            for scheme in schemes:
+                if scheme is not None and change is not None:
+                    change.of(scheme)
+        return self
 
     @model_validator(mode="after")
     def _matched_attention_is_in_16_bits(self) -> Recipe:
@@ -266,6 +320,9 @@ class Recipe(_Frozen):
         runs once per observation has nothing to spare: its activations are scaled per token.
         """
         scheme = self.scheme(site.component)
+        for pattern, change in self.sites.items():
+            if scheme is not None and _names_site(pattern, site):
+                scheme = None if change is None else change.of(scheme)
         if scheme is not None and scheme.layers == "mlp" and site.attention:
             return None
         if scheme is None or site.component != "action_head" or site.per_step:
@@ -275,17 +332,35 @@ class Recipe(_Frozen):
         per_token = scheme.activations.model_copy(update={"scale": "per_token"})
         return scheme.model_copy(update={"activations": per_token})
 
+    def require_known(self, sites: Iterable[Site]) -> None:
+        """Refuse a pattern of ``sites`` that matches none of a policy's sites.
+
+        Raises:
+            RecipeError: names the pattern, and what it could have matched.
+        """
+        known = list(sites)
+        for pattern in self.sites:
+            if not any(_names_site(pattern, site) for site in known):
+                endings = sorted({site.name.rpartition(".")[2] for site in known})
+                raise RecipeError(
+                    f"recipe {self.name!r}: {pattern!r} under sites matches no site of this "
+                    f"policy, whose names end in {', '.join(endings)}"
+                )
+
     @property
     def realizable(self) -> bool:
         """Whether every quantized component can be stored and multiplied as integers."""
-        schemes = [self.scheme(component) for component in _COMPONENTS]
-        return all(scheme.realizable for scheme in schemes if scheme is not None)
+        schemes = [self.scheme(component) for component in COMPONENTS]
+        found = [scheme for scheme in schemes if scheme is not None]
+        changes = [change for change in self.sites.values() if change is not None]
+        found += [change.of(scheme) for scheme in found for change in changes]
+        return all(scheme.realizable for scheme in found)
 
     @property
     def left_in_16_bits(self) -> tuple[str, ...]:
         """What keeps the checkpoint's precision, or adds 16-bit weights, in the user's words."""
         left: list[str] = []
-        for component in _COMPONENTS:
+        for component in COMPONENTS:
             scheme, name = self.scheme(component), component.replace("_", " ")
             if scheme is None:
                 left.append(name)
@@ -293,6 +368,7 @@ class Recipe(_Frozen):
                 left.append(f"attention of the {name}")
             if scheme is not None and scheme.weights.low_rank is not None:
                 left.append(f"rank-{scheme.weights.low_rank} branch of the {name}")
+        left += [f"sites {pattern}" for pattern, change in self.sites.items() if change is None]
         left += ["adaptive norms"] if self.adaptive_norm == "keep" else []
         return tuple(left + (["token embedding"] if self.embedding_bits == 16 else []))
 
@@ -334,9 +410,11 @@ class Recipe(_Frozen):
                 return cls._parse(text, f"recipe {source!r}")
         path = Path(source)
         if path.suffix not in (".yaml", ".yml"):
+            known = [*recipe_names(), *ablation_names()]
             raise RecipeError(
-                f"unknown recipe {str(source)!r}; known recipes: {', '.join(recipe_names())}; "
-                f"ablations: {', '.join(ablation_names())}; or give the path of a .yaml file"
+                f"unknown recipe {str(source)!r}{did_you_mean(str(source), known)}; known recipes: "
+                f"{', '.join(recipe_names())}; ablations: {', '.join(ablation_names())}; or give "
+                "the path of a .yaml file"
             )
         try:
             return cls._parse(path.read_text("utf-8"), str(path))
@@ -359,6 +437,24 @@ class Recipe(_Frozen):
                 for item in error.errors()
             )
             raise RecipeError(f"{where} is not a valid recipe: {problems}") from error
+
+
+def _names_site(pattern: str, site: Site) -> bool:
+    """Whether a pattern is for a site: matches its name, or the names of all its linears.
+
+    Raises:
+        RecipeError: it matches some of the linears, which are quantized together with the others.
+    """
+    ending = re.compile(rf"(?:.*\.)?(?:{pattern})")
+    matched = [name for name in site.linears if ending.fullmatch(name)]
+    if ending.fullmatch(site.name) or len(matched) == len(site.linears):
+        return True
+    if matched:
+        raise RecipeError(
+            f"{pattern!r} under sites matches {', '.join(matched)} alone, which share their input "
+            f"with the other linears of {site.name}: name that site, or all of its linears"
+        )
+    return False
 
 
 def recipe_names() -> list[str]:

@@ -72,6 +72,15 @@ def widest_linear(module: nn.Module) -> int:
     )
 
 
+def chosen_threads(module: nn.Module, threads: int | None) -> int:
+    """Threads of a network: as many as asked for; None: what it is worth, up to every core.
+
+    Raises:
+        ResourceError: more than there are cores.
+    """
+    return fitting_threads(widest_linear(module)) if threads is None else check_threads(threads)
+
+
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """PyTorch computes with ``count`` threads inside the block, for the thread that entered it."""

@@ -33,7 +33,7 @@ from omega_qvla.runtime.kernels import triton_gpu as gpu
 from omega_qvla.runtime.load import load
 from omega_qvla.runtime.prediction import predict
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.emulated
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import omega_qvla as oq
-from omega_qvla.calibration.mismatch import CalibrationWarning, check, examine, expected_range
+from omega_qvla.calibration.mismatch import check, examine, expected_range
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.calibration.streamed import SourceReport
 from omega_qvla.cli import main
-from omega_qvla.errors import ObservationError
+from omega_qvla.errors import CalibrationWarning, ObservationError
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.processing.normalization import (
     Binary,

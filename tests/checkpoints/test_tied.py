@@ -18,7 +18,7 @@ from omega_qvla.checkpoints.stored_tensors import read_file
 from omega_qvla.checkpoints.tied import Difference, Tie, compare
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy
-from omega_qvla.policies.pi05.checkpoints.sizes import EMBEDDING, TIED_HEAD
+from omega_qvla.policies.paligemma.sizes import EMBEDDING, TIED_HEAD
 
 
 def add_embedding(path: Path, prefix: str, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.emulated
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"

@@ -117,5 +117,5 @@ def test_a_policy_in_memory_runs_in_an_environment_and_nowhere_else(
         oq.evaluate(quantized, "mine:Still", tasks=["open"], resources=oq.Resources(processes=2))
     with pytest.raises(UsageError, match="cannot be kept"):
         oq.evaluate(quantized, "mine:Still", tasks=["open"], out=tmp_path / "kept")
-    with pytest.raises(UsageError, match="needs --tasks"):
+    with pytest.raises(UsageError, match="needs `tasks`"):
         oq.evaluate(quantized, "mine:Still")

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from omega_qvla.policies.gr00t_n15.checkpoints import sizes as gr00t_sizes
 from omega_qvla.policies.layers import siglip_checkpoints
-from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.paligemma.config import PaligemmaConfig
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def openpi_directory(
 ) -> Callable[..., Path]:
     """Writes an openpi checkpoint as its converter does; ``training.json`` is beside it."""
 
-    def write(name: str = "openpi", config: Pi05Config | None = None) -> Path:
+    def write(name: str = "openpi", config: PaligemmaConfig | None = None) -> Path:
         config = config or tiny_official()
         directory = tmp_path / name
         statistics = directory / "assets" / "physical-intelligence" / "libero"

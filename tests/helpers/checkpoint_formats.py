@@ -22,9 +22,13 @@ from omega_qvla.policies.gr00t_n15.network import Gr00tN15Module
 from omega_qvla.policies.gr00t_n15.network import dropped_shapes as gr00t_dropped_shapes
 from omega_qvla.policies.layers.qwen3 import QwenConfig
 from omega_qvla.policies.layers.siglip import VisionConfig
-from omega_qvla.policies.pi05.checkpoints.sizes import EMBEDDING, GEMMA_VARIANTS, TIED_HEAD
+from omega_qvla.policies.paligemma.config import PaligemmaConfig
+from omega_qvla.policies.paligemma.network import PaligemmaModule, dropped_shapes
+from omega_qvla.policies.paligemma.sizes import EMBEDDING, GEMMA_VARIANTS, TIED_HEAD
+from omega_qvla.policies.pi0.config import Pi0Config
+from omega_qvla.policies.pi0.network import Pi0Module
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.network import Pi05Module, dropped_shapes
+from omega_qvla.policies.pi05.network import Pi05Module
 
 VOCABULARY = 600
 TRAINING = {
@@ -61,17 +65,28 @@ def tiny_official(horizon: int = 4) -> Pi05Config:
     )
 
 
-def official_shapes(config: Pi05Config) -> dict[str, tuple[int, ...]]:
-    """What openpi's ``save_model`` writes: dead weights too, the head in place of the embedding."""
+def tiny_pi0() -> Pi0Config:
+    """The same of pi0."""
+    sizes = tiny_official().model_dump(exclude={"family", "state_in_prompt", "prompt_state_dim"})
+    return Pi0Config(**{**sizes, "prompt_length": 48}, padded_state_dim=8)
+
+
+def module_of(config: PaligemmaConfig) -> PaligemmaModule:
+    """The network of a configuration, on the meta device."""
     with torch.device("meta"):
-        module = Pi05Module(config)
+        return Pi0Module(config) if isinstance(config, Pi0Config) else Pi05Module(config)
+
+
+def official_shapes(config: PaligemmaConfig) -> dict[str, tuple[int, ...]]:
+    """What openpi's ``save_model`` writes: dead weights too, the head in place of the embedding."""
+    module = module_of(config)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     shapes |= dropped_shapes(config)
     del shapes[EMBEDDING]
     return shapes
 
 
-def official_tensors(config: Pi05Config, seed: int = 0) -> dict[str, torch.Tensor]:
+def official_tensors(config: PaligemmaConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights under official names, bfloat16 with the norms in float32."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}

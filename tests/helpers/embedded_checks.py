@@ -49,20 +49,21 @@ def noises(name: str) -> np.ndarray:
 
 
 @cache
-def chunks_of_full_precision(name: str) -> np.ndarray:
-    return sample_chunks(policy(name), held_out(name), noises(name), normalized=True)
+def chunks_of_full_precision(name: str, every: int) -> np.ndarray:
+    kept = slice(None, None, every)
+    return sample_chunks(policy(name), held_out(name)[kept], noises(name)[kept], normalized=True)
 
 
 @cache
-def error(name: str, recipe: str, scope: Scope, *, stress: bool, every: int = 1) -> float:
+def error(name: str, recipe: str, scope: Scope, *, stress: bool, every: int = 2) -> float:
     """Relative error of the chunks of a recipe against full precision, on every so manieth
-    observation: where a bar is orders of magnitude away, some of them tell."""
+    observation: half of them tell, and fewer where a bar is orders of magnitude away."""
     base = with_outliers(name) if stress else policy(name)
     observations = oq.Observations.load(f"builtin:{name}")
     quantized = oq.quantize(base, observations, Recipe.load(recipe), scope=scope)
     kept = slice(None, None, every)
     chunks = sample_chunks(quantized, held_out(name)[kept], noises(name)[kept], normalized=True)
-    return relative_error(chunks, chunks_of_full_precision(name)[kept])
+    return relative_error(chunks, chunks_of_full_precision(name, every))
 
 
 class EmbeddedPolicyChecks:
@@ -71,14 +72,14 @@ class EmbeddedPolicyChecks:
     name: str
 
     def test_injected_outliers_leave_the_function_as_it_is(self) -> None:
-        kept = slice(None, None, 4)
+        kept = slice(None, None, 6)
         chunks = sample_chunks(
             with_outliers(self.name),
             held_out(self.name)[kept],
             noises(self.name)[kept],
             normalized=True,
         )
-        assert relative_error(chunks, chunks_of_full_precision(self.name)[kept]) < 1e-9
+        assert relative_error(chunks, chunks_of_full_precision(self.name, 6)) < 1e-9
 
     def test_stress_in_the_papers_scope_stays_below_a_hundredth_and_a_tenth_of_the_paper(
         self,

@@ -33,6 +33,8 @@ BATCHING = BatchingConfig(batch=2, waiting=2, deadline_s=5.0)
 class FakeEngine:
     """Actions are the first numbers of the state; a prompt can ask for trouble.
 
+    What is left over comes back as it was, plus its delay.
+
     Attributes:
         seconds: how long one batch takes.
         sizes: of the batches so far.
@@ -49,10 +51,10 @@ class FakeEngine:
     def prepare_thread(self) -> None:
         pass
 
-    def encode(self, observation: Mapping[str, Any]) -> Any:
+    def encode(self, observation: Mapping[str, Any], left_over: Any = None) -> Any:
         if observation["prompt"] == "unknown word":
             raise ObservationError("the prompt has words this policy was never taught")
-        return observation
+        return {**observation, "left_over": left_over}
 
     def sample(self, inputs: Sequence[Any], noises: Sequence[np.ndarray]) -> list[np.ndarray]:
         self.started.set()
@@ -68,6 +70,9 @@ class FakeEngine:
         if prompt == "bug":
             raise KeyError("secret inside")
         chunk = np.tile(observation["state"][:3], (5, 1)) + (noise if prompt == "noise" else 0)
+        left_over = observation["left_over"]
+        if left_over is not None:
+            chunk[: len(left_over.actions)] = left_over.actions + left_over.delay
         if prompt == "nan":
             chunk[2, 1] = np.nan
         if prompt == "far":

@@ -1,4 +1,4 @@
-"""The cases in which LeRobot's pi05 and ours are compared, and everything they are made of.
+"""The cases in which LeRobot's pi05 and pi0 and ours are compared, and everything they are made of.
 
 Weights, images, states, noise and statistics come from SHAKE-256 of a name, so that they are the
 same numbers in every environment, whatever versions of numpy and torch it has.  Only numpy is
@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,12 +31,16 @@ NEWER = "0.6.1 with transformers 5.6.0"
 """Which LeRobot's own requirements do not allow, and which names the vision tower otherwise."""
 
 
+Policy = Literal["pi05", "pi0"]
+
+
 @dataclass(frozen=True)
 class Case:
     """One checkpoint and two observations of it.
 
     Attributes:
         name: of its directory, and of the test.
+        policy: LeRobot's type.
         written_by: the LeRobot whose code makes the checkpoint.
         base: the case whose pipelines it keeps, as a fine-tune does.
         normalization: of state and actions.
@@ -51,6 +55,7 @@ class Case:
     """
 
     name: str
+    policy: Policy = "pi05"
     written_by: str = CURRENT
     base: str | None = None
     normalization: str = "QUANTILES"
@@ -88,8 +93,19 @@ CASES: tuple[Case, ...] = (
     Case("relative-mean-std", relative=True, exclude=("grip", "YAW"), normalization="MEAN_STD"),
     Case("relative-by-0.5.1", written_by=BEFORE, relative=True, exclude=("gripper",)),
     Case("relative-fine-tune", base="saved-by-0.6.1", relative=True, exclude=("gripper",)),
+    Case("pi0-by-0.6.1", policy="pi0", normalization="MEAN_STD"),
+    Case("pi0-by-0.5.1", policy="pi0", normalization="MEAN_STD", written_by=BEFORE),
+    Case("pi0-by-0.4.4", policy="pi0", normalization="MEAN_STD", written_by=OLD),
+    Case("pi0-min-max-four-steps", policy="pi0", normalization="MIN_MAX", steps=4),
+    Case(
+        "pi0-relative", policy="pi0", normalization="MEAN_STD", relative=True, exclude=("gripper",)
+    ),
 )
-GOLDEN = tuple(case for case in CASES if case.golden)
+
+
+def golden_cases(policy: Policy) -> tuple[Case, ...]:
+    """Those of a policy whose records are kept with the tests."""
+    return tuple(case for case in CASES if case.golden and case.policy == policy)
 
 
 def uniform(name: str, shape: Sequence[int]) -> np.ndarray:

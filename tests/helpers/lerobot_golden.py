@@ -1,4 +1,4 @@
-"""One file that holds what LeRobot wrote and computed of every case, but the weights.
+"""One file per policy: what LeRobot wrote and computed of every case, but the weights.
 
 Weights are drawn again (``lerobot_cases.weight``).  Everything else is kept as LeRobot made it: the
 files of the checkpoint as bytes, the record as tensors.  What several cases have in common is there
@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from lerobot_cases import Case, weight
+from lerobot_cases import Case, Policy, golden_cases, weight
 from lerobot_parity import Record, read_record
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
-FILE = Path(__file__).parents[1] / "parity" / "golden" / "lerobot_pi05.safetensors"
+FOLDER = Path(__file__).parents[1] / "parity" / "golden"
 WEIGHTS = "model.safetensors"
 ROUNDING = 2e-6
 
@@ -31,7 +30,7 @@ class Golden:
         path: of the file.
     """
 
-    def __init__(self, path: Path = FILE) -> None:
+    def __init__(self, path: Path) -> None:
         with safe_open(path, framework="np") as file:
             self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.cases: dict[str, dict[str, dict[str, str]]] = json.loads(file.metadata()["cases"])
@@ -46,8 +45,13 @@ class Golden:
         return {name: self._tensors[digest].tobytes() for name, digest in files}
 
 
-def make_golden(out: Path, cases: Iterable[Case]) -> None:
-    """Write the file from a folder of records."""
+def golden_file(policy: Policy) -> Path:
+    """The file of a policy's cases."""
+    return FOLDER / f"lerobot_{policy}.safetensors"
+
+
+def make_golden(out: Path, policy: Policy) -> None:
+    """Write the file of a policy from a folder of records."""
     tensors: dict[str, np.ndarray] = {}
     index: dict[str, dict[str, dict[str, str]]] = {}
 
@@ -57,20 +61,19 @@ def make_golden(out: Path, cases: Iterable[Case]) -> None:
         tensors[digest] = array
         return digest
 
-    for case in cases:
+    for case in golden_cases(policy):
         record = read_record(out / case.name / "record.safetensors")
         files = written(out / case.name / "checkpoint")
         index[case.name] = {
             "record": {key: keep(array) for key, array in record.items()},
             "files": {key: keep(np.frombuffer(data, np.uint8)) for key, data in files.items()},
         }
-    save_file(tensors, FILE, metadata={"cases": json.dumps(index)})
+    save_file(tensors, golden_file(policy), metadata={"cases": json.dumps(index)})
 
 
-def same_golden(path: Path, out: Path, cases: Iterable[Case]) -> None:
-    """Fail where the file differs from a folder of records."""
-    golden = Golden(path)
-    cases = list(cases)
+def same_golden(out: Path, policy: Policy) -> None:
+    """Fail where the file of a policy differs from a folder of records."""
+    golden, cases = Golden(golden_file(policy)), golden_cases(policy)
     assert list(golden.cases) == [case.name for case in cases]
     for case in cases:
         assert golden.files(case) == written(out / case.name / "checkpoint"), case.name

@@ -101,7 +101,7 @@ def compare(
         found[key] = max(found[key], float(np.abs(ours - theirs).max()))
 
     for i, observation in enumerate(observations(case)):
-        pixels, token_ids = processor.encode(observation)
+        pixels, token_ids = processor.encode(observation)[:2]
         differ("pixels", pixels[0], record["pixels"][i][record["cameras"][i]])
         expected = record["tokens"][i][record["mask"][i]].tolist()
         ours = token_ids[0].tolist()

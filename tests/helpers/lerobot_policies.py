@@ -8,8 +8,8 @@ give: normalized tensors.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -139,11 +139,11 @@ def _batch(name: str, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def build(name: str, seed: int) -> nn.Module:
-    """A shrunken policy with random weights."""
+def features() -> dict[str, Any]:
+    """What a policy reads and gives, as LeRobot's configurations have it."""
     from lerobot.configs import FeatureType, PolicyFeature
 
-    features = {
+    return {
         "input_features": {
             **{
                 f"observation.images.{camera}": PolicyFeature(FeatureType.VISUAL, (3, SIDE, SIDE))
@@ -154,8 +154,19 @@ def build(name: str, seed: int) -> nn.Module:
         "output_features": {"action": PolicyFeature(FeatureType.ACTION, (7,))},
         "device": "cpu",
     }
-    with _seeded(seed):
-        module = _BUILDERS[name](features).eval()
+
+
+def configuration(name: str) -> Any:
+    """LeRobot's configuration of a shrunken policy."""
+    return _CONFIGURATIONS[name](features())
+
+
+def build(name: str, seed: int) -> nn.Module:
+    """A shrunken policy with random weights."""
+    from lerobot.policies.factory import get_policy_class
+
+    with _seeded(seed), shrunken(name):
+        module = get_policy_class(name)(configuration(name)).eval()
         for parameter in module.parameters():
             # LeRobot begins with zeros in gates and adaptive norms, behind which nothing shows.
             if parameter.is_floating_point() and not bool(parameter.any()):
@@ -177,9 +188,25 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def _pi0(features: dict[str, Any]) -> nn.Module:
+@contextmanager
+def shrunken(name: str) -> Iterator[None]:
+    """Inside the block LeRobot builds policies of this type in a shrunken size, without a hub."""
+    with ExitStack() as stack:
+        for target, attribute, value in _SHRINKING.get(name, list)():
+            stack.enter_context(patch.object(target, attribute, value))
+        yield
+
+
+Patches = list[tuple[Any, str, Any]]
+
+
+def _pi0(features: dict[str, Any]) -> Any:
     from lerobot.policies.pi0.configuration_pi0 import PI0Config
 
+    return PI0Config(chunk_size=CHUNK, n_action_steps=CHUNK, **features)
+
+
+def _shrink_pi0() -> Patches:
     code = importlib.import_module("lerobot.policies.pi0.modeling_pi0")
     original_vlm = code.PaliGemmaForConditionalGenerationWithPiGemma
     original_expert = code.PiGemmaForCausalLM
@@ -198,63 +225,65 @@ def _pi0(features: dict[str, Any]) -> nn.Module:
         return original_expert(config)
 
     sizes = code.GemmaConfig(64, 2, 128, 8, 1, 16)
-    with (
-        patch.object(code, "get_gemma_config", lambda variant: sizes),
-        patch.object(code, "PaliGemmaForConditionalGenerationWithPiGemma", vlm),
-        patch.object(code, "PiGemmaForCausalLM", expert),
-    ):
-        config = PI0Config(chunk_size=CHUNK, n_action_steps=CHUNK, **features)
-        return code.PI0Policy(config)
+    return [
+        (code, "get_gemma_config", lambda variant: sizes),
+        (code, "PaliGemmaForConditionalGenerationWithPiGemma", vlm),
+        (code, "PiGemmaForCausalLM", expert),
+    ]
 
 
-def _smolvla(features: dict[str, Any]) -> nn.Module:
-    import transformers
+def _smolvla(features: dict[str, Any]) -> Any:
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
-    code = importlib.import_module("lerobot.policies.smolvla.modeling_smolvla")
-    parts = importlib.import_module("lerobot.policies.smolvla.smolvlm_with_expert")
-    backbone = transformers.SmolVLMConfig(
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "vocab_size": VOCABULARY,
-        },
-        vision_config={
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": SIDE,
-            "patch_size": 16,
-        },
-        scale_factor=2,
-        image_token_id=5,
+    return SmolVLAConfig(
+        chunk_size=CHUNK,
+        n_action_steps=CHUNK,
+        num_vlm_layers=4,
+        resize_imgs_with_padding=(SIDE, SIDE),
+        load_vlm_weights=False,
+        **features,
     )
+
+
+def _shrink_smolvla() -> Patches:
+    import transformers
+
+    parts = importlib.import_module("lerobot.policies.smolvla.smolvlm_with_expert")
+
+    def backbone(*_: Any, **__: Any) -> Any:
+        return transformers.SmolVLMConfig(
+            text_config={
+                "model_type": "llama",
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 32,
+                "vocab_size": VOCABULARY,
+            },
+            vision_config={
+                "hidden_size": 96,
+                "intermediate_size": 192,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": SIDE,
+                "patch_size": 16,
+            },
+            scale_factor=2,
+            image_token_id=5,
+        )
+
     tokenizer = SimpleNamespace(fake_image_token_id=10, global_image_token_id=11)
     processor = SimpleNamespace(tokenizer=tokenizer)
-    with (
-        patch.object(parts.AutoConfig, "from_pretrained", lambda *_, **__: backbone),
-        patch.object(parts.AutoProcessor, "from_pretrained", lambda *_, **__: processor),
-    ):
-        config = SmolVLAConfig(
-            chunk_size=CHUNK,
-            n_action_steps=CHUNK,
-            num_vlm_layers=4,
-            resize_imgs_with_padding=(SIDE, SIDE),
-            load_vlm_weights=False,
-            **features,
-        )
-        return code.SmolVLAPolicy(config)
+    return [
+        (parts.AutoConfig, "from_pretrained", backbone),
+        (parts.AutoProcessor, "from_pretrained", lambda *_, **__: processor),
+    ]
 
 
-def _xvla(features: dict[str, Any]) -> nn.Module:
+def _xvla(features: dict[str, Any]) -> Any:
     from lerobot.policies.xvla.configuration_xvla import XVLAConfig
-    from lerobot.policies.xvla.modeling_xvla import XVLAPolicy
 
     florence = {
         "vision_config": {
@@ -279,7 +308,7 @@ def _xvla(features: dict[str, Any]) -> nn.Module:
         },
         "tie_word_embeddings": True,
     }
-    config = XVLAConfig(
+    return XVLAConfig(
         chunk_size=CHUNK,
         n_action_steps=CHUNK,
         florence_config=florence,
@@ -293,14 +322,12 @@ def _xvla(features: dict[str, Any]) -> nn.Module:
         len_soft_prompts=4,
         **features,
     )
-    return XVLAPolicy(config)
 
 
-def _act(features: dict[str, Any]) -> nn.Module:
+def _act(features: dict[str, Any]) -> Any:
     from lerobot.policies.act.configuration_act import ACTConfig
-    from lerobot.policies.act.modeling_act import ACTPolicy
 
-    config = ACTConfig(
+    return ACTConfig(
         chunk_size=CHUNK,
         n_action_steps=CHUNK,
         pretrained_backbone_weights=None,
@@ -309,45 +336,60 @@ def _act(features: dict[str, Any]) -> nn.Module:
         n_encoder_layers=2,
         **features,
     )
-    return ACTPolicy(config)
 
 
-def _multi_task_dit(features: dict[str, Any]) -> nn.Module:
-    import transformers
+def _multi_task_dit(features: dict[str, Any]) -> Any:
     from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 
-    code = importlib.import_module("lerobot.policies.multi_task_dit.modeling_multi_task_dit")
+    return MultiTaskDiTConfig(
+        n_obs_steps=1,
+        objective="flow_matching",
+        num_integration_steps=4,
+        hidden_dim=64,
+        num_layers=2,
+        num_heads=4,
+        **features,
+    )
+
+
+def _shrink_multi_task_dit() -> Patches:
+    import transformers
+
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    vision = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(**sizes, image_size=SIDE, patch_size=16)
-    )
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(**sizes, vocab_size=VOCABULARY, eos_token_id=1)
-    )
-    with (
-        patch.object(code.CLIPVisionModel, "from_pretrained", lambda *_, **__: vision),
-        patch.object(code.CLIPTextModel, "from_pretrained", lambda *_, **__: text),
-    ):
-        config = MultiTaskDiTConfig(
-            n_obs_steps=1,
-            objective="flow_matching",
-            num_integration_steps=4,
-            hidden_dim=64,
-            num_layers=2,
-            num_heads=4,
-            **features,
-        )
-        return code.MultiTaskDiTPolicy(config)
+
+    def vision(*_: Any, **__: Any) -> nn.Module:
+        config = transformers.CLIPVisionConfig(**sizes, image_size=SIDE, patch_size=16)
+        return transformers.CLIPVisionModel(config)
+
+    def text(*_: Any, **__: Any) -> nn.Module:
+        config = transformers.CLIPTextConfig(**sizes, vocab_size=VOCABULARY, eos_token_id=1)
+        return transformers.CLIPTextModel(config)
+
+    return [
+        (transformers.CLIPVisionModel, "from_pretrained", vision),
+        (transformers.CLIPTextModel, "from_pretrained", text),
+    ]
 
 
-def _groot(features: dict[str, Any]) -> nn.Module:
-    import transformers
+def _groot(features: dict[str, Any]) -> Any:
     from lerobot.policies.groot.configuration_groot import GrootConfig
+
+    return GrootConfig(
+        chunk_size=16,
+        n_action_steps=16,
+        embodiment_tag="new_embodiment",
+        use_bf16=False,
+        **features,
+    )
+
+
+def _shrink_groot() -> Patches:
+    import transformers
 
     network = importlib.import_module("lerobot.policies.groot.groot_n1_7")
     code = importlib.import_module("lerobot.policies.groot.modeling_groot")
@@ -386,7 +428,7 @@ def _groot(features: dict[str, Any]) -> nn.Module:
             text_config=text, vision_config=vision, **{key: content[key] for key in kept + marks}
         )
 
-    def shrunken(*_: Any, **__: Any) -> nn.Module:
+    def made(*_: Any, **__: Any) -> nn.Module:
         config = network.GR00TN17Config(
             select_layer=3,
             backbone_embedding_dim=64,
@@ -416,25 +458,24 @@ def _groot(features: dict[str, Any]) -> nn.Module:
         )
         return network.GR00TN17(config, load_backbone_weights=False)
 
-    with (
-        patch.object(network, "_cosmos_reason2_qwen3_vl_config", backbone),
-        patch.object(code.GR00TN17, "from_pretrained", shrunken),
-    ):
-        config = GrootConfig(
-            chunk_size=16,
-            n_action_steps=16,
-            embodiment_tag="new_embodiment",
-            use_bf16=False,
-            **features,
-        )
-        return code.GrootPolicy(config)
+    return [
+        (network, "_cosmos_reason2_qwen3_vl_config", backbone),
+        (code.GR00TN17, "from_pretrained", made),
+    ]
 
 
-_BUILDERS = {
+_CONFIGURATIONS = {
     "pi0": _pi0,
     "smolvla": _smolvla,
     "xvla": _xvla,
     "multi_task_dit": _multi_task_dit,
     "groot": _groot,
     "act": _act,
+}
+
+_SHRINKING: dict[str, Callable[[], Patches]] = {
+    "pi0": _shrink_pi0,
+    "smolvla": _shrink_smolvla,
+    "multi_task_dit": _shrink_multi_task_dit,
+    "groot": _shrink_groot,
 }

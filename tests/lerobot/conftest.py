@@ -6,11 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from comparison_table import pytest_terminal_summary, table
 
 # It runs in LeRobot's environment, where this project is installed too (make test-lerobot).
-collect_ignore = [] if find_spec("lerobot") else ["test_torch_policies.py"]
+collect_ignore = (
+    [] if find_spec("lerobot") else ["test_torch_policies.py", "test_bridge.py", "test_plugin.py"]
+)
 
-ROWS = pytest.StashKey[list[str]]()
+__all__ = ["pytest_terminal_summary", "table"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,16 +31,3 @@ def lerobot_python(request: pytest.FixtureRequest) -> Path:
     if python is None:
         pytest.skip("no environment with LeRobot was named: run make test-lerobot")
     return python
-
-
-@pytest.fixture
-def table(request: pytest.FixtureRequest) -> list[str]:
-    """Lines printed at the end."""
-    return request.config.stash.setdefault(ROWS, [])
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    for line in config.stash.get(ROWS, []):
-        terminalreporter.write_line(line)

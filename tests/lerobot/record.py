@@ -1,4 +1,4 @@
-"""Saves shrunken pi05 policies with LeRobot and records what it computes of two observations.
+"""Saves shrunken pi05 and pi0 policies with LeRobot and records what it computes of two views.
 
 Runs in an environment with LeRobot and without this project, with ``tests/helpers`` on its path and
 a job on its standard input, see ``lerobot_records.py``.  Every case gets a directory ``OUT/CASE``:
@@ -18,6 +18,7 @@ for older releases, that ``lerobot.policies`` does not import every other policy
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from lerobot_cases import (
     STATE_WIDTH,
     VOCABULARY,
     Case,
+    Policy,
     noise,
     observations,
     statistics,
@@ -56,9 +58,10 @@ class LeRobot:
 
     Args:
         tokenizer: the folder of a stand-in for PaliGemma's tokenizer.
+        policy: the type whose modules they are.
     """
 
-    def __init__(self, tokenizer: Path) -> None:
+    def __init__(self, tokenizer: Path, policy: Policy) -> None:
         import transformers
 
         import lerobot
@@ -72,12 +75,15 @@ class LeRobot:
         transformers.AutoTokenizer.from_pretrained = staticmethod(
             lambda name, *args, **kwargs: load(tokenizer)
         )
-        from lerobot.policies.pi05 import configuration_pi05, modeling_pi05, processor_pi05
-
-        self.config = configuration_pi05.PI05Config
-        self.model, self.processor = modeling_pi05, processor_pi05
+        folder, prefix = f"lerobot.policies.{policy}", policy.upper()
+        settings = importlib.import_module(f"{folder}.configuration_{policy}")
+        self.config: Any = getattr(settings, f"{prefix}Config")
+        self.model: Any = importlib.import_module(f"{folder}.modeling_{policy}")
+        self.policy: Any = getattr(self.model, f"{prefix}Policy")
+        processor = importlib.import_module(f"{folder}.processor_{policy}")
+        self.pipelines: Any = getattr(processor, f"make_{policy}_pre_post_processors")
         if self.version != OLD:  # whose network needs a transformers of its own
-            _shrink(modeling_pi05)
+            _shrink(self.model)
 
 
 def _shrink(model: Any) -> None:
@@ -145,7 +151,7 @@ def save(lerobot: LeRobot, case: Case, directory: Path) -> None:
         for feature, values in statistics().items()
     }
     if case.base is None:
-        pipelines = lerobot.processor.make_pi05_pre_post_processors(config, dataset_stats=moved)
+        pipelines = lerobot.pipelines(config, dataset_stats=moved)
     else:
         base = directory.parent / case.base / "checkpoint"
         config.pretrained_path = base.name
@@ -233,7 +239,7 @@ def see(lerobot: LeRobot, case: Case, directory: Path) -> None:
     eyes = SimpleNamespace(
         config=settings(lerobot, case), parameters=lambda: iter([torch.zeros(1)])
     )
-    pixels, present = lerobot.model.PI05Policy._preprocess_images(eyes, batch)
+    pixels, present = lerobot.policy._preprocess_images(eyes, batch)
     shown = {
         "pixels": torch.stack(pixels, dim=1),
         "cameras": torch.stack(present, dim=1),
@@ -246,7 +252,7 @@ def see(lerobot: LeRobot, case: Case, directory: Path) -> None:
 
 def act(lerobot: LeRobot, case: Case, directory: Path) -> None:
     """Random weights saved with LeRobot's ``save_pretrained``, and normalized chunks."""
-    policy = lerobot.model.PI05Policy(settings(lerobot, case)).eval()
+    policy = lerobot.policy(settings(lerobot, case)).eval()
     with torch.no_grad():
         for name, tensor in policy.state_dict().items():
             drawn = weight(name.removeprefix("model."), tuple(tensor.shape))
@@ -257,11 +263,13 @@ def act(lerobot: LeRobot, case: Case, directory: Path) -> None:
         weights.replace(directory / "checkpoint" / "model.safetensors")
     shown = load_file(directory / "inputs")
     # Not through predict_action_chunk, which would fit the images again, by this release's code.
+    state = [policy.prepare_state({STATE: shown["state"]})] if case.policy == "pi0" else []
     chunk = policy.model.sample_actions(
         list(shown["pixels"].unbind(1)),
         list(shown["cameras"].unbind(1)),
         shown["tokens"],
         shown["mask"],
+        *state,
         noise=torch.from_numpy(noise()),
     )
     save_file({"chunk": chunk[..., :ACTION_WIDTH].contiguous()}, directory / "network")
@@ -327,9 +335,11 @@ def main(job: dict[str, Any]) -> None:
     tokenizer = out / "tokenizer"
     if not tokenizer.exists():
         hugging_face_tokenizer(Path(job["tokenizer"]), tokenizer)
-    lerobot = LeRobot(tokenizer)
+    found: dict[str, LeRobot] = {}
     for case in CASES:
         if case.name in job["cases"]:
+            lerobot = found.get(case.policy) or LeRobot(tokenizer, case.policy)
+            found[case.policy] = lerobot
             for part in job["parts"]:
                 PARTS[part](lerobot, case, out / case.name)
             done = ", ".join(job["parts"])

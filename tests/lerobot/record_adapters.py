@@ -83,7 +83,7 @@ def record(policy: Any, records: Path, directory: Path) -> None:
 def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     records = Path(job["records"])
-    lerobot = LeRobot(records / "tokenizer")
+    lerobot = LeRobot(records / "tokenizer", "pi05")
     base = records / BASE.name / "checkpoint"
     for name, adapter in POLICY_ADAPTERS.items():
         apart, whole = records / f"adapter-{name}", records / f"adapter-{name}-merged"

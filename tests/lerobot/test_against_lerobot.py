@@ -1,12 +1,12 @@
-"""pi05 checkpoints that LeRobot writes, loaded and run by ours beside LeRobot itself."""
+"""pi05 and pi0 checkpoints that LeRobot writes, loaded and run by ours beside LeRobot itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from lerobot_cases import CASES, GOLDEN, Case
-from lerobot_golden import FILE, make_golden, same_golden
+from lerobot_cases import CASES, Case, Policy
+from lerobot_golden import make_golden, same_golden
 from lerobot_parity import HEADER, compare, know_small_tower, read_record
 from lerobot_records import write_records
 
@@ -35,10 +35,11 @@ def test_ours_computes_what_lerobot_computes(
     assert found.within_bounds(), found
 
 
+@pytest.mark.parametrize("policy", ["pi05", "pi0"])
 def test_the_records_kept_with_the_tests_are_what_lerobot_computes_today(
-    out: Path, request: pytest.FixtureRequest
+    policy: Policy, out: Path, request: pytest.FixtureRequest
 ) -> None:
     """Files equal, numbers to a rounding of float32: another processor sums in another order."""
     if request.config.getoption("--write-golden"):
-        make_golden(out, GOLDEN)
-    same_golden(FILE, out, GOLDEN)
+        make_golden(out, policy)
+    same_golden(out, policy)

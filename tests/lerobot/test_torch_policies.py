@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lerobot_policies
 import pytest
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 
 import omega_qvla as oq
+from omega_qvla.policies.guidance import Guidance
+from omega_qvla.real_time_chunking import LeftOver, RealTimeChunking
 
 SITES = {  # linears, and sites they make: those that read one tensor are one
     "pi0": (41, 25),
@@ -76,6 +79,61 @@ def test_a_policy_of_lerobot_quantized_saved_and_loaded_in_another_process(
     found = [line.split() for line in printed.splitlines() if line[:1].isdigit()]
     for chunk, (_, text) in zip(ours, found, strict=True):
         assert bytes(chunk.contiguous().view(-1).view(torch.uint8).tolist()).hex() == text
+
+
+def continuing(
+    module: Any, observation: Any, noise: Any, clock: Any, left_over: Any, chunking: Any
+) -> torch.Tensor:
+    """LeRobot's own loop, told what to continue as its rollout tells it."""
+    from lerobot.configs.types import RTCAttentionSchedule
+    from lerobot.policies.rtc import RTCConfig
+
+    module.config.rtc_config = RTCConfig(
+        prefix_attention_schedule=RTCAttentionSchedule[chunking.schedule.upper()],
+        max_guidance_weight=chunking.max_guidance_weight,
+        execution_horizon=chunking.execution_horizon,
+    )
+    module.init_rtc_processor()
+    previous = None if left_over is None else torch.from_numpy(left_over.actions)
+    delay = 0 if left_over is None else left_over.delay
+    batch = {name: tensor.clone() for name, tensor in observation.items()}
+    return module.predict_action_chunk(
+        batch, noise=noise, inference_delay=delay, prev_chunk_left_over=previous
+    )
+
+
+@pytest.mark.parametrize("name", ["pi0", "smolvla"])
+def test_a_policy_of_lerobot_continues_a_chunk_on_integers_by_the_closed_form(name: str) -> None:
+    """Every step from noise to chunk, with the velocities that the integers gave."""
+    policy = lerobot_policies.torch_policy(name)
+    policy.sample = continuing
+    observations = lerobot_policies.batches(name)
+    quantized = oq.quantize(policy, observations)
+    start = torch.randn(quantized.noise_shape, generator=torch.Generator().manual_seed(3))
+    before = quantized.sample_actions(observations[0], -start)[0, 2:]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    model = quantized.policy.module.model
+    step = model.denoise_step
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        velocity = step(*args, **kwargs)
+        seen.append((kwargs["x_t"].detach().clone(), velocity.detach().clone()))
+        return velocity
+
+    model.denoise_step = watched
+    settings = RealTimeChunking(execution_horizon=6, max_guidance_weight=4.0, schedule="exp")
+    chunk = quantized.sample_actions(
+        observations[1], start, previous=before, delay=2, chunking=settings
+    )
+    left_over = LeftOver(before.numpy(), 2)
+    guidance = Guidance.to(left_over, settings, tuple(start.shape[1:]))
+    steps = len(seen)
+    assert steps == quantized.steps
+    for number, (x, velocity) in enumerate(seen):
+        t = 1.0 - number / steps
+        x = x - (velocity - guidance.correction(x - t * velocity, t)) / steps
+        after = seen[number + 1][0] if number + 1 < steps else chunk
+        torch.testing.assert_close(after, x[..., : after.shape[-1]], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("pattern", [r".*base_layer", r".*"])

@@ -60,6 +60,11 @@ with torch.inference_mode():
     velocity = policy.module.velocity(start, code, observed[2], observed[0], suffix)
     assert torch.allclose(last, velocity, atol=1e-5)
 
+# A chunk continues another one.
+settled = policy.sample_actions(seen[1], -noise, previous=wanted, delay=len(wanted))
+free = policy.sample_actions(seen[1], -noise)
+assert np.abs(settled - wanted).max() < 0.5 * np.abs(free - wanted).max()
+
 # Its own layout, streamed and in memory.
 write_own(policy, out / "full", dtype=torch.bfloat16)
 assert np.array_equal(oq.load_policy(out / "full").sample_actions(seen[0], noise), wanted)
@@ -141,10 +146,11 @@ def test_one_folder_and_one_line_add_a_policy(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:3] == ["pi05", "gr00t_n15", FOLDER]
+    assert done.stdout.split()[:4] == ["pi05", "pi0", "gr00t_n15", FOLDER]
 
 
 def test_the_example_imports_no_other_family() -> None:
     code = "\n".join(path.read_text("utf-8") for path in EXAMPLE.glob("*.py"))
     imports = re.findall(r"omega_qvla\.policies\.(\w+)", code)
-    assert set(imports) <= {"base", "native", "family", "layers", "processing", FOLDER}
+    shared = {"base", "guidance", "native", "family", "layers", "processing"}
+    assert set(imports) <= {*shared, FOLDER}

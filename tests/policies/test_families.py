@@ -12,6 +12,7 @@ import torch
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import ObservationError, PolicyError
+from omega_qvla.policies.adaptive_norms import AdaptiveNorms
 from omega_qvla.policies.base import HasEmbedding, linears_of, sites_of
 from omega_qvla.policies.families import FOLDERS, families
 from omega_qvla.policies.full_precision import policy_skeleton, sizes, stream_policy
@@ -22,7 +23,7 @@ from omega_qvla.policies.native import NativePolicy
 
 PACKAGE = Path(oq.__file__).parent
 POLICIES = PACKAGE / "policies"
-TINY = ("tiny-pi05", "tiny-gr00t")
+TINY = ("tiny-pi05", "tiny-pi0", "tiny-gr00t")
 
 
 def observations(policy: NativePolicy, count: int = 1) -> Observations:
@@ -34,7 +35,8 @@ def observations(policy: NativePolicy, count: int = 1) -> Observations:
 @pytest.mark.parametrize("name", list(sizes()))
 def test_a_description_rebuilds_the_same_structure(name: str) -> None:
     policy = stream_policy(f"random:{name}")
-    assert isinstance(policy, HasEmbedding) and isinstance(policy, HasStepTable)
+    assert isinstance(policy, HasEmbedding)
+    assert isinstance(policy, HasStepTable) == isinstance(policy, AdaptiveNorms)
     config, files = policy.describe()
     rebuilt = policy_skeleton(policy.family, config, files)
     shapes = [{n: p.shape for n, p in x.module.named_parameters()} for x in (policy, rebuilt)]
@@ -108,11 +110,11 @@ def test_noise_is_drawn_from_the_generator_and_checked(name: str) -> None:
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(PolicyError, match=r"'other'.*pi05, gr00t_n15"):
+    with pytest.raises(PolicyError, match=r"'other'.*pi05, pi0, gr00t_n15"):
         policy_skeleton("other", {}, {})
 
 
-@pytest.mark.parametrize("family", ["pi05", "gr00t_n15"])
+@pytest.mark.parametrize("family", list(families()))
 def test_a_description_that_is_not_one_is_refused(family: str) -> None:
     with pytest.raises(PolicyError, match="description is invalid"):
         policy_skeleton(family, {"family": family}, {})
@@ -143,7 +145,7 @@ def test_a_family_imports_no_other_family(folder: str) -> None:
     assert found & set(FOLDERS) == {folder}
 
 
-@pytest.mark.parametrize("folder", ["layers", "processing"])
+@pytest.mark.parametrize("folder", ["layers", "processing", "paligemma"])
 def test_what_families_share_imports_no_family(folder: str) -> None:
     assert imported(POLICIES / folder) & set(FOLDERS) == set()
 
@@ -154,7 +156,7 @@ def test_formats_of_checkpoints_import_no_policy() -> None:
 
 def test_nothing_outside_its_folder_switches_on_the_name_of_a_family() -> None:
     """What differs between families is told by the registry; training has its own two learners,
-    and the instrument that injects outliers knows two networks."""
+    and the instrument that injects outliers knows the networks."""
     named = re.compile(rf"""["']({"|".join(families())})["']""")
     own = ("policies/families.py", "evaluation/outlier_paths.py", "training/")
     own = (*own, *(f"policies/{folder}/" for folder in FOLDERS))

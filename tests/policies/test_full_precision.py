@@ -15,8 +15,8 @@ import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import NonFiniteError, PolicyError, ResourceError
 from omega_qvla.policies import full_precision
+from omega_qvla.policies.paligemma.network import dropped_shapes
 from omega_qvla.policies.pi05.checkpoints.openpi import write_openpi
-from omega_qvla.policies.pi05.network import dropped_shapes
 from omega_qvla.policies.pi05.policy import Pi05Policy
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"

@@ -27,7 +27,7 @@ from omega_qvla.quantization import pipeline
 from omega_qvla.quantization.journal import HEADER
 from omega_qvla.recipe import Recipe
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.emulated
 
 MakePolicy = Callable[..., Pi05Policy]
 H200 = Gpu("cuda:0", "NVIDIA H200", (9, 0), 132, 141 << 30)

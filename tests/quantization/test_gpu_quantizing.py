@@ -44,7 +44,7 @@ from omega_qvla.quantization.pipeline import quantize_policy
 from omega_qvla.quantization.site import quantize_site
 from omega_qvla.recipe import Recipe, Scheme, TransformScheme, WeightScheme
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.emulated
 
 MakePolicy = Callable[..., Pi05Policy]
 H200 = Gpu("cuda:0", "NVIDIA H200", (9, 0), 132, 141 << 30)

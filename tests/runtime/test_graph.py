@@ -36,7 +36,7 @@ from omega_qvla.runtime.kernels import triton_gpu as gpu
 from omega_qvla.runtime.linear import REFERENCE, QuantizedLinear, best_kernel
 
 
-def double(inputs: Any, noise: Tensor, steps: int) -> Tensor:
+def double(inputs: Any, noise: Tensor, steps: int, guidance: Any = None) -> Tensor:
     return inputs[0].sum() + steps * noise
 
 

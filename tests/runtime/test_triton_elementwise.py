@@ -28,7 +28,7 @@ from omega_qvla.runtime.kernels import reference, triton_elementwise
 from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.emulated
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TILINGS = (

@@ -28,7 +28,7 @@ from omega_qvla.runtime.kernels import triton as gpu
 from omega_qvla.runtime.kernels import triton_layout as layout
 from omega_qvla.runtime.kernels.triton_tuning import Tiling
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.emulated
 
 needs_triton = pytest.mark.usefixtures("interpreted")
 

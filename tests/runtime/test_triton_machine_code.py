@@ -52,6 +52,8 @@ ABSENT = SMALL | dict.fromkeys(("transform", "offset", "bias"))
 """A layer with neither transform nor offset nor bias."""
 ONES = ABSENT | dict.fromkeys(("count", "blocks", "parts", "share", "size", "per_row", "groups"), 1)
 """One row, one block, one part, one output."""
+pytestmark = pytest.mark.emulated
+
 EXACT = ("multiply", "multiply_part", "multiply_grouped")
 PRODUCTS = (*EXACT, "multiply_gated")
 PROGRAMS = (

@@ -138,7 +138,7 @@ def test_openpis_own_observation_formats_are_read(layout: str, keys: dict[str, A
     with running(OpenpiServer(scheduler, Listening())) as service:
         reply = openpi_client(service.port).infer({**images, **keys, "prompt": "press"})
     assert np.all(reply["actions"] == 0.5)
-    with pytest.raises(PolicyError, match="--layout"):
+    with pytest.raises(PolicyError, match="`layout`"):
         Specification(("base", "wrist"), 8, 5, 3, (5, 3), layout=LAYOUTS[layout])
 
 
@@ -344,7 +344,7 @@ def test_only_loopback_needs_no_token(host: str, alone: bool) -> None:
     assert is_loopback(host) == alone
     require_token(host, TOKEN)
     if not alone:
-        with pytest.raises(PolicyError, match="--token-file"):
+        with pytest.raises(PolicyError, match="`token_file`"):
             require_token(host, None)
 
 

@@ -61,7 +61,7 @@ def test_limits_are_the_range_of_every_kind_of_statistics_and_the_margin(quantiz
     ],
 )
 def test_without_statistics_limits_must_be_given(quantized: Any, actions: Any) -> None:
-    with pytest.raises(PolicyError, match="--limits FILE"):
+    with pytest.raises(PolicyError, match="`limits`"):
         with_actions(quantized, actions).limits(0.25)
 
 

@@ -159,7 +159,7 @@ def test_a_token_protects_the_metrics_and_not_the_health(artifact: Path, tmp_pat
 
 def test_other_machines_need_a_token_before_anything_is_loaded(tmp_path: Path) -> None:
     settings = Settings("gr00t", metrics_port=0, metrics_host="0.0.0.0")
-    with pytest.raises(PolicyError, match="--token-file"):
+    with pytest.raises(PolicyError, match="`token_file`"):
         Service.build(tmp_path / "absent", settings, lambda event, **fields: None)
 
 
@@ -167,8 +167,8 @@ def test_other_machines_need_a_token_before_anything_is_loaded(tmp_path: Path) -
     ("settings", "told"),
     [
         ({"protocol": "openpi", "metrics_port": 9000}, "on its own port"),
-        ({"protocol": "gr00t", "metrics_port": 70000}, "--metrics-port 70000"),
-        ({"protocol": "gr00t", "metrics_host": "0.0.0.0"}, "needs a --metrics-port"),
+        ({"protocol": "gr00t", "metrics_port": 70000}, "`metrics_port=70000`"),
+        ({"protocol": "gr00t", "metrics_host": "0.0.0.0"}, "needs a `metrics_port`"),
         ({"protocol": "gr00t", "token_file": Path("token")}, "SSH tunnel"),
     ],
 )

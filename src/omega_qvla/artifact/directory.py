@@ -5,6 +5,7 @@
     manifest.json                      all files with SHA-256, all tensors (``manifest.py``)
     processor/*                        statistics and tokenizer, as opaque files
     README.md                          the model card
+    config.json, policy_*.json         what LeRobot's plug-in reads, where it can run the policy
 
 ``write_artifact`` builds the directory beside its destination and swaps it in when all of it is on
 the disk (``files.py``); equal inputs give equal bytes.  ``read_artifact`` accepts exactly what
@@ -34,6 +35,7 @@ from omega_qvla.artifact.manifest import (
     CARD,
     CONFIG,
     FORMAT_VERSION,
+    LEROBOT,
     MANIFEST,
     PROCESSOR,
     PROCESSOR_NAME,
@@ -144,6 +146,7 @@ def write_artifact(
     tensors: Mapping[str, Tensor],
     processor: Mapping[str, bytes],
     card: str,
+    lerobot: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     claim: Claim | None = None,
 ) -> str:
@@ -155,6 +158,7 @@ def write_artifact(
         tensors: dense tensors on any device, by name.
         processor: file name → bytes, for ``processor/``.
         card: text of ``README.md``.
+        lerobot: file name → bytes of what LeRobot's plug-in reads: all of ``LEROBOT``, or none.
         max_shard_bytes: tensor files are cut so that none holds more, unless one tensor does.
         claim: on the destination, where the caller has it; taken for the time of writing otherwise.
 
@@ -173,7 +177,7 @@ def write_artifact(
     except ValueError as error:
         raise NotAnArtifactError(f"{os.fspath(directory)!r} is not a path: {error}") from error
     _check_replaceable(target)
-    small = _small_files(config, processor, card)
+    small = _small_files(config, processor, card, lerobot or {})
     shards = _shards({name: spec_of(name, t) for name, t in tensors.items()}, max_shard_bytes)
     sizes = _sizes(small, shards).values()
     preflight_disk(target, sum(-(-size // _BLOCK) * _BLOCK for size in sizes) + 2 * _BLOCK)
@@ -197,18 +201,19 @@ def planned_bytes(
     tensors: Layout,
     processor: Mapping[str, bytes],
     card: str,
+    lerobot: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
     """Bytes of the files that ``write_artifact`` would write, from dtypes and shapes alone.
 
     Args:
-        config, processor, card, max_shard_bytes: as for ``write_artifact``.
+        config, processor, card, lerobot, max_shard_bytes: as for ``write_artifact``.
         tensors: dtype and shape by name.
 
     Raises:
         ArtifactError: something that an artifact cannot hold.
     """
-    small = _small_files(config, processor, card)
+    small = _small_files(config, processor, card, lerobot or {})
     return sum(_sizes(small, _shards(tensors, max_shard_bytes)).values())
 
 
@@ -251,12 +256,15 @@ def _check_replaceable(target: Path) -> None:
 def _is_ours(name: str, kind: int) -> bool:
     if name == PROCESSOR:
         return kind == stat.S_IFDIR
-    named = name in (MANIFEST, CONFIG, CARD) or SHARD_NAME.match(name) is not None
+    named = name in (MANIFEST, CONFIG, CARD, *LEROBOT) or SHARD_NAME.match(name) is not None
     return named and kind == stat.S_IFREG
 
 
 def _small_files(
-    config: Mapping[str, Any], processor: Mapping[str, bytes], card: str
+    config: Mapping[str, Any],
+    processor: Mapping[str, bytes],
+    card: str,
+    lerobot: Mapping[str, bytes],
 ) -> dict[str, bytes]:
     """Everything but tensors and manifest; refused here if the reader would refuse it."""
     version = config.get("format_version", FORMAT_VERSION)
@@ -267,7 +275,9 @@ def _small_files(
         parse_object(text)
     except JsonError as error:
         raise ArtifactError(f"config cannot be stored as JSON: {error}") from error
-    result = {CONFIG: text, CARD: card.encode("utf-8", errors="replace")}
+    if lerobot and set(lerobot) != set(LEROBOT):
+        raise ArtifactError(f"of the files for LeRobot ({', '.join(LEROBOT)}) all or none are kept")
+    result = {CONFIG: text, CARD: card.encode("utf-8", errors="replace"), **lerobot}
     for name, data in processor.items():
         if not PROCESSOR_NAME.match(name):
             raise ArtifactError(

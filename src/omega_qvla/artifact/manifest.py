@@ -28,7 +28,9 @@ from omega_qvla.files import DamageError
 
 FORMAT_VERSION = 1
 MANIFEST, CONFIG, CARD, PROCESSOR = "manifest.json", "omega_config.json", "README.md", "processor"
-LIMITS = {MANIFEST: 8 << 20, CONFIG: 4 << 20, CARD: 1 << 20}
+LEROBOT = ("config.json", "policy_preprocessor.json", "policy_postprocessor.json")
+"""What LeRobot's plug-in reads of an artifact (docs/lerobot.md): all of them, or none."""
+LIMITS = {MANIFEST: 8 << 20, CONFIG: 4 << 20, CARD: 1 << 20, **dict.fromkeys(LEROBOT, 1 << 20)}
 MAX_PROCESSOR_BYTES = 64 << 20
 
 SHARD_NAME = re.compile(r"model-([0-9]{5})-of-([0-9]{5})\.safetensors\Z")
@@ -145,6 +147,8 @@ def _check_names(manifest: Manifest) -> None:
     names = manifest.files.keys()
     count = sum(SHARD_NAME.match(name) is not None for name in names)
     expected = {CONFIG, CARD, *(shard_name(i, count) for i in range(count))}
+    if names & set(LEROBOT):
+        expected |= set(LEROBOT)
     prefix = f"{PROCESSOR}/"
     expected |= {
         name

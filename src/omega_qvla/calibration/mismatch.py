@@ -35,7 +35,7 @@ import numpy as np
 
 from omega_qvla.calibration.fingerprint import content_digest
 from omega_qvla.calibration.observations import Observations
-from omega_qvla.errors import ObservationError
+from omega_qvla.errors import CalibrationWarning, ObservationError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.processing.normalization import (
@@ -64,10 +64,6 @@ _DEVIATIONS = 3.0
 _NAMED = 4
 _ONE_COLOUR = 1.0
 """Largest standard deviation of an image without content, in levels of 255."""
-
-
-class CalibrationWarning(UserWarning):
-    """Observations that are unlike what the policy was trained on, with numbers."""
 
 
 @dataclass(frozen=True)

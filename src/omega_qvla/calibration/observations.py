@@ -57,6 +57,11 @@ class Observations(Sequence[Observation]):
                     f"observation {i} is {type(item).__name__}; observations are mappings"
                 )
 
+    def __repr__(self) -> str:
+        first = self._items[0]
+        cameras = ", ".join(first.get("images", {}))
+        return f"<Observations: {len(self)}, cameras {cameras or 'none'}>"
+
     @overload
     def __getitem__(self, index: int) -> Observation: ...
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from omega_qvla.errors import PolicyError, ResourceError
 from omega_qvla.extras import needing
 
-PATTERNS = ("*.json", "*.safetensors", "*.model", "merges.txt")
+PATTERNS = ("*.json", "*.safetensors", "*.model", "merges.txt", "params/*", "_CHECKPOINT_METADATA")
 """Files to fetch; training state, code and other formats stay where they are."""
 
 IGNORED = ("*optimizer*", "*training_state/*", "*rng_state*", "checkpoint-*")
@@ -129,7 +129,7 @@ def _unpinned(name: str, why: str) -> PolicyError:
 def _library() -> Any:
     with needing("reading a policy from the hub", "hub"):
         import huggingface_hub
-        import huggingface_hub.errors
+        import huggingface_hub.errors  # pyright: ignore[reportUnusedImport]
     return huggingface_hub
 
 

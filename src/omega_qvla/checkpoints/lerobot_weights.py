@@ -19,7 +19,12 @@ from omega_qvla.checkpoints.lerobot_pipelines import without_prefix
 from omega_qvla.checkpoints.lora import ADAPTER_WEIGHTS, Adapter, fold, has_adapter, read_adapter
 from omega_qvla.checkpoints.lora_settings import ADAPTER_CONFIG
 from omega_qvla.checkpoints.options import CheckpointOptions
-from omega_qvla.checkpoints.stored_tensors import INDEX, WEIGHTS, StoredTensors, find_tensors
+from omega_qvla.checkpoints.stored_tensors import (
+    WEIGHTS,
+    StoredTensors,
+    find_tensors,
+    has_safetensors,
+)
 from omega_qvla.errors import PolicyError
 
 
@@ -44,7 +49,7 @@ def lerobot_tensors(
             not found or not fixed; the adapter does not fit it; the halves of the tie differ.
         ResourceError: the base is on the hub, which cannot be reached.
     """
-    whole = any((directory / name).exists() for name in (WEIGHTS, INDEX))
+    whole = has_safetensors(directory)
     if not has_adapter(directory):
         if options.base is not None:
             raise PolicyError(
@@ -64,7 +69,7 @@ def lerobot_tensors(
         )
     adapter = read_adapter(directory)
     base, name = _base(adapter, options.base)
-    if not any((base / file).exists() for file in (WEIGHTS, INDEX)) and has_adapter(base):
+    if not has_safetensors(base) and has_adapter(base):
         raise PolicyError(f"{base}, the base of {directory}, is an adapter itself; merge it first")
     folded = fold(official(without_prefix(find_tensors(base), prefix)), adapter, prefix)
     summary = f"{folded.decisions['adapter']}; base {name}"

@@ -25,7 +25,7 @@ from omega_qvla.checkpoints.files import (
     refuse_pointer,
     refuse_unsafe,
 )
-from omega_qvla.checkpoints.weight_store import Change, Place
+from omega_qvla.checkpoints.weight_store import Change, Place, SafetensorsPlace
 from omega_qvla.errors import PolicyError
 from omega_qvla.files import new_file
 
@@ -96,6 +96,11 @@ class StoredTensors:
         )
 
 
+def has_safetensors(directory: Path) -> bool:
+    """Whether a directory has weights in safetensors, in one file or in shards."""
+    return any((directory / name).exists() for name in (WEIGHTS, INDEX))
+
+
 def find_tensors(directory: Path) -> StoredTensors:
     """The tensors of a policy directory, in one file or in shards.
 
@@ -139,7 +144,9 @@ def read_file(path: Path) -> StoredTensors:
                 headers[name] = Header(tuple(part.get_shape()), _DTYPES[kind])
     except (OSError, SafetensorError) as error:
         raise PolicyError(_unreadable(path, error)) from error
-    return StoredTensors(str(path), headers, {name: Place(path, name) for name in headers})
+    return StoredTensors(
+        str(path), headers, {name: SafetensorsPlace(path, name) for name in headers}
+    )
 
 
 def _read_index(directory: Path) -> StoredTensors:

@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from omega_qvla.checkpoints.stored_tensors import StoredTensors
-from omega_qvla.checkpoints.weight_store import Place
 from omega_qvla.errors import PolicyError
 
 TiedHalf = Literal["embedding", "head"]
@@ -109,7 +107,8 @@ def compare(stored: StoredTensors, tie: Tie) -> Difference | None:
         return None
     rows, most = 0, 0.0
     for start in range(0, first[0], _ROWS):
-        one, other = (_rows(place, start, start + _ROWS) for place in (here, there))
+        rows_of = slice(start, start + _ROWS)
+        one, other = (place.load(rows_of).to(torch.float32) for place in (here, there))
         apart = (one - other).abs().amax(dim=1) if first[1] else one.new_zeros(len(one))
         rows += int((~(apart == 0)).sum())
         most = max(most, float(apart.nan_to_num(torch.inf).max()))
@@ -118,12 +117,3 @@ def compare(stored: StoredTensors, tie: Tie) -> Difference | None:
 
 def _of_one_type(stored: StoredTensors, tie: Tie) -> bool:
     return stored.headers[tie.embedding].dtype == stored.headers[tie.head].dtype
-
-
-def _rows(place: Place, start: int, stop: int) -> torch.Tensor:
-    """Some rows of a stored matrix, float32."""
-    try:
-        with safe_open(place.file, framework="pt") as file:
-            return file.get_slice(place.key)[start:stop].to(torch.float32)
-    except (OSError, SafetensorError) as error:
-        raise PolicyError(f"cannot read {place.key} from {place.file}: {error}") from error

@@ -6,10 +6,11 @@ parameter by name.  ``weights_on`` puts the parameters below some paths into the
 piece of the network runs, and takes them out again: what is resident is one layer.  It is also what
 brings a layer to a GPU, of a policy in memory as well (``placement.py``).
 
-Two stores exist: safetensors files, one or many, read through a memory map that is closed after
-every tensor; and seeded random values, drawn tensor by tensor, so that a random policy of full
-size never exists as a whole.  What is to be done to a parameter of a file before it is used (an
-adapter folded in) is done when it is read, and takes no more memory than that parameter.
+Two stores exist: files, where every parameter has a place (in a safetensors file, read through a
+memory map that is closed after every tensor, or in the arrays of ``orbax.py``); and seeded random
+values, drawn tensor by tensor, so that a random policy of full size never exists as a whole.  What
+is to be done to a parameter of a file before it is used (an adapter folded in) is done when it is
+read, and takes no more memory than that parameter.
 """
 
 from __future__ import annotations
@@ -42,11 +43,59 @@ class WeightStore(Protocol):
         ...
 
 
-class Place(NamedTuple):
-    """Where a tensor is: a safetensors file, and the tensor's name there."""
+class Place(Protocol):
+    """Where a tensor is."""
+
+    @property
+    def file(self) -> Path:
+        """The file or directory it is in."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Its name there."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored.
+
+        Raises:
+            PolicyError: the file cannot be read any more.
+        """
+        ...
+
+    def load(self, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or some of its rows, as they are stored.
+
+        Raises:
+            PolicyError: the file cannot be read any more.
+        """
+        ...
+
+
+class SafetensorsPlace(NamedTuple):
+    """A tensor of a safetensors file."""
 
     file: Path
     key: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                return _HALVES.get(file.get_slice(self.key).get_dtype(), torch.float32)
+        except (OSError, SafetensorError) as error:
+            raise PolicyError(f"cannot read {self.key} from {self.file}: {error}") from error
+
+    def load(self, rows: slice = slice(None)) -> Tensor:
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                if rows == slice(None):
+                    return file.get_tensor(self.key)
+                return file.get_slice(self.key)[rows]
+        except (OSError, SafetensorError) as error:
+            raise PolicyError(f"cannot read {self.key} from {self.file}: {error}") from error
 
 
 Change = Callable[[Tensor], Tensor]
@@ -54,7 +103,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 class MappedWeights:
-    """Parameters in safetensors files.
+    """Parameters in files.
 
     Args:
         places: parameter name → where it is.
@@ -87,14 +136,7 @@ class MappedWeights:
         Raises:
             PolicyError: the file cannot be read any more.
         """
-        if name in self._changes:
-            return torch.float32
-        place = self._places[name]
-        try:
-            with safe_open(place.file, framework="pt") as file:
-                return _HALVES.get(file.get_slice(place.key).get_dtype(), torch.float32)
-        except (OSError, SafetensorError) as error:
-            raise PolicyError(f"cannot read {place.key} from {place.file}: {error}") from error
+        return torch.float32 if name in self._changes else self._places[name].dtype
 
 
 def read_place(place: Place) -> Tensor:
@@ -104,11 +146,8 @@ def read_place(place: Place) -> Tensor:
         PolicyError: the file cannot be read any more.
         NonFiniteError: the tensor has NaN or Inf.
     """
-    try:
-        with safe_open(place.file, framework="pt") as file:
-            found = file.get_tensor(place.key).to(torch.float32, copy=True)
-    except (OSError, SafetensorError) as error:
-        raise PolicyError(f"cannot read {place.key} from {place.file}: {error}") from error
+    # Contiguous whatever its file has: an adapter is folded in by a view of it.
+    found = place.load().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     _require_finite(found, place, "has NaN or Inf: it is damaged")
     return found
 

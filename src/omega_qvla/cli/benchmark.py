@@ -4,40 +4,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import tyro
+from omega_qvla.cli.options import Common, Execution, names_of, option, save
 
-from omega_qvla.cli.options import Common, Execution, names_of, save
-from omega_qvla.cli.screen import Screen
-from omega_qvla.evaluation.benchmark import (
-    BENCHMARK,
-)
-from omega_qvla.evaluation.benchmark_run import benchmark, target_of
-from omega_qvla.report.benchmark_table import benchmark_tables
+if TYPE_CHECKING:
+    from omega_qvla.cli.screen import Screen
 
 
 @dataclass(frozen=True)
 class Benchmark(Execution, Common):
     """The frozen benchmark: all methods on both embedded policies, plain and under stress."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "omega-qvla benchmark --quick",
+        "omega-qvla benchmark --policies tiny-pi05 --recipes rtn,omega-w4a4 --resume",
+    )
     quick: Annotated[
-        bool, tyro.conf.arg(help="a smoke test of the same shape, of three methods; ranks nothing")
+        bool, option(help="a smoke test of the same shape, of three methods; ranks nothing")
     ] = False
-    policies: Annotated[str, tyro.conf.arg(help="comma-separated, of the benchmark's")] = ",".join(
-        BENCHMARK.policies
+    policies: Annotated[str, option(metavar="NAME,..", help="of the benchmark's policies")] = (
+        "tiny-pi05,tiny-gr00t"
     )
     recipes: Annotated[
-        str | None, tyro.conf.arg(help="comma-separated names or YAML files; all of the tables")
+        str | None,
+        option(metavar="RECIPE,..", help="names or YAML files; all of the tables by default"),
     ] = None
-    out: Annotated[Path, tyro.conf.arg(help="a folder per policy and the whole JSON go here")] = (
-        Path("out/benchmark")
-    )
+    out: Annotated[
+        Path, option(metavar="DIR", help="a folder per policy and the whole JSON go here")
+    ] = Path("out/benchmark")
     resume: Annotated[
-        bool, tyro.conf.arg(help="keep finished episodes, and artifacts made from the same")
+        bool, option(help="keep finished episodes, and artifacts made from the same")
     ] = False
 
     def run(self, screen: Screen) -> int:
+        from omega_qvla.evaluation.benchmark_run import benchmark, target_of
+        from omega_qvla.report.benchmark_table import benchmark_tables
+
         with screen.bars() as bars:
             document = benchmark(
                 names_of(self.policies) or (),

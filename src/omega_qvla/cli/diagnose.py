@@ -7,56 +7,65 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 import tyro
 
-from omega_qvla.api import quantize
 from omega_qvla.cli.options import (
     COUNT,
     COUNT_OR_NONE,
+    EVALUATION_SEED,
     MAGNITUDE,
     Calibrated,
     Checkpoint,
     Common,
+    PolicyName,
     Positional,
-    Simulation,
+    RecipeName,
+    ScopeName,
+    Seed,
+    TaskNames,
+    Threads,
     chosen_tasks,
+    option,
     save,
 )
-from omega_qvla.cli.screen import Bars, Screen
-from omega_qvla.cli.sources import observations_of
 from omega_qvla.errors import SimulatorUnavailable
-from omega_qvla.evaluation.benchmark import benchmark_tasks
-from omega_qvla.evaluation.closed_loop import simulated
-from omega_qvla.evaluation.diagnostics import diagnose
-from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
-from omega_qvla.evaluation.simulators.metaworld_tasks import METAWORLD
-from omega_qvla.evaluation.subjects import admit, default_calibration
-from omega_qvla.evaluation.trajectories import compare_tracks
 from omega_qvla.files import write_json
-from omega_qvla.policies.full_precision import load_policy
-from omega_qvla.recipe import DEFAULT_RECIPE, Recipe, Scope
-from omega_qvla.report.table import site_table
-from omega_qvla.results.diagnostics import Diagnostics
+from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
+
+if TYPE_CHECKING:
+    from omega_qvla.cli.screen import Bars, Screen
+    from omega_qvla.policies.native import NativePolicy
 
 FILM_SIZE = 112
 """Width and height in pixels of a film's pictures; the policy's own are smaller."""
 
 
 @dataclass(frozen=True)
-class Diagnose(Simulation, Calibrated, Checkpoint, Common):
+class Diagnose(Calibrated, Checkpoint, Common):
     """Look inside a quantized policy: every site's error and range, and the robot's path."""
 
-    policy: Positional[str] = tyro.MISSING
-    recipe: Annotated[str, tyro.conf.arg(help="name or YAML file")] = DEFAULT_RECIPE
-    scope: Annotated[Scope, tyro.conf.arg(help="everything, or the paper's part")] = "all"
-    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none"), MAGNITUDE] = 0.0
-    observations: Annotated[int, tyro.conf.arg(help="held-out observations to look at"), COUNT] = 16
-    episodes: Annotated[int, tyro.conf.arg(help="per task and policy; 0: none"), COUNT_OR_NONE] = 1
-    tasks: Annotated[str | None, tyro.conf.arg(help="comma-separated; default: admitted")] = None
-    out: Annotated[Path, tyro.conf.arg(help="the JSON, an input of `report`")] = Path(
+    examples: ClassVar[tuple[str, ...]] = (
+        "omega-qvla diagnose builtin:tiny-pi05 --recipe rtn --stress 30 --episodes 0",
+        "omega-qvla diagnose DIR --calibration DATASET --episodes 0 --out out/mine.json",
+    )
+    policy: Positional[PolicyName] = tyro.MISSING
+    recipe: RecipeName = DEFAULT_RECIPE
+    scope: ScopeName = "all"
+    stress: Annotated[
+        float, option(metavar="MAGNITUDE", help="of injected outliers; 0: none"), MAGNITUDE
+    ] = 0.0
+    observations: Annotated[
+        int, option(metavar="N", help="held-out observations to look at"), COUNT
+    ] = 16
+    episodes: Annotated[
+        int, option(metavar="N", help="per task and policy; 0: none"), COUNT_OR_NONE
+    ] = 1
+    tasks: TaskNames = None
+    seed: Seed = EVALUATION_SEED
+    threads: Threads = None
+    out: Annotated[Path, option(metavar="FILE", help="the JSON, an input of `report`")] = Path(
         "out/diagnostics.json"
     )
 
@@ -65,11 +74,33 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
         return [*super().files, self.out]
 
     def run(self, screen: Screen) -> int:
+        from omega_qvla.evaluation.closed_loop import simulated
+        from omega_qvla.policies.full_precision import load_policy
+        from omega_qvla.threads import chosen_threads, torch_threads
+
         tasks = chosen_tasks(self.tasks)
         episodes = simulated(self.episodes, screen.say)
-        torch.set_num_threads(self.threads)
         recipe = Recipe.load(self.recipe).scoped(self.scope)
         policy = load_policy(self.policy, self.choices)
+        with torch_threads(chosen_threads(policy.module, self.threads)):
+            return self._diagnose(screen, policy, recipe, tasks, episodes)
+
+    def _diagnose(
+        self,
+        screen: Screen,
+        policy: NativePolicy,
+        recipe: Recipe,
+        tasks: Sequence[str] | None,
+        episodes: int,
+    ) -> int:
+        from omega_qvla.api import quantize
+        from omega_qvla.cli.sources import observations_of
+        from omega_qvla.evaluation.diagnostics import diagnose
+        from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
+        from omega_qvla.evaluation.subjects import admit, default_calibration
+        from omega_qvla.report.table import site_table
+        from omega_qvla.results.diagnostics import Diagnostics
+
         source = self.calibration or default_calibration(self.policy)
         calibration = observations_of(source, policy, self)
         held_out = observations_of(source, policy, self, split="heldout")
@@ -125,6 +156,10 @@ class Diagnose(Simulation, Calibrated, Checkpoint, Common):
         bars: Bars,
     ) -> dict[str, Any] | None:
         """The episodes; where the simulator cannot start, say why and go on without."""
+        from omega_qvla.evaluation.benchmark import benchmark_tasks
+        from omega_qvla.evaluation.simulators.metaworld_tasks import METAWORLD
+        from omega_qvla.evaluation.trajectories import compare_tracks
+
         try:
             return compare_tracks(
                 policies,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -13,64 +13,86 @@ from omega_qvla.cli.options import (
     MAGNITUDE,
     Checkpoint,
     Common,
+    PolicyName,
     Positional,
     Simulation,
     chosen_tasks,
     names_of,
+    option,
     save,
 )
-from omega_qvla.cli.screen import Screen
-from omega_qvla.evaluation.evaluation import evaluate
-from omega_qvla.results.rows import Row
-from omega_qvla.results.statistics import wilson_interval
+
+if TYPE_CHECKING:
+    from omega_qvla.cli.screen import Screen
+    from omega_qvla.results.rows import Row
 
 
 @dataclass(frozen=True)
 class Eval(Simulation, Checkpoint, Common):
     """Run a policy or an artifact in the simulator."""
 
-    policy: Positional[str] = tyro.MISSING
+    examples: ClassVar[tuple[str, ...]] = (
+        "omega-qvla eval builtin:tiny-pi05 --episodes 5",
+        "omega-qvla eval out/mine --env libero --suite spatial --simulator-python PYTHON",
+        "omega-qvla eval out/mine --env my_robot:make --tasks pick,place",
+    )
+    policy: Positional[PolicyName] = tyro.MISSING
     env: Annotated[
         str,
-        tyro.conf.arg(
-            help="metaworld, libero, or MODULE:CALLABLE of your own, which is given a task's name "
-            "and returns a gymnasium.Env (docs/evaluate-your-robot.md)"
+        option(
+            metavar="metaworld|libero|MODULE:CALLABLE",
+            help="the last is your own: it is given a task's name and returns a gymnasium.Env "
+            "(docs/evaluate-your-robot.md)",
         ),
     ] = "metaworld"
     tasks: Annotated[
         str | None,
-        tyro.conf.arg(help="comma-separated; default: admitted; of your own --env: needed"),
+        option(
+            metavar="TASK,..",
+            help="those the policy was admitted to by default; needed with your own --env",
+        ),
     ] = None
     episodes: Annotated[
-        int | None, tyro.conf.arg(help="per task, 20 by default; LIBERO's protocols fix it"), COUNT
+        int | None,
+        option(metavar="N", help="per task, 20 by default; LIBERO's protocols fix it"),
+        COUNT,
     ] = None
     execute: Annotated[
         int | None,
-        tyro.conf.arg(help="of your own --env: actions carried out of each chunk, 5 by default"),
+        option(
+            metavar="N", help="of your own --env: actions carried out of each chunk, 5 by default"
+        ),
         COUNT,
     ] = None
-    stress: Annotated[float, tyro.conf.arg(help="outlier magnitude, 0 for none"), MAGNITUDE] = 0.0
+    stress: Annotated[
+        float, option(metavar="MAGNITUDE", help="of injected outliers; 0: none"), MAGNITUDE
+    ] = 0.0
     suite: Annotated[
-        str, tyro.conf.arg(help="of LIBERO: spatial, object, goal, long, several or all")
-    ] = "all"
+        str | None,
+        option(metavar="SUITE,..", help="of LIBERO: spatial, object, goal, long; all by default"),
+    ] = None
     protocol: Annotated[
-        Literal["paper", "full"],
-        tyro.conf.arg(help="of LIBERO: 10 trials per task, as in the paper, or all 50"),
-    ] = "paper"
+        Literal["paper", "full"] | None,
+        option(help="of LIBERO: 10 trials per task as in the paper (default), or all 50"),
+    ] = None
     simulator_python: Annotated[
         Path | None,
-        tyro.conf.arg(help="of LIBERO or your own --env: the interpreter it is installed in"),
+        option(
+            metavar="PYTHON", help="of LIBERO or your own --env: the interpreter it is installed in"
+        ),
     ] = None
     out: Annotated[
         Path | None,
-        tyro.conf.arg(help="of LIBERO or your own --env: keep finished episodes here"),
+        option(metavar="DIR", help="of LIBERO or your own --env: keep finished episodes here"),
     ] = None
-    resume: Annotated[bool, tyro.conf.arg(help="keep the episodes already finished")] = False
+    resume: Annotated[bool, option(help="keep the episodes already finished")] = False
 
     def kept(self) -> str | None:
         return f"finished episodes are kept in {self.out}" if self.out is not None else None
 
     def run(self, screen: Screen) -> int:
+        from omega_qvla.evaluation.evaluation import evaluate
+
         tasks = chosen_tasks(self.tasks) if self.env == "metaworld" else names_of(self.tasks)
         with screen.bars() as bars:
             document = evaluate(
@@ -99,6 +121,8 @@ class Eval(Simulation, Checkpoint, Common):
 
 def _tell(screen: Screen, row: Row) -> None:
     """Success per suite where there are some, else per task, and over all."""
+    from omega_qvla.results.statistics import wilson_interval
+
     assert row.success_mean is not None and row.success_ci95 is not None
     width = 24 if row.suites is None else 10
     for suite, (solved, episodes) in (row.suites or {}).items():

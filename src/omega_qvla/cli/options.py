@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 import tyro
 
-from omega_qvla.checkpoints.options import CheckpointOptions, WrittenBy
-from omega_qvla.checkpoints.tied import TiedHalf
-from omega_qvla.errors import ResourceError, UsageError
-from omega_qvla.evaluation.closed_loop import Resources
-from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
+from omega_qvla.errors import ResourceError, UsageError, did_you_mean
 from omega_qvla.files import write_json
+from omega_qvla.recipe import Scope
+
+if TYPE_CHECKING:
+    from omega_qvla.checkpoints.options import CheckpointOptions
+    from omega_qvla.evaluation.closed_loop import Resources
 
 EVALUATION_SEED = 0
 """First seed of evaluation episodes; demonstrations use seeds far above."""
 
 Positional = tyro.conf.Positional
+
+
+def option(help: str, metavar: str | None = None) -> Any:
+    """How ``--help`` shows an option; a default that says nothing is left out.
+
+    Args:
+        help: what it is for.
+        metavar: what it accepts.
+    """
+    return tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=_default)
+
+
+def _default(text: str) -> str:
+    return "" if text in ("None", "False", "") else f"(default: {text})"
+
+
+_STANDARD_OUTPUT = Path("-")
+
+PolicyName = Annotated[
+    str,
+    option(metavar="POLICY", help="builtin:NAME | random:NAME | DIR | HUB_ID@REVISION"),
+]
+RecipeName = Annotated[
+    str, option(metavar="RECIPE", help="NAME of `omega-qvla recipes`, or FILE.yaml")
+]
+RecipeNames = Annotated[
+    str,
+    option(metavar="RECIPE,..", help="names or YAML files; or all: methods, ablations"),
+]
+ScopeName = Annotated[
+    Scope,
+    option(help="the recipe as written, or backbone and action head only"),
+]
+TaskNames = Annotated[
+    str | None, option(metavar="TASK,..", help="those the policy was admitted to by default")
+]
 
 
 @dataclass(frozen=True)
@@ -41,23 +79,36 @@ SEED = Range(0, 2**31 - 1)
 MAGNITUDE = Range(0, 1_000_000)
 PORT = Range(0, 65_535)
 
+Threads = Annotated[
+    int | None,
+    option(
+        metavar="N",
+        help="threads of a policy; by default every core, and one where its layers are small",
+    ),
+    PROCESSES,
+]
+Seed = Annotated[int, option(metavar="N", help="first episode seed"), SEED]
+
 
 @dataclass(frozen=True)
 class Common:
     """Of every command."""
 
-    json: Annotated[Path | None, tyro.conf.arg(help="write the result here, machine-readable")] = (
-        None
-    )
+    examples: ClassVar[tuple[str, ...]] = ()
+    """What ``--help`` shows at its end."""
+    json: Annotated[
+        Path | None,
+        option(metavar="FILE", help="write the result here, machine-readable; - prints it"),
+    ] = None
     overwrite: Annotated[
-        bool, tyro.conf.arg(help="replace outputs that are there, and discard interrupted work")
+        bool, option(help="replace outputs that are there, and discard interrupted work")
     ] = False
-    debug: Annotated[bool, tyro.conf.arg(help="show a traceback on errors")] = False
+    debug: Annotated[bool, option(help="show a traceback on errors")] = False
 
     @property
     def files(self) -> list[Path]:
         """The single files it will write."""
-        return [] if self.json is None else [self.json]
+        return [] if self.json is None or to_standard_output(self.json) else [self.json]
 
     def kept(self) -> str | None:
         """After an interruption: what is kept of the work, if it can be continued."""
@@ -68,23 +119,29 @@ class Common:
 class Execution:
     """Where the episodes are computed."""
 
-    threads: Annotated[int, tyro.conf.arg(help="threads of the policy"), PROCESSES] = 1
+    threads: Threads = None
     processes: Annotated[
         int | None,
-        tyro.conf.arg(
+        option(
+            metavar="N",
             help="worker processes, each with the policy and a simulator; by default as many as "
-            "cores and memory allow, if there are enough episodes"
+            "cores and memory allow, if there are enough episodes",
         ),
         PROCESSES,
     ] = None
     ray: Annotated[
         str | None,
-        tyro.conf.arg(help="run on a Ray cluster: local, auto, or HOST:PORT of its head node"),
+        option(
+            metavar="ADDRESS",
+            help="run on a Ray cluster: local, auto, or HOST:PORT of its head node",
+        ),
     ] = None
 
     @property
     def resources(self) -> Resources:
         """Where policies compute."""
+        from omega_qvla.evaluation.closed_loop import Resources
+
         return Resources(self.threads, self.processes, self.ray)
 
 
@@ -94,13 +151,14 @@ class Simulation(Execution):
 
     workers: Annotated[
         int | None,
-        tyro.conf.arg(
+        option(
+            metavar="N",
             help="simulators of a policy; 8 of Meta-World, whose episodes advance together and "
-            "share its passes, else 2"
+            "share its passes, else 2",
         ),
         PROCESSES,
     ] = None
-    seed: Annotated[int, tyro.conf.arg(help="first episode seed"), SEED] = EVALUATION_SEED
+    seed: Seed = EVALUATION_SEED
 
     @property
     def resources(self) -> Resources:
@@ -114,29 +172,35 @@ class Calibrated:
 
     calibration: Annotated[
         str | None,
-        tyro.conf.arg(
+        option(
+            metavar="DATASET",
             help="LeRobot dataset, npz file or a folder of them, builtin:NAME or, to quantize, "
-            "random:COUNT; the policy's own by default"
+            "random:COUNT; the policy's own by default",
         ),
     ] = None
     cameras: Annotated[
         str | None,
-        tyro.conf.arg(
-            help="of a LeRobot dataset, where its names are not the policy's: "
-            "POLICYNAME=FEATURE,..; POLICYNAME=none leaves a camera out"
+        option(
+            metavar="POLICYNAME=FEATURE,..",
+            help="of a LeRobot dataset, where its names are not the policy's; POLICYNAME=none "
+            "leaves a camera out",
         ),
     ] = None
     state: Annotated[
         str | None,
-        tyro.conf.arg(help="of a LeRobot dataset: features or named parts of the state, by commas"),
+        option(
+            metavar="NAME,..", help="of a LeRobot dataset: features or named parts of the state"
+        ),
     ] = None
     instruction: Annotated[
         str | None,
-        tyro.conf.arg(help="for every frame of a LeRobot dataset whose tasks have no words"),
+        option(
+            metavar="TEXT", help="for every frame of a LeRobot dataset whose tasks have no words"
+        ),
     ] = None
     allow_mismatch: Annotated[
         bool,
-        tyro.conf.arg(help="go on with observations mostly unlike what the policy was trained on"),
+        option(help="go on with observations mostly unlike what the policy was trained on"),
     ] = False
 
 
@@ -146,40 +210,48 @@ class Checkpoint:
 
     training_config: Annotated[
         str | None,
-        tyro.conf.arg(help="of an openpi checkpoint: its name (pi05_libero) or a JSON file"),
+        option(
+            metavar="NAME|FILE", help="of an openpi checkpoint, such as pi05_libero, or a JSON file"
+        ),
     ] = None
     data_config: Annotated[
         str | None,
-        tyro.conf.arg(help="of a GR00T checkpoint: its name (libero) or a JSON file"),
+        option(metavar="NAME|FILE", help="of a GR00T checkpoint, such as libero, or a JSON file"),
     ] = None
     embodiment: Annotated[
         str | None,
-        tyro.conf.arg(help="GR00T: the robot's tag; of random:gr00t-n1.5 its number, else all"),
+        option(metavar="TAG", help="GR00T: the robot's; of random:gr00t-n1.5 its number, else all"),
     ] = None
     tokenizer: Annotated[
         Path | None,
-        tyro.conf.arg(help="PaliGemma's tokenizer.model, or the folder of Qwen's vocabulary"),
+        option(
+            metavar="PATH", help="PaliGemma's tokenizer.model, or the folder of Qwen's vocabulary"
+        ),
     ] = None
     written_by: Annotated[
-        WrittenBy | None,
-        tyro.conf.arg(help="release of LeRobot that wrote a pi05 checkpoint, where it cannot tell"),
+        Literal["lerobot-0.4", "lerobot-0.5"] | None,
+        option(help="release of LeRobot that wrote a pi05 checkpoint, where it cannot tell"),
     ] = None
     ignore_settings: Annotated[
         str | None,
-        tyro.conf.arg(help="unknown settings of a LeRobot config.json to go on without, NAME,.."),
+        option(
+            metavar="NAME,..", help="unknown settings of a LeRobot config.json to go on without"
+        ),
     ] = None
     base: Annotated[
         str | None,
-        tyro.conf.arg(help="of a LoRA adapter: DIR or owner/name@COMMIT of what it was trained on"),
+        option(metavar="DIR|HUB_ID@REVISION", help="of a LoRA adapter: what it was trained on"),
     ] = None
     tied: Annotated[
-        TiedHalf | None,
-        tyro.conf.arg(help="which to read where token embedding and head of a file differ"),
+        Literal["embedding", "head"] | None,
+        option(help="which to read where token embedding and head of a file differ"),
     ] = None
 
     @property
     def choices(self) -> CheckpointOptions:
         """What the checkpoint leaves open, as it was answered."""
+        from omega_qvla.checkpoints.options import CheckpointOptions
+
         return CheckpointOptions(
             training_config=self.training_config,
             tokenizer=self.tokenizer,
@@ -226,10 +298,13 @@ def chosen_tasks(text: str | None) -> list[str] | None:
     Raises:
         UsageError: one is unknown, or none is named.
     """
+    from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
+
     names = names_of(text)
     unknown = [name for name in names or () if name not in TASKS]
     if unknown or names == []:
-        raise UsageError(f"--tasks {text!r}: the tasks are {', '.join(TASKS)}")
+        hint = did_you_mean(unknown[0], TASKS) if unknown else ""
+        raise UsageError(f"--tasks {text!r}: the tasks are {', '.join(TASKS)}{hint}")
     return names
 
 
@@ -257,7 +332,14 @@ def require_cpu(device: str) -> None:
         )
 
 
+def to_standard_output(path: Path | None) -> bool:
+    """Whether ``--json -`` was given: then everything else goes to standard error."""
+    return path == _STANDARD_OUTPUT
+
+
 def save(path: Path | None, document: Mapping[str, Any]) -> None:
-    """Write what ``--json`` asked for, if it did."""
-    if path is not None:
+    """Write or print what ``--json`` asked for, if it did."""
+    if to_standard_output(path):
+        print(json.dumps(document, indent=2, allow_nan=False))
+    elif path is not None:
         write_json(document, path)

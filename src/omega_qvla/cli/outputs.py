@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omega_qvla.artifact import preflight, read_description
 from omega_qvla.claims import Claim, require_free_file
-from omega_qvla.cli.screen import Screen
 from omega_qvla.errors import OmegaError, OutputError
 from omega_qvla.files import put_back
-from omega_qvla.quantization.journal import discard_journal, finished_sites
+
+if TYPE_CHECKING:
+    from omega_qvla.cli.screen import Screen
 
 
 @contextmanager
@@ -50,6 +51,8 @@ def require_free_artifact(out: Path, overwrite: bool) -> None:
         OutputError: it holds an artifact; says of what.
         NotAnArtifactError: it holds something else.
     """
+    from omega_qvla.artifact import preflight
+
     put_back(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -62,6 +65,8 @@ def require_free_artifact(out: Path, overwrite: bool) -> None:
 
 
 def _recipe_in(artifact: Path) -> str:
+    from omega_qvla.artifact import read_description
+
     try:
         config = read_description(artifact).config
         return f" ({config['policy']['family']}, recipe {config['recipe']['name']})"
@@ -76,6 +81,8 @@ def prepare_journal(screen: Screen, journal: Path, *, resume: bool, overwrite: b
         OutputError: there are some, and neither option was given.
         ResumeError: the directory holds something that is not a journal.
     """
+    from omega_qvla.quantization.journal import discard_journal, finished_sites
+
     finished = finished_sites(journal)
     if resume and finished:
         screen.say(f"continuing: {finished} finished site(s) in {journal}")

@@ -8,16 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from omega_qvla.calibration.observations import Observations
 from omega_qvla.report.table import Table as TextTable
 from omega_qvla.report.table import human_bytes
 from omega_qvla.results.memory import Memory
+
+if TYPE_CHECKING:
+    from omega_qvla.calibration.observations import Observations
 
 _PLAIN_WIDTH = 160
 
@@ -29,9 +31,14 @@ class _Console(Console):
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
 
 
-def _console() -> Console:
+def screen_of(stream: IO[str] | None = None) -> Screen:
+    """What the user sees, on standard output unless another stream is given."""
+    return Screen(_console(stream))
+
+
+def _console(stream: IO[str] | None = None) -> Console:
     """A terminal as wide as it is; files and pipes get lines long enough for a table."""
-    console = _Console(highlight=False, emoji=False)
+    console = _Console(file=stream, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     return console
@@ -58,12 +65,22 @@ class Screen:
             self.say(f"{question}: {answer}")
 
     def table(self, content: TextTable, *, without: Sequence[str] = ()) -> None:
-        """A table, less some columns, and its notes."""
+        """A table, less some columns, and its notes; a line per row where it is too wide."""
         kept = [i for i, name in enumerate(content.header) if name not in without]
-        table = Table(*(content.header[i] for i in kept))
-        for row in content.rows:
-            table.add_row(*(row[i] for i in kept))
-        self.console.print(table)
+        header = [content.header[i] for i in kept]
+        rows = [[row[i] for i in kept] for row in content.rows]
+        table = Table()
+        for number, name in enumerate(header):
+            table.add_column(name, overflow="fold", no_wrap=number == 0)
+        for row in rows:
+            table.add_row(*row)
+        unlimited = self.console.options.update_width(10_000)
+        if self.console.measure(table, options=unlimited).minimum <= self.console.width:
+            self.console.print(table)
+        else:
+            for row in rows:
+                cells = zip(header[1:], row[1:], strict=True)
+                self.say(f"{row[0]}: {', '.join(f'{name} {cell}' for name, cell in cells)}")
         for note in content.notes:
             self.say(note)
 

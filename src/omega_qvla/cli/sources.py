@@ -12,12 +12,13 @@ from omega_qvla.calibration.lerobot_metadata import is_dataset
 from omega_qvla.calibration.observations import Observations
 from omega_qvla.cli.options import Calibrated, names_of
 from omega_qvla.errors import ObservationError
+from omega_qvla.policies.lerobot_bridge.policy import LeRobotPolicy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.processing.normalization import dimension_names
 
 
 def calibration_of(
-    source: str, policy: NativePolicy, options: Calibrated, limit: int
+    source: str, policy: NativePolicy | LeRobotPolicy, options: Calibrated, limit: int
 ) -> Observations:
     """Observations by name; ``random:COUNT`` is noise in the shape the policy wants."""
     scheme, _, count = source.partition(":")
@@ -25,13 +26,13 @@ def calibration_of(
         return observations_of(source, policy, options, limit=limit)
     if not count.isdecimal() or int(count) < 1:
         raise ObservationError(f"{source!r}: give a number of observations, as in random:8")
-    config = policy.config
-    return Observations.random(config.cameras, config.state_dim, count=int(count))
+    about = policy.config if isinstance(policy, NativePolicy) else policy
+    return Observations.random(about.cameras, about.state_dim, count=int(count))
 
 
 def observations_of(
     source: str,
-    policy: NativePolicy,
+    policy: NativePolicy | LeRobotPolicy,
     options: Calibrated,
     *,
     split: str = "calibration",
@@ -45,10 +46,12 @@ def observations_of(
                 f"{source} is not"
             )
         return Observations.load(source, split=split)
+    native = policy if isinstance(policy, NativePolicy) else None
+    about = policy.config if isinstance(policy, NativePolicy) else policy
     observations = Observations.from_lerobot(
         source,
-        policy=policy,
-        cameras=_camera_choice(options.cameras, policy.config.cameras),
+        policy=native,
+        cameras=_camera_choice(options.cameras, about.cameras),
         state=names_of(options.state),
         instruction=options.instruction,
         split=split,
@@ -57,7 +60,7 @@ def observations_of(
     try:
         policy.initial_state(observations[0], torch.Generator())
     except ObservationError as error:
-        wanted = dimension_names(policy.processor.statistics.state)
+        wanted = () if native is None else dimension_names(native.processor.statistics.state)
         names = f", where the policy has {', '.join(wanted)}" if wanted else ""
         raise ObservationError(
             f"the observations of {source} do not fit the policy: {error}. --state names the parts "

@@ -4,42 +4,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from omega_qvla.claims import Claim
-from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, save
-from omega_qvla.cli.screen import Screen
+from omega_qvla.cli.options import COUNT, PROCESSES, Common, Positional, Threads, option, save
 from omega_qvla.errors import OutputError
-from omega_qvla.evaluation.benchmark import PROVENANCE
-from omega_qvla.evaluation.closed_loop import require_simulator
-from omega_qvla.threads import torch_threads
-from omega_qvla.training.embedded import rebuild
+
+if TYPE_CHECKING:
+    from omega_qvla.cli.screen import Screen
 
 
 @dataclass(frozen=True)
 class Train(Common):
     """Rebuild an embedded policy from scratch: demonstrations, training, admission."""
 
+    examples: ClassVar[tuple[str, ...]] = ("omega-qvla train tiny-pi05 --out out/tiny-pi05",)
     policy: Positional[Literal["tiny-pi05", "tiny-gr00t"]] = "tiny-pi05"
-    out: Annotated[Path | None, tyro.conf.arg(help="the policy directory; out/POLICY")] = None
-    steps: Annotated[int | None, tyro.conf.arg(help="optimizer steps; the recipe's own"), COUNT] = (
-        None
-    )
-    workers: Annotated[int, tyro.conf.arg(help="simulator processes"), PROCESSES] = 2
-    threads: Annotated[int, tyro.conf.arg(help="threads of the training"), PROCESSES] = 2
+    out: Annotated[
+        Path | None, option(metavar="DIR", help="of the policy; out/POLICY by default")
+    ] = None
+    steps: Annotated[
+        int | None, option(metavar="N", help="optimizer steps; the recipe's own"), COUNT
+    ] = None
+    workers: Annotated[int, option(metavar="N", help="simulator processes"), PROCESSES] = 2
+    threads: Threads = None
 
     def kept(self) -> str | None:
         out = self.out or Path("out") / self.policy
         return f"demonstrations and checkpoints are kept in {out}" if out.exists() else None
 
     def run(self, screen: Screen) -> int:
+        from omega_qvla.evaluation.closed_loop import require_simulator
+        from omega_qvla.threads import available_cores, torch_threads
+        from omega_qvla.training.embedded import rebuild
+
         out = self.out or Path("out") / self.policy
         require_simulator()
         with Claim(out):
             _require_unfinished(screen, out)
-            with screen.bars() as bars, torch_threads(self.threads):
+            with screen.bars() as bars, torch_threads(self.threads or available_cores()):
                 provenance = rebuild(
                     self.policy, out, steps=self.steps, workers=self.workers, progress=bars
                 )
@@ -50,6 +53,8 @@ class Train(Common):
 
 def _require_unfinished(screen: Screen, out: Path) -> None:
     """Training goes on where it was interrupted; what is finished, or not its own, stays."""
+    from omega_qvla.evaluation.benchmark import PROVENANCE
+
     if not out.exists() or not any(out.iterdir()):
         return
     if (out / PROVENANCE).exists():

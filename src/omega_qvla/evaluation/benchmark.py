@@ -218,8 +218,8 @@ def benchmark_tasks(source: str) -> list[str]:
         tasks = [str(task) for task in content["admitted"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PolicyError(
-            f"{source} has no {PROVENANCE} that names its tasks; give them with --tasks a,b,c"
+            f"{source} has no {PROVENANCE} that names its tasks; give them as `tasks`"
         ) from error
     if not tasks:
-        raise PolicyError(f"{source}: {PROVENANCE} admits no task; give some with --tasks a,b,c")
+        raise PolicyError(f"{source}: {PROVENANCE} admits no task; give some as `tasks`")
     return tasks

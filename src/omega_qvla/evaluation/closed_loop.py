@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from omega_qvla.errors import MissingPackageError, SimulatorUnavailable
 from omega_qvla.evaluation.benchmark import benchmark_tasks
@@ -19,6 +21,7 @@ from omega_qvla.evaluation.subjects import Say
 from omega_qvla.evaluation.sweep import run_sweep
 from omega_qvla.extras import require
 from omega_qvla.results.rows import Comparison
+from omega_qvla.threads import chosen_threads
 
 TOGETHER = 8
 """Episodes of Meta-World that advance together."""
@@ -29,14 +32,15 @@ class Resources:
     """Where policies compute.
 
     Attributes:
-        threads: of each policy.
+        threads: of each policy; None: every core, one where its layers are small, and one of each
+            worker of a Ray cluster.
         processes: worker processes of this machine, each with the policy and simulators; 1 is this
             process; None: as many as cores and memory allow, if there are enough episodes.
         ray: address of a Ray cluster: ``local``, ``auto`` or ``HOST:PORT``; None: this machine.
         workers: simulators of a policy; None: as many as the environment's own default.
     """
 
-    threads: int = 1
+    threads: int | None = None
     processes: int | None = None
     ray: str | None = None
     workers: int | None = None
@@ -50,12 +54,27 @@ class Resources:
         if self.ray is not None and self.processes is None:
             require("running on a Ray cluster", "scale", "ray")
 
+    def fitted(self, policy: Any) -> Resources:
+        """The same with a number of threads: what a policy is worth, where none was chosen.
+
+        Args:
+            policy: whose ``module`` is looked at, if it has one.
+
+        Raises:
+            ResourceError: more than there are cores.
+        """
+        if self.ray is not None:
+            return replace(self, threads=self.threads or 1)
+        module = getattr(policy, "module", None)
+        known = module if isinstance(module, nn.Module) else nn.Identity()
+        return replace(self, threads=chosen_threads(known, self.threads))
+
     def executor(self, episodes: int, policy_bytes: int, simulators: int = 1) -> Executor:
         """Who evaluates so many episodes of a policy of that size; see :func:`place`."""
         return place(
             ray=self.ray,
             processes=self.processes,
-            threads=self.threads,
+            threads=self.threads or 1,
             episodes=episodes,
             policy_bytes=policy_bytes,
             simulators=simulators,

@@ -10,6 +10,7 @@ unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -251,7 +252,7 @@ def compare(
         resume: go on with what is there, if it was made from the same.
         overwrite: replace what is there.
         choices: answers to what the checkpoint does not say.
-        resources: where policies compute; None: this process on one thread, more if it is worth it.
+        resources: where policies compute; None: this process, more if it is worth it.
         command: what ``made-by.json`` says.
         say: told what is found and decided on the way.
         progress: called with (what, done, all).
@@ -269,7 +270,7 @@ def compare(
     run = episodes if isinstance(episodes, Episodes) else Episodes(episodes)
     magnitudes = list(dict.fromkeys([0.0, *stress]))
     resources.require()
-    with Claim(target), torch_threads(resources.threads):
+    with Claim(target), ExitStack() as computing:
         possible = simulated(run.count, say)
         going_on = resume and (target / RESULTS).exists()
         count = possible * len(run.chosen(policy)) if going_on and possible else 0
@@ -284,6 +285,8 @@ def compare(
         )
         require_free_comparison(target, planned, command, resume=resume, overwrite=overwrite)
         loaded = load_policy(policy, choices)
+        resources = resources.fitted(loaded)
+        computing.enter_context(torch_threads(resources.threads or 1))
         calibration, held = _observed(policy, loaded, observations, say)
         compared = Compared(
             label=policy,

@@ -69,7 +69,7 @@ def require_free_comparison(
     if overwrite or not out.exists():
         return
     if not out.is_dir():
-        raise OutputError(f"{out} is not a folder; give another --out")
+        raise OutputError(f"{out} is not a folder; give another `out`")
     there = sorted(path.name for path in out.iterdir())
     if resume:
         require_kept(out / RESULTS, planned)
@@ -77,8 +77,8 @@ def require_free_comparison(
         rows = measured_rows(out / RESULTS)
         what = _sentence(rows) if rows else f"{', '.join(there[:4])}, perhaps interrupted work"
         raise OutputError(
-            f"{out} holds {what}; continue the same comparison with --resume, replace it with "
-            "--overwrite, or give another --out"
+            f"{out} holds {what}; continue the same comparison with `resume=True`, replace it with "
+            "`overwrite=True`, or give another `out`"
         )
 
 
@@ -96,8 +96,8 @@ def require_kept(path: Path, planned: Planned) -> None:
         told = "; ".join(f"{_sentence(rows)} ({reason})" for reason, rows in lost.items())
         raise OutputError(
             f"{path} has what this command would lose: {told}. Name these recipes and conditions "
-            "with as many episodes, observations and noises, replace it with --overwrite, or give "
-            "another --out"
+            "with as many episodes, observations and noises, replace it with `overwrite=True`, or "
+            "give another `out`"
         )
 
 
@@ -112,7 +112,9 @@ def measured_rows(path: Path) -> list[Row]:
     try:
         return load_comparison(path).rows
     except ResultError as error:
-        raise OutputError(f"{error}; replace it with --overwrite, or give another --out") from error
+        raise OutputError(
+            f"{error}; replace it with `overwrite=True`, or give another `out`"
+        ) from error
 
 
 def sign(out: Path, command: str) -> None:

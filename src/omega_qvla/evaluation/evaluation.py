@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.claims import Claim
-from omega_qvla.errors import OutputError, RecipeError, UsageError
+from omega_qvla.errors import OutputError, UsageError, did_you_mean
 from omega_qvla.evaluation.closed_loop import (
     Episodes,
     Journals,
@@ -69,8 +69,8 @@ def evaluate(
     seed: int = 0,
     execute: int | None = None,
     stress: float = 0.0,
-    suite: str = "all",
-    protocol: Literal["paper", "full"] = "paper",
+    suite: str | None = None,
+    protocol: Literal["paper", "full"] | None = None,
     simulator_python: str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -92,14 +92,14 @@ def evaluate(
         seed: of the first episode; the next ones follow.  LIBERO's are its recorded states.
         execute: of your own environment: actions carried out of each chunk; None: 5.
         stress: magnitude of injected outliers; 0: none.
-        suite: of LIBERO: which tasks.
-        protocol: of LIBERO: 10 (``paper``) or 50 (``full``) trials of each.
-        simulator_python: interpreter of the environment in which the simulator is installed.
+        suite, protocol: of LIBERO: which tasks (None: all), and 10 (``paper``, None) or 50
+            (``full``) trials of each.
+        simulator_python: of LIBERO or your own environment: the interpreter it is installed in.
         out: of LIBERO or your own environment: finished episodes are kept here.
         resume: keep the episodes that are there already.
         overwrite: discard them.
         choices: answers to what the checkpoint does not say.
-        resources: where the policy computes; None: this process on one thread, more if worth it.
+        resources: where the policy computes; None: this process, more if it is worth it.
         say: told what is decided on the way.
         progress: called with (what, episodes done, all).
 
@@ -114,21 +114,39 @@ def evaluate(
     """
     resources = resources or Resources()
     resources.require()
-    _require_sense(env, tasks, episodes, execute)
+    if resume and out is None:
+        raise UsageError("`resume` continues what `out` keeps: give `out` as well")
+    _require_sense(
+        env,
+        {
+            "tasks": tasks,
+            "episodes": episodes,
+            "execute": execute,
+            "suite": suite,
+            "protocol": protocol,
+            "simulator_python": simulator_python,
+            "seed": seed or None,
+            "out": out,
+        },
+    )
     scenes = list(tasks or ())
     if env == "libero":
-        scenes = chosen_tasks(scenes) or suite_tasks(suite)
+        scenes = chosen_tasks(scenes) or suite_tasks(suite or "all")
     if env == "metaworld":
         require_simulator()
-    folder = None if out is None or env == "metaworld" else Path(out)
+    folder = None if out is None else Path(out)
     count = EPISODES if episodes is None else episodes
-    with nullcontext() if folder is None else Claim(folder), torch_threads(resources.threads):
+    with nullcontext() if folder is None else Claim(folder), ExitStack() as computing:
         _require_free(folder, resume=resume, overwrite=overwrite)
         if isinstance(policy, str | Path):
-            row, resident = policy_row(str(policy), stress, choices or CheckpointOptions())
+            chosen = choices or CheckpointOptions()
+            row, resident, loaded = policy_row(str(policy), stress, chosen)
         else:
             resources = _here(resources)
             row, resident = policy_in_memory(policy)
+            loaded = policy
+        resources = resources.fitted(loaded)
+        computing.enter_context(torch_threads(resources.threads or 1))
         if env == "metaworld":
             found = sweep_in_metaworld(
                 [row],
@@ -143,8 +161,9 @@ def evaluate(
             return Evaluation(row=found.rows[0])
         labels: dict[str, Any]
         if env == "libero":
-            run, labels = _libero(row, scenes, protocol, say), {"benchmark": "libero"}
-            labels["protocol"] = protocol
+            trials = protocol or "paper"
+            run, labels = _libero(row, scenes, trials, say), {"benchmark": "libero"}
+            labels["protocol"] = trials
         else:
             steps = EXECUTE if execute is None else execute
             run = _Run(env, scenes, range(seed, seed + count), steps, {})
@@ -167,25 +186,42 @@ def evaluate(
     return Evaluation(row=Row.model_validate(measured.model_dump() | labels))
 
 
-def _require_sense(
-    env: str, tasks: Sequence[str] | None, episodes: int | None, execute: int | None
-) -> None:
-    """Refuse what does not go with an environment."""
-    if env == "libero" and episodes is not None:
-        raise RecipeError(
-            "LIBERO's protocols fix the episodes: give --protocol paper or full instead of "
-            "--episodes"
-        )
-    if env in ("metaworld", "libero"):
-        if execute is not None:
-            raise UsageError("--execute is for an environment of your own; the others fix it")
-        return
-    if ":" not in env:
-        raise UsageError(f"--env {env!r}: give metaworld, libero, or MODULE:CALLABLE of your own")
-    if not tasks:
+_ONLY = {
+    "suite": ("libero",),
+    "protocol": ("libero",),
+    "simulator_python": ("libero", "your own"),
+    "out": ("libero", "your own"),
+    "episodes": ("metaworld", "your own"),
+    "execute": ("your own",),
+    "seed": ("metaworld", "your own"),
+}
+"""What goes with some environments alone."""
+
+
+def _require_sense(env: str, given: Mapping[str, Any]) -> None:
+    """Refuse what does not go with an environment, instead of leaving it out.
+
+    Raises:
+        UsageError: names it, and what it is for.
+    """
+    kind = env if env in ("metaworld", "libero") else "your own"
+    if kind == "your own" and ":" not in env:
+        hint = did_you_mean(env, ("metaworld", "libero"))
         raise UsageError(
-            f"--env {env} needs --tasks: the names that {env.partition(':')[2]} is called with, "
-            "comma-separated"
+            f"`env={env}`: give metaworld, libero, or MODULE:CALLABLE of your own{hint}"
+        )
+    for name, kinds in _ONLY.items():
+        if given[name] is not None and kind not in kinds:
+            instead = "; `protocol` (paper or full) fixes LIBERO's" if name == "episodes" else ""
+            raise UsageError(
+                f"`{name}` is for {' or '.join(kinds)} as `env`, not for {env}: leave it "
+                f"out{instead}"
+            )
+    if given["suite"] is not None and given["tasks"]:
+        raise UsageError("`suite` and `tasks` both choose LIBERO's tasks: give one of them")
+    if kind == "your own" and not given["tasks"]:
+        raise UsageError(
+            f"`env={env}` needs `tasks`: the names that {env.partition(':')[2]} is called with"
         )
 
 
@@ -194,7 +230,8 @@ def _require_free(out: Path | None, *, resume: bool, overwrite: bool) -> None:
     there = [] if out is None else list((out / "journals").glob("*.jsonl"))
     if there and not (resume or overwrite):
         raise OutputError(
-            f"{out} has finished episodes: continue with --resume, or start again with --overwrite"
+            f"{out} has finished episodes: continue with `resume=True`, or start again with "
+            "`overwrite=True`"
         )
 
 

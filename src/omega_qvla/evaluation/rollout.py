@@ -205,7 +205,7 @@ def run_groups(
     _Run(policy, pool, execute, together, transform).run(groups, keep)
 
 
-def _chunk_noise(seed: int, number: int, shape: tuple[int, int]) -> Actions:
+def chunk_noise(seed: int, number: int, shape: tuple[int, int]) -> Actions:
     """What chunk ``number`` of the episodes with this seed starts from, whatever the policy."""
     generator = np.random.default_rng((seed, number))
     return generator.standard_normal(shape, dtype=np.float32)
@@ -360,7 +360,7 @@ class _Run:
         """Ask the policy for the next chunk of each episode."""
         seen = [self._transform(observation) for observation in observations]
         noises = [
-            _chunk_noise(attempt.seed, attempt.chunks, self._noise_shape) for attempt in attempts
+            chunk_noise(attempt.seed, attempt.chunks, self._noise_shape) for attempt in attempts
         ]
         started = time.perf_counter()
         chunks = sample_together(self._policy, seen, noises)

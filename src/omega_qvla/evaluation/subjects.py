@@ -16,6 +16,7 @@ from omega_qvla.evaluation.execution.building import artifact_blueprint, full_bl
 from omega_qvla.evaluation.execution.plan import SweepRow
 from omega_qvla.evaluation.footprints import artifact_footprint
 from omega_qvla.evaluation.outlier_injection import condition_name, outlier_injected
+from omega_qvla.policies.base import Policy
 from omega_qvla.policies.full_precision import builtin_directory, load_policy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.quantization.pipeline import weights_fingerprint
@@ -27,8 +28,10 @@ REFERENCE = "fp32"
 """What rows of full precision are called."""
 
 
-def policy_row(source: str, stress: float, choices: CheckpointOptions) -> tuple[SweepRow, int]:
-    """One row for ``eval``, a full-precision policy or an artifact, and its bytes in memory."""
+def policy_row(
+    source: str, stress: float, choices: CheckpointOptions
+) -> tuple[SweepRow, int, Policy]:
+    """One row for a full-precision policy or an artifact, its bytes in memory, and the policy."""
     directory = Path(source)
     if (directory / "omega_config.json").exists():
         if stress:
@@ -46,7 +49,7 @@ def policy_row(source: str, stress: float, choices: CheckpointOptions) -> tuple[
             alone=True,
             blueprint=artifact_blueprint(directory, artifact.content_hash),
         )
-        return row, resident
+        return row, resident, artifact.policy
     policy = load_policy(source, choices)
     blueprint = full_blueprint(
         source,
@@ -64,7 +67,7 @@ def policy_row(source: str, stress: float, choices: CheckpointOptions) -> tuple[
         condition_name(stress),
         blueprint=blueprint,
     )
-    return row, resident_bytes(policy)
+    return row, resident_bytes(policy), policy
 
 
 def policy_in_memory(policy: Any) -> tuple[SweepRow, int]:
@@ -118,8 +121,8 @@ def default_calibration(policy: str) -> str:
     if policy.startswith("builtin:"):
         return policy
     raise PolicyError(
-        f"{policy} brings no calibration data; give some with --calibration DATASET (a LeRobot "
-        "dataset, or FILE.npz), or random:8 to measure speed and memory only"
+        f"{policy} brings no calibration data; give some as `calibration` (a LeRobot dataset or "
+        "FILE.npz, or random:8 to measure speed and memory only); in Python, observations"
     )
 
 

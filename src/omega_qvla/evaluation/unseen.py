@@ -174,7 +174,7 @@ def measure_unseen(
     held = heldout.spread(definition.heldout)
     given = calibrations(observations, definition.observations)
     reference = measure_reference(policy, list(held), 0, definition.noises)
-    identity = {
+    identity: dict[str, Any] = {
         "definition": asdict(definition),
         "weights": weights,
         "calibration": observations.fingerprint,

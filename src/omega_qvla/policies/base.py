@@ -30,6 +30,7 @@ from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import PolicyError
 from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.slots import LinearSlot
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, RealTimeChunking
 
 Observation = Mapping[str, Any]
 """One observation as the robot (or the user's own module) provides it."""
@@ -129,6 +130,9 @@ class Policy(Protocol):
         *,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        previous: np.ndarray | torch.Tensor | None = None,
+        delay: int | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
     ) -> Any:
         """One action chunk, [horizon, action_dim] float32 in the robot's units."""
         ...

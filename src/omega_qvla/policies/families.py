@@ -11,6 +11,7 @@ from omega_qvla.policies.family import Family
 
 FOLDERS = (
     "pi05",
+    "pi0",
     "gr00t_n15",
 )
 """Folders beside this file; each has a ``family.py`` with its ``FAMILY``."""
@@ -39,4 +40,5 @@ def family_of(name: str) -> Family:
 
 def titles() -> str:
     """What this version builds, for sentences."""
-    return " and ".join(family.title for family in families().values())
+    *most, last = (family.title for family in families().values())
+    return f"{', '.join(most)} and {last}"

@@ -28,6 +28,8 @@ class CheckpointLayout(NamedTuple):
         read: the directory, and what it leaves open → its policy, the weights left in the files.
         options: the fields of ``CheckpointOptions`` that ``read`` has a use for.
         lerobot_type: ``type`` of a LeRobot ``config.json``; None for the layouts of others.
+        reads: whether a ``config.json`` of that type is of this family: LeRobot may have given one
+            name to two of them.
     """
 
     title: str
@@ -35,6 +37,7 @@ class CheckpointLayout(NamedTuple):
     options: frozenset[str]
     recognizes: Callable[[Path, Content | None], bool] = lambda directory, content: False
     lerobot_type: str | None = None
+    reads: Callable[[Content], bool] = lambda content: True
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from omega_qvla.checkpoints.files import UNSAFE_SUFFIXES, unsafe_message
 from omega_qvla.checkpoints.hub import fetch, looks_unpinned, parse_hub_id
 from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.checkpoints.weight_store import SeededWeights, materialize
-from omega_qvla.errors import PolicyError, ResourceError
+from omega_qvla.errors import PolicyError, ResourceError, did_you_mean
 from omega_qvla.policies.families import families, family_of
 from omega_qvla.policies.layouts import layout_of, require_asked
 from omega_qvla.policies.native import NativePolicy, of_embodiment
@@ -112,7 +112,10 @@ def builtin_directory(name: str) -> Path:
         PolicyError: unknown name.
     """
     if name not in embedded():
-        raise PolicyError(f"unknown builtin policy {name!r}; known: {', '.join(embedded())}")
+        raise PolicyError(
+            f"unknown builtin policy {name!r}; known: {', '.join(embedded())}"
+            f"{did_you_mean(name, embedded())}"
+        )
     return Path(str(files("omega_qvla") / "assets" / embedded()[name]))
 
 
@@ -126,7 +129,10 @@ def stream_random(name: str, *, seed: int = 0) -> NativePolicy:
         PolicyError: unknown name.
     """
     if name not in sizes():
-        raise PolicyError(f"unknown random policy {name!r}; known: {', '.join(sizes())}")
+        raise PolicyError(
+            f"unknown random policy {name!r}; known: {', '.join(sizes())}"
+            f"{did_you_mean(name, sizes())}"
+        )
     policy = sizes()[name]()
     shapes = {key: parameter.shape for key, parameter in policy.module.named_parameters()}
     policy.store = SeededWeights(shapes, seed)

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from omega_qvla.checkpoints.files import read_json, refuse_unsafe
 from omega_qvla.checkpoints.lora import has_adapter
 from omega_qvla.checkpoints.lora_settings import ADAPTER_CONFIG
 from omega_qvla.checkpoints.options import CheckpointOptions
-from omega_qvla.checkpoints.stored_tensors import INDEX, WEIGHTS
+from omega_qvla.checkpoints.orbax import array_paths, is_orbax, require_finished
+from omega_qvla.checkpoints.stored_tensors import WEIGHTS, has_safetensors
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.families import families
 from omega_qvla.policies.family import CheckpointLayout
+from omega_qvla.policies.lerobot_bridge.kinds import run_where
+from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.own_layout import CONFIG, stream_own
-from omega_qvla.policies.torch_module import AS_MODULE
+
+
+def _not_here(directory: Path, options: CheckpointOptions) -> NativePolicy:
+    del options
+    raise PolicyError(f"{directory} has no engine here")
+
 
 OWN = CheckpointLayout("this project's own", stream_own, frozenset({"embodiment"}))
 
-_LEROBOT_TYPES = {
-    "pi0": "pi0",
-    "pi0_fast": "pi0-FAST",
-    "smolvla": "SmolVLA",
-    "xvla": "X-VLA",
-    "act": "ACT, whose attention (nn.MultiheadAttention) would stay as it is",
-    "diffusion": "Diffusion Policy, nearly all convolutions, which are not quantized",
-    "multi_task_dit": "a multi-task diffusion transformer",
-}
-"""LeRobot's ``type`` → what it is, where something can be said."""
+LEROBOT = CheckpointLayout("LeRobot's, run by its own code", _not_here, frozenset())
+
+_JAX_ARRAYS = {"PaliGemma/llm/embedder/input_embedding": "pi0-FAST, or PaliGemma alone"}
+"""An array of a JAX checkpoint → what has it."""
+
+_SHOWN = 4
 
 
 def require_asked(layout: CheckpointLayout, options: CheckpointOptions, where: str) -> None:
@@ -64,7 +69,11 @@ def layout_of(directory: Path) -> CheckpointLayout:
             "this version folds the adapters of LeRobot's policies; merge this one where it was "
             "trained (peft's merge_and_unload) and save the whole policy without it"
         )
-    if content is None and not any((directory / n).exists() for n in (WEIGHTS, INDEX, "assets")):
+    weights = has_safetensors(directory)
+    # With both, openpi too reads the safetensors.
+    if content is None and not weights and is_orbax(directory):
+        return _jax(directory)
+    if content is None and not weights and not (directory / "assets").exists():
         refuse_unsafe(directory)
         raise PolicyError(
             f"{str(directory)!r} has no {CONFIG} and no {WEIGHTS}: it is not a policy directory "
@@ -84,6 +93,25 @@ def layout_of(directory: Path) -> CheckpointLayout:
     )
 
 
+def _jax(directory: Path) -> CheckpointLayout:
+    """The layout of a step that Orbax saved.
+
+    Raises:
+        PolicyError: it was not finished, is no step, or is no policy that this version reads.
+    """
+    require_finished(directory)
+    for layout in _layouts():
+        if layout.recognizes(directory, None):
+            return layout
+    names = array_paths(directory)
+    kind = next((kind for name, kind in _JAX_ARRAYS.items() if name in names), None)
+    known = "" if kind is None else f" ({kind})"
+    raise PolicyError(
+        f"{directory} is a JAX checkpoint of no policy this version reads{known}; its arrays are "
+        f"{', '.join(list(names)[:_SHOWN])}.. It reads {_read()} (docs/checkpoints.md)"
+    )
+
+
 def _layouts() -> Iterator[CheckpointLayout]:
     for family in families().values():
         yield from family.layouts
@@ -100,12 +128,23 @@ def _lerobot(kind: object, where: Path) -> CheckpointLayout:
     Raises:
         PolicyError: it is not read; says what can be done with it.
     """
-    known = {layout.lerobot_type: layout for layout in _layouts() if layout.lerobot_type}
+    known = _lerobot_types()
     if isinstance(kind, str) and kind in known:
         return known[kind]
-    name = _LEROBOT_TYPES.get(str(kind))
-    what = f"of type {kind!r}" + ("" if name is None else f" ({name})")
     raise PolicyError(
-        f"{where} is a LeRobot policy {what}; this version builds only "
-        f"{', '.join(map(str, known))}. LeRobot runs it: {AS_MODULE}"
+        f"{where} is a LeRobot policy of type {kind!r}, which this command does not run: it is for "
+        f"those with an engine here, {', '.join(known)}. {run_where(str(kind))}"
     )
+
+
+def run_by_lerobot(content: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a LeRobot policy that has no engine here."""
+    kind = content.get("type")
+    if not isinstance(kind, str):
+        return False
+    layout = _lerobot_types().get(kind)
+    return layout is None or not layout.reads(content)
+
+
+def _lerobot_types() -> dict[str, CheckpointLayout]:
+    return {layout.lerobot_type: layout for layout in _layouts() if layout.lerobot_type}

@@ -112,7 +112,7 @@ def _require_plain(module: nn.Module, names: list[str]) -> None:
         parent = module.get_submodule(name.rpartition(".")[0])
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        reason = _more_than_a_linear(parent, linear)
+        reason = plainness(parent, linear)
         if reason is not None:
             refused[name] = reason
     if refused:
@@ -121,8 +121,8 @@ def _require_plain(module: nn.Module, names: list[str]) -> None:
         raise PolicyError(f"{first!r}{more} cannot be quantized: {refused[first]}, {_LEAVE}")
 
 
-def _more_than_a_linear(parent: nn.Module, linear: nn.Linear) -> str | None:
-    """What a linear is or does beside x Wᵀ + b, with the remedy; None: nothing."""
+def plainness(parent: nn.Module, linear: nn.Linear) -> str | None:
+    """What a linear is or does beside x Wᵀ + b, with the remedy; None: it is a plain one."""
     checks: tuple[Callable[[nn.Linear], str | None], ...] = (
         _extra_tensors,
         _own_code,
@@ -135,7 +135,8 @@ def _more_than_a_linear(parent: nn.Module, linear: nn.Linear) -> str | None:
 
 
 def _extra_tensors(linear: nn.Linear) -> str | None:
-    held = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
+    parts = (linear._parameters, linear._buffers, linear._modules)  # pyright: ignore[reportPrivateUsage]
+    held = {name for part in parts for name in part} - {"weight", "bias"}
     if "parametrizations" in held:
         return (
             "its weight is parametrized: bake it in with "
@@ -167,7 +168,8 @@ def _own_code(linear: nn.Linear) -> str | None:
 
 
 def _hooks(linear: nn.Linear) -> str | None:
-    if linear._forward_hooks or linear._forward_pre_hooks:
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
+    if any(hooks):
         return (
             "it has forward hooks, whose effect would be lost: remove them (weight norm: "
             "torch.nn.utils.remove_weight_norm, spectral norm: remove_spectral_norm)"

@@ -30,9 +30,17 @@ from omega_qvla.checkpoints.weight_store import WeightStore
 from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.base import Observation, Stage, State
+from omega_qvla.policies.guidance import Guidance, together
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
 from omega_qvla.policies.processing.observations import Encoded
+from omega_qvla.policies.processing.previous_actions import encode_left_over
 from omega_qvla.policies.processing.tokenizers import load_tokenizer
+from omega_qvla.real_time_chunking import (
+    DEFAULT_CHUNKING,
+    LeftOver,
+    RealTimeChunking,
+    left_over_of,
+)
 from omega_qvla.threads import fitting_threads, torch_threads, widest_linear
 
 if TYPE_CHECKING:
@@ -41,9 +49,10 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 """Name of the tokenizer's description in an artifact."""
 
-Pass = Callable[[Sequence[Tensor], Tensor, int], Tensor]
-"""What ``NativePolicy.compute`` is: encoded inputs of B observations, noise [B, H, A] and number of
-steps → normalized chunks [B, H, A].  The chunks are the caller's to keep."""
+Pass = Callable[[Sequence[Tensor], Tensor, int, "Guidance | None"], Tensor]
+"""What ``NativePolicy.compute`` is: encoded inputs of B observations, noise [B, H, A], number of
+steps and what the chunks continue → normalized chunks [B, H, A].  The chunks are the caller's to
+keep."""
 
 
 @runtime_checkable
@@ -104,6 +113,10 @@ class NativePolicy(ABC):
         self.decisions: Mapping[str, str] = dict(decisions or {})
         self._schedules: dict[int, Any] = {}
         self._pass: Pass | None = None
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.module.parameters())
+        return f"<{type(self).__name__} {self.family}, {size:,} parameters>"
 
     @property
     def device(self) -> torch.device:
@@ -194,14 +207,36 @@ class NativePolicy(ABC):
     def initial_state(self, observation: Observation, generator: torch.Generator) -> State:
         """The state the first stage starts from; ``generator`` draws the sampling noise."""
 
-    def encode(self, observation: Observation) -> Encoded:
+    def encode(
+        self,
+        observation: Observation,
+        left_over: LeftOver | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
+    ) -> Encoded:
         """All that ``sample_batch`` needs of one observation.
 
+        Args:
+            observation: as for ``sample_actions``.
+            left_over: what its chunk is to continue, in the robot's units; None: nothing.
+            chunking: how it is continued.
+
         Raises:
-            ObservationError: the processor refuses it.
+            ObservationError: the processor refuses it, or the left-over is of other actions.
         """
         processor = self.processor
-        return Encoded(processor.encode(observation), processor.anchor(observation))
+        inputs, anchor = processor.encode(observation), processor.anchor(observation)
+        guidance = None
+        if left_over is not None:
+            guidance = encode_left_over(
+                left_over,
+                chunking,
+                anchor,
+                processor.relative_actions,
+                processor.statistics.actions,
+                self.noise_shape,
+                self.config.robot_action_dim,
+            )
+        return Encoded(inputs, anchor, guidance)
 
     @abstractmethod
     def encode_images(self, inputs: Sequence[Tensor]) -> Any:
@@ -214,21 +249,30 @@ class NativePolicy(ABC):
         """What ``encode_images`` returned → all that denoising reads of the observation."""
 
     @abstractmethod
-    def denoise(self, observed: Any, noise: Tensor, steps: int) -> Tensor:
+    def denoise(
+        self, observed: Any, noise: Tensor, steps: int, guidance: Guidance | None = None
+    ) -> Tensor:
         """What ``prefill`` returned and noise [B, H, A] → normalized chunk [B, H, A]."""
 
-    def compute(self, inputs: Sequence[Tensor], noise: Tensor, steps: int) -> Tensor:
+    def compute(
+        self,
+        inputs: Sequence[Tensor],
+        noise: Tensor,
+        steps: int,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
         """All that the network computes of B chunks, between the processor's encode and decode.
 
         Args:
             inputs: what the processor encodes of B observations, concatenated.
             noise: [B, H, A] standard normal, on the network's device.
             steps: number of denoising steps.
+            guidance: what the chunks continue, on the network's device, or None.
 
         Returns:
             [B, H, A], normalized.
         """
-        return self.denoise(self.prefill(self.encode_images(inputs)), noise, steps)
+        return self.denoise(self.prefill(self.encode_images(inputs)), noise, steps, guidance)
 
     def use_pass(self, replacement: Pass) -> None:
         """Sample through something that gives what ``compute`` gives; a copy starts without it."""
@@ -243,9 +287,17 @@ class NativePolicy(ABC):
         """Inside the block PyTorch has as many threads as the network is worth."""
         return torch_threads(fitting_threads(self._widest))
 
-    def _chunks(self, inputs: Sequence[Tensor], noise: Tensor, steps: int | None) -> Tensor:
+    def _chunks(
+        self,
+        inputs: Sequence[Tensor],
+        noise: Tensor,
+        steps: int | None,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
         run = self.compute if self._pass is None else self._pass
-        return run(inputs, noise, self.steps if steps is None else steps)
+        if guidance is not None:
+            guidance = Guidance(*(part.to(self.device) for part in guidance))
+        return run(inputs, noise, self.steps if steps is None else steps, guidance)
 
     def clone(self) -> Self:
         """A structural copy that shares every tensor: modules may be replaced in it freely."""
@@ -297,11 +349,15 @@ class NativePolicy(ABC):
 
         What the network puts into the padding beyond the robot's own dimensions is no action.
         """
+        return self._sample(self.encode(observation), self._noise(noise, generator), steps)
+
+    def _sample(self, encoded: Encoded, noise: Tensor, steps: int | None) -> Tensor:
+        """The normalized chunk of one observation."""
         with self._fitting_threads():
-            inputs = self.processor.encode(observation)
-            chunk = self._chunks(inputs, self._noise(noise, generator), steps)[0]
+            chunk = self._chunks(encoded.inputs, noise, steps, encoded.guidance)[0]
             return chunk[:, : self.config.robot_action_dim]
 
+    @torch.inference_mode()
     def sample_actions(
         self,
         observation: Observation,
@@ -309,6 +365,9 @@ class NativePolicy(ABC):
         *,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        previous: np.ndarray | Tensor | None = None,
+        delay: int | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
     ) -> np.ndarray:
         """One action chunk in the robot's units.
 
@@ -317,15 +376,24 @@ class NativePolicy(ABC):
             noise: [horizon, action_dim] standard normal; drawn from ``generator`` when absent.
             steps: number of denoising steps; the policy's default when absent.
             generator: source of randomness when ``noise`` is absent (freshly seeded if absent too).
+            previous: [T, robot_action_dim], what is not carried out yet of the chunk before, as
+                this method returned it; the first action belongs to the moment of ``observation``.
+                The new chunk continues it (``real_time_chunking.py``).  None: it begins anew.
+            delay: how many of them will be carried out before this chunk is there; together with
+                ``previous`` only.
+            chunking: how ``previous`` is continued; without it nothing is.
 
         Returns:
             [horizon, robot_action_dim] float32.
 
         Raises:
-            ObservationError: the processor refuses the observation; or the noise is misshaped.
+            ObservationError: the processor refuses the observation; the noise or ``previous`` is
+                misshaped or not finite; ``delay`` is no number of steps that ``previous`` has, or
+                one of the two is missing.
         """
-        chunk = self.sample_normalized(observation, noise, steps=steps, generator=generator)
-        return self.processor.decode(chunk, self.processor.anchor(observation))
+        encoded = self.encode(observation, left_over_of(previous, delay), chunking)
+        chunk = self._sample(encoded, self._noise(noise, generator), steps)
+        return self.processor.decode(chunk, encoded.anchor)
 
     @torch.inference_mode()
     def sample_noises(
@@ -346,8 +414,8 @@ class NativePolicy(ABC):
         with self._fitting_threads():
             start = torch.cat([self._noise(noise, None) for noise in noises])
             inputs = self.processor.encode(observation)
-            together = [part.repeat_interleave(len(start), dim=0) for part in inputs]
-            chunks = self._chunks(together, start, steps)
+            repeated = [part.repeat_interleave(len(start), dim=0) for part in inputs]
+            chunks = self._chunks(repeated, start, steps)
             return chunks[..., : self.config.robot_action_dim].cpu()
 
     @torch.inference_mode()
@@ -362,7 +430,8 @@ class NativePolicy(ABC):
 
         Observations alike in number of cameras and of tokens share one forward pass, so nothing is
         padded; the others follow in passes of their own.  The integers of a row do not depend on
-        its neighbours; floating-point sums may be ordered by the size of the batch.
+        its neighbours; floating-point sums may be ordered by the size of the batch.  Each chunk
+        continues what its own observation was encoded with.
 
         Args:
             encoded: what ``encode`` gives of each observation.
@@ -381,9 +450,10 @@ class NativePolicy(ABC):
         for rows in _alike(inputs):
             with self._fitting_threads():
                 pairs = zip(*(inputs[i] for i in rows), strict=True)
-                together = [torch.cat(parts) for parts in pairs]
+                stacked = [torch.cat(parts) for parts in pairs]
                 start = torch.cat([starts[i] for i in rows])
-                batch = self._chunks(together, start, steps)
+                guidance = together([encoded[i].guidance for i in rows])
+                batch = self._chunks(stacked, start, steps, guidance)
             for i, chunk in zip(rows, batch, strict=True):
                 chunks[i] = self.processor.decode(chunk, encoded[i].anchor)
         return [chunks[i] for i in range(len(inputs))]
@@ -429,7 +499,7 @@ def of_embodiment(policy: NativePolicy, embodiment: str | None) -> NativePolicy:
         return policy
     if not isinstance(policy, HasEmbodiments):
         raise PolicyError(
-            f"a {policy.family} policy has no layers per embodiment; leave --embodiment out"
+            f"a {policy.family} policy has no layers per embodiment; leave `embodiment` out"
         )
     known = [str(number) for number in policy.config.embodiments]
     if embodiment not in known:

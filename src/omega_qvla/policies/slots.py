@@ -58,9 +58,11 @@ class AbsentWeight(Tensor):
     _path: str
 
     @staticmethod
-    def __new__(cls, like: Tensor, name: str) -> AbsentWeight:
+    def __new__(cls: type[AbsentWeight], like: Tensor, name: str) -> AbsentWeight:
+        # A structure without weights is on no device; what will compute in it is on the CPU.
+        device = torch.device("cpu") if like.is_meta else like.device
         made = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=False
+            cls, like.shape, dtype=like.dtype, device=device, requires_grad=False
         )
         made._is_param = True  # what makes it an nn.Parameter to isinstance
         made._path = name
@@ -80,7 +82,7 @@ class AbsentWeight(Tensor):
         # Having this at all is what turns off the paths of nn.TransformerEncoderLayer that read
         # weights; they ask torch.overrides.has_torch_function.
         del types
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -217,6 +219,37 @@ def _absent(tensor: Tensor, name: str) -> Any:
     return AbsentWeight(tensor, name)
 
 
+class AbsentLinear(nn.Module):
+    """In the place of an ``nn.Linear`` that no sample calls: it answers what code asks of a weight.
+
+    It takes no memory and is in no artifact.
+
+    Args:
+        name: path of the linear, for messages.
+        linear: what was there.
+    """
+
+    def __init__(self, name: str, linear: nn.Linear) -> None:
+        super().__init__()
+        self._name = name
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        # No parameters: there is nothing to count or to save.
+        vars(self)["weight"] = _absent(linear.weight, f"{name}.weight")
+        vars(self)["bias"] = None if linear.bias is None else _absent(linear.bias, f"{name}.bias")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Always refused.
+
+        Raises:
+            PolicyError: nothing has called it when the policy was quantized.
+        """
+        del input
+        raise PolicyError(
+            f"{self._name!r} was never called when the policy was quantized, so its weights were "
+            "left out; it is called now: the policy is used in another way"
+        )
+
+
 PATH_IN_SLOT = ".site.compute"
 """From a slot to what computes in it."""
 
@@ -249,15 +282,42 @@ def _slot(module: nn.Module, name: str, clock: Timed) -> LinearSlot:
         return there
     assert isinstance(there, nn.Linear)
     slot = LinearSlot(name, there, clock)
+    replace_everywhere(module, there, slot)
+    return slot
+
+
+def replace_everywhere(module: nn.Module, there: nn.Module, other: nn.Module) -> None:
+    """Put another submodule in all places where one can be reached."""
     places = [
         (parent, kind)
         for parent in module.modules()
-        for kind, child in parent._modules.items()  # the same one twice too, unlike named_children
+        # The same one twice too, unlike named_children.
+        for kind, child in parent._modules.items()  # pyright: ignore[reportPrivateUsage]
         if child is there
     ]
     for parent, kind in places:
-        setattr(parent, kind, slot)
-    return slot
+        setattr(parent, kind, other)
+
+
+_REMEMBERED = 8
+"""Tensors among which a linear's input is looked for: other linears may be called between two."""
+
+
+class InputNumbers:
+    """Numbers tensors as they come in; one that is seen again unchanged keeps its number."""
+
+    def __init__(self) -> None:
+        self._recent: list[tuple[int, Tensor, int | None]] = []
+        self._next = 0
+
+    def number_of(self, x: Tensor) -> int:
+        """The number of a tensor that a linear reads now."""
+        for number, known, version in self._recent:
+            if same_tensor(known, version, x):
+                return number
+        self._recent = [*self._recent[1 - _REMEMBERED :], (self._next, x, version_of(x))]
+        self._next += 1
+        return self._next - 1
 
 
 def same_tensor(first: Tensor, version: int | None, second: Tensor) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,12 @@ from omega_qvla.policies.base import Observation, QuantizationSite, Stage, State
 from omega_qvla.policies.denoising_calls import RecordingClock, step_of, steps_by_calls
 from omega_qvla.policies.linear_matching import match_sites
 from omega_qvla.policies.slots import forget_shared
+from omega_qvla.real_time_chunking import (
+    DEFAULT_CHUNKING,
+    LeftOver,
+    RealTimeChunking,
+    left_over_of,
+)
 
 AS_MODULE = (
     "quantize it where it runs, as a module of your own: load it there and wrap it in "
@@ -26,8 +33,11 @@ AS_MODULE = (
 )
 """What to do with a policy that this version does not build; ends an error's sentence."""
 
-Sampler = Callable[[nn.Module, Any, Any, FlowClock], Any]
-"""(module, observation, noise, clock) → actions."""
+FOREIGN = ("torch", "lerobot")
+"""Families of policies whose network is other people's code."""
+
+Sampler = Callable[..., Any]
+"""(module, observation, noise, clock) → actions; also left_over and chunking, if it names them."""
 
 
 class TorchPolicy:
@@ -43,6 +53,8 @@ class TorchPolicy:
             the same actions.  With an action head it enters ``with clock.step(i, t):`` around
             every denoising step, i = 0, 1, … steps - 1, at the flow time t in [0, 1] (1 is noise;
             other schedules are scaled to that range), rising or falling from step to step.
+            A ``sample`` that can continue the previous chunk has the parameters ``left_over`` (a
+            ``LeftOver`` in the units of its own actions, or None) and ``chunking`` as well.
         steps: number of denoising steps ``sample`` makes; 1 for a policy without denoising.
         step_module: for loops that cannot be edited: the name of a submodule, or of a method of
             one (``"model.denoise_step"``), that is called exactly once per denoising step; its
@@ -88,6 +100,10 @@ class TorchPolicy:
             raise PolicyError(
                 f"step_module {step_module!r} is not a submodule, nor a method of one"
             )
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.module.parameters())
+        return f"<TorchPolicy {type(self.module).__name__}, {size:,} parameters>"
 
     def clone(self) -> TorchPolicy:
         """A structural copy that shares every tensor: modules may be replaced in it freely.
@@ -161,6 +177,9 @@ class TorchPolicy:
         *,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        previous: np.ndarray | torch.Tensor | None = None,
+        delay: int | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
     ) -> Any:
         """Whatever ``sample`` returns for this observation and noise.
 
@@ -169,20 +188,26 @@ class TorchPolicy:
             noise: what to start from; see ``noise_shape``.  Drawn when absent.
             steps: nothing else than the policy's own.
             generator: source of randomness when noise is drawn (freshly seeded if absent).
+            previous: [T, action_dim], what is not carried out yet of the chunk before, in the
+                units ``sample`` returns.
+            delay: how many of them will be carried out before this chunk is there.
+            chunking: how they are continued.
 
         Raises:
-            PolicyError: the denoising steps are not what the policy says.
-            ObservationError: the noise is misshaped or not finite.
+            PolicyError: the denoising steps are not what the policy says; or there is a previous
+                chunk, and ``sample`` does not say that it can continue one.
+            ObservationError: the noise is misshaped or not finite; or see ``LeftOver``.
         """
         if steps is not None and steps != self.steps:
             raise PolicyError(
                 "the number of steps of a TorchPolicy is fixed by its sample function"
             )
+        continued = self._continued(left_over_of(previous, delay), chunking)
         start = self._noise(observation, noise, generator)
         self._steps_made.forget()
         try:
             with torch.no_grad(), self._counted_steps():
-                actions = self.sample(self.module, observation, start, self.clock)
+                actions = self.sample(self.module, observation, start, self.clock, **continued)
         finally:
             self.clock.index = self.clock.time = None
             forget_shared(self.module)
@@ -190,6 +215,19 @@ class TorchPolicy:
         if per_step is not None:
             self._steps_made.check(self.steps, self.step_module, per_step)
         return actions
+
+    def _continued(self, left_over: LeftOver | None, chunking: RealTimeChunking) -> dict[str, Any]:
+        """What ``sample`` is told of the previous chunk."""
+        told = {"left_over": left_over, "chunking": chunking}
+        with suppress(ValueError):  # a callable that does not say what it takes
+            if told.keys() <= inspect.signature(self.sample).parameters.keys():
+                return told
+        if left_over is not None:
+            raise PolicyError(
+                "previous was given, but this policy's sample function continues no chunk: give it "
+                "the parameters left_over and chunking too (docs/real-time-chunking.md)"
+            )
+        return {}
 
     def _noise(
         self,

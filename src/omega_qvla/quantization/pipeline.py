@@ -188,8 +188,14 @@ def quantize_policy(
 
 
 def planned_sites(policy: Policy, recipe: Recipe) -> list[QuantizationSite]:
-    """The sites that a recipe quantizes, in execution order."""
-    return [site for site in sites_of(policy) if recipe.scheme_of(site) is not None]
+    """The sites that a recipe quantizes, in execution order.
+
+    Raises:
+        RecipeError: the recipe says something of sites that this policy does not have.
+    """
+    sites = sites_of(policy)
+    recipe.require_known(sites)
+    return [site for site in sites if recipe.scheme_of(site) is not None]
 
 
 def simulate(policy: Policy, quantization: Quantization) -> Policy:

@@ -25,12 +25,9 @@ from omega_qvla.artifact.tensors import spec_of
 from omega_qvla.errors import NonFiniteError, OmegaError, PolicyError
 from omega_qvla.policies.base import Observation, Policy, QuantizationSite, linears_of
 from omega_qvla.policies.denoising_calls import around_method
-from omega_qvla.policies.slots import fill_slots, same_tensor, storable, version_of
+from omega_qvla.policies.slots import InputNumbers, fill_slots, storable
 from omega_qvla.policies.torch_module import TorchPolicy
 from omega_qvla.recipe import Recipe
-
-_REMEMBERED = 8
-"""Tensors among which a linear's input is looked for: other linears may be called between two."""
 
 
 def with_slots(policy: TorchPolicy, sites: Sequence[QuantizationSite]) -> TorchPolicy:
@@ -90,6 +87,7 @@ def rehearse(policy: TorchPolicy, observation: Observation, recipe: Recipe) -> R
         PolicyError: the two differ, or sampling fails; says where and why.
         ArtifactError: the module holds a tensor that no artifact can.
     """
+    recipe.require_known(policy.sites)
     covered = [site for site in policy.sites if recipe.scheme_of(site) is not None]
     if recipe.realizable:
         _require_storable(policy, {name for site in covered for name in site.linears})
@@ -133,7 +131,7 @@ class _Sample:
 def _sample(
     policy: TorchPolicy, sites: Sequence[QuantizationSite], observation: Observation, noise: Any
 ) -> _Sample:
-    tensors = _InputNumbers()
+    tensors = InputNumbers()
     made = _Sample(None, [], {})
     with ExitStack() as stack:
         for name in (name for site in sites for name in site.linears):
@@ -148,22 +146,6 @@ def _sample(
             stack.enter_context(around_method(module, "forward", watch))
         made.actions = policy.sample_actions(observation, noise)
     return made
-
-
-class _InputNumbers:
-    """Numbers tensors as they come in; one that is seen again unchanged keeps its number."""
-
-    def __init__(self) -> None:
-        self._recent: list[tuple[int, Tensor, int | None]] = []
-        self._next = 0
-
-    def number_of(self, x: Tensor) -> int:
-        for number, known, version in self._recent:
-            if same_tensor(known, version, x):
-                return number
-        self._recent = [*self._recent[1 - _REMEMBERED :], (self._next, x, version_of(x))]
-        self._next += 1
-        return self._next - 1
 
 
 def _share_inputs(

@@ -87,7 +87,7 @@ def _success(policy: str, mine: Sequence[Row], flown: Sequence[Row], number: int
     return draw_picture(
         f"success-{number}",
         draw,
-        height=0.9 + (0.16 + 0.22 * len(conditions)) * len(names),
+        height=0.9 + max(0.34, 0.12 + 0.145 * len(conditions)) * len(names),
         title=f"Does it still work? {policy}",
         alt=f"Success rates of {policy}. {'; '.join(rates)}.",
         caption=(
@@ -203,7 +203,14 @@ def _error(
         title=f"What does it cost? {policy}, {condition_words(condition)}",
         alt=f"Action error against bytes of {policy}, {condition_words(condition)}. "
         f"{'; '.join(told)}.",
-        caption=f"{'; '.join(told)}.{hollow}{gap}",
+        caption=f"Down and left is better.{hollow}{gap}",
+        table=Table(
+            ("recipe", "action error", "bytes"),
+            tuple(
+                (row_name(row), error_words(row.action_error), human_bytes(int(size * 1e6)))
+                for row, size in placed
+            ),
+        ),
     )
 
 

@@ -8,14 +8,11 @@ colour-blind readers and in grey.
 
 from __future__ import annotations
 
-import importlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.files import write_file
 from omega_qvla.report.style import (
     BYTES_COLOURS,
     CONDITION_COLOURS,
@@ -24,6 +21,8 @@ from omega_qvla.report.style import (
     MARKERS,
     RC,
     matplotlib_modules,
+    part_of_matplotlib,
+    save_png,
 )
 from omega_qvla.results.rows import Row
 
@@ -74,8 +73,7 @@ def comparison_figure(results: Sequence[Row], png_path: str | Path) -> Path:
         _draw_error(panels[1], layout)
         _draw_bytes(panels[2], layout)
         _finish(figure, panels, layout)
-        _save(figure, Path(png_path))
-    return Path(png_path)
+        return save_png(figure, png_path)
 
 
 def _arrange(results: Sequence[Row]) -> _Layout:
@@ -227,8 +225,7 @@ def _finish(figure: Any, panels: Sequence[Any], layout: _Layout) -> None:
         panel.set_axisbelow(True)
         for boundary in range(1, len(layout.lines)):
             panel.axhline(boundary - 0.5, color="#F0F0F0", linewidth=0.8, zorder=-1)
-    lines = importlib.import_module("matplotlib.lines")
-    patches = importlib.import_module("matplotlib.patches")
+    lines, patches = part_of_matplotlib("lines"), part_of_matplotlib("patches")
     handles = [
         lines.Line2D([], [], linestyle="none", label=condition, **layout.style(condition))
         for condition in layout.conditions
@@ -239,9 +236,3 @@ def _finish(figure: Any, panels: Sequence[Any], layout: _Layout) -> None:
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
     policies = dict.fromkeys(result.policy for result in layout.results.values())
     figure.suptitle(", ".join(policies), x=0.01, ha="left", fontsize=12)
-
-
-def _save(figure: Any, target: Path) -> None:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    write_file(target, stream.getvalue())

@@ -1,9 +1,10 @@
-"""A figure of the page: drawn once, kept as SVG and PNG, with its words and its numbers."""
+"""A figure of the page: SVG for it, PNG where that is asked for, with its words and numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from omega_qvla.report.style import PAGE_RC, as_png, as_svg, matplotlib_modules, new_figure
@@ -27,8 +28,13 @@ class Picture:
     alt: str
     caption: str
     svg: str
-    png: bytes
+    draw_png: Callable[[], bytes]
     table: Table | None = None
+
+    @property
+    def png(self) -> bytes:
+        """The figure on white."""
+        return self.draw_png()
 
 
 def draw_picture(
@@ -50,4 +56,5 @@ def draw_picture(
     with matplotlib.rc_context(PAGE_RC):
         figure = new_figure(height)
         draw(figure)
-        return Picture(name, title, alt, caption, as_svg(figure, name), as_png(figure), table)
+        svg = as_svg(figure, name)
+    return Picture(name, title, alt, caption, svg, partial(as_png, figure), table)

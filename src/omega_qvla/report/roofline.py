@@ -8,13 +8,11 @@ can do with operands in registers.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.files import write_file
-from omega_qvla.report.style import matplotlib_modules
+from omega_qvla.report.style import RC, matplotlib_modules, save_png
 from omega_qvla.results.reading import load_as
 from omega_qvla.results.speed import LayerRate, LayerRates
 
@@ -33,14 +31,6 @@ _STYLE = {
     "cuBLAS bf16": ("#999999", "s", "cuBLAS bf16"),
 }
 _OUR_COLOUR = "#0072B2"
-_RC = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "savefig.dpi": 150,
-}
 
 
 def roofline_figure(json_path: str | Path, png_path: str | Path) -> Path:
@@ -52,7 +42,7 @@ def roofline_figure(json_path: str | Path, png_path: str | Path) -> Path:
     """
     found = load_as(LayerRates, json_path, _WRITER)
     matplotlib, figure_module = matplotlib_modules()
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         figure = figure_module.Figure(figsize=(8.5, 5.2), layout="constrained")
         axes = figure.subplots()
         _draw_roofs(axes, found)
@@ -64,10 +54,7 @@ def roofline_figure(json_path: str | Path, png_path: str | Path) -> Path:
         threads = "" if found.threads is None else f", {found.threads} thread(s)"
         axes.set_title(f"Quantized linears on {found.machine}{threads}")
         axes.legend(loc="lower right", frameon=False)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png")
-    write_file(Path(png_path), stream.getvalue())
-    return Path(png_path)
+        return save_png(figure, png_path)
 
 
 def _draw_roofs(axes: Any, found: LayerRates) -> None:

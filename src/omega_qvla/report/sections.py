@@ -25,7 +25,7 @@ from omega_qvla.report.site_pictures import (
 )
 from omega_qvla.report.sources import Sources
 from omega_qvla.report.table import Table, results_table
-from omega_qvla.report.words import condition_words
+from omega_qvla.report.words import condition_words, quantity
 from omega_qvla.results.diagnostics import Film
 from omega_qvla.results.speed import KernelSummary
 
@@ -101,7 +101,8 @@ def sections_of(sources: Sources) -> list[Section]:
         *((diagnostics_name(one), one.memory) for one in found if one.memory is not None),
     ]
     scenes = scenes_of(found)
-    results = [("Every row of the results", results_table(sources.results))]
+    rows = quantity(len(sources.results), "row")
+    results = [(f"All {rows} of the results", results_table(sources.results))]
     kernels = [
         (f"{source.file}: {source.machine}", _kernel_table(rows))
         for source, rows in sources.kernel_speeds

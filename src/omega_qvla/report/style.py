@@ -12,9 +12,11 @@ import importlib
 import io
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from omega_qvla.extras import needing
+from omega_qvla.files import write_file
 
 CONDITION_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 MARKERS = ("o", "D", "s", "^")
@@ -95,10 +97,25 @@ def plain_log_ticks(axis: Any, limits: tuple[float, float]) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
+def save_png(figure: Any, path: str | Path) -> Path:
+    """Write a figure of its own, with the settings that hold where this is called.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    write_file(Path(path), stream.getvalue())
+    return Path(path)
+
+
 def as_png(figure: Any) -> bytes:
     """The figure as a PNG file on white; the same figure gives the same bytes."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    with matplotlib_modules()[0].rc_context(PAGE_RC):
+        figure.savefig(
+            stream, format="png", dpi=200, facecolor="white", metadata={"Software": None}
+        )
     return stream.getvalue()
 
 

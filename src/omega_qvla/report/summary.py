@@ -1,9 +1,8 @@
-"""What a report says in words: a headline and a paragraph, composed from the numbers alone.
+"""What a report says first: a headline, three numbers and a sentence, composed from saved numbers.
 
-Every sentence is there because a value is, and changes with it.  Which recipe the words are about
-is a rule, not a choice: of the first policy's recipes that exist as integers of about four bits,
-the one whose largest action error over the conditions is smallest; where no error was measured the
-first.
+They are about one recipe on one policy, under the first of its conditions: the recipe that was
+asked for, else the default where it is there, else the only one.  How others did stands in figures
+and tables, and never in its place: of several without the default none is at the top.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from omega_qvla.errors import ResultError, did_you_mean
 from omega_qvla.report.sources import Sources
 from omega_qvla.report.words import (
-    NO_BREAK,
     condition_words,
     error_words,
     listing,
@@ -26,8 +25,11 @@ from omega_qvla.report.words import (
 from omega_qvla.results.rows import Row
 
 SIGNIFICANT = 0.05
-_FEW = 3
-"""Rivals that are named one by one."""
+_FACTS = 3
+_BASELINE = "rtn"
+"""The recipe that others are compared with in words: round to nearest."""
+_FEW_EPISODES = 100
+"""Of a row; fewer are told as a count, more as a share."""
 
 
 @dataclass(frozen=True)
@@ -35,67 +37,52 @@ class Summary:
     """The words at the top of a report; facts are (figure, what it is)."""
 
     headline: str
-    sentences: tuple[str, ...]
+    sentence: str
     facts: tuple[tuple[str, str], ...] = ()
 
 
-def summarise(sources: Sources) -> Summary:
-    """Headline and sentences of a report."""
-    chosen = _chosen(sources.results)
-    sentences = [] if chosen is None else _about(chosen, sources.results)
-    sentences += _speed(sources)
-    if chosen is None or not sentences:
-        return Summary(_plain_headline(sources), tuple(sentences or _inventory(sources)))
-    return Summary(
-        _headline(chosen, sources.results), tuple(sentences), tuple(_facts(chosen, sources))
-    )
+def summarise(sources: Sources, recipe: str | None = None, default: str | None = None) -> Summary:
+    """The words at the top of a report.
+
+    Args:
+        recipe: whose rows they are about; it has to be there.
+        default: whose they are about where none is asked for and it is there.
+
+    Raises:
+        ResultError: the recipe that was asked for has no row; names those that have.
+    """
+    row = _chosen(sources.results, recipe, default)
+    if row is None:
+        return _without_rows(sources)
+    facts = [*_facts(row, sources.results), *_speed_facts(sources)]
+    return Summary(_headline(row, sources.results), _sentence(row, sources), tuple(facts[:_FACTS]))
 
 
-def _facts(row: Row, sources: Sources) -> list[tuple[str, str]]:
-    """The few figures that most readers came for."""
-    facts: list[tuple[str, str]] = []
-    reference = _reference(row, sources.results)
-    condition = condition_words(row.condition)
-    if row.success_mean is not None:
-        beside = ""
-        if reference is not None and reference.success_mean is not None:
-            beside = f"; full precision {share(reference.success_mean)}"
-        count = quantity(row.episodes, "episode")
-        facts.append((share(row.success_mean), f"of {count} solved, {condition}{beside}"))
-    if row.action_error is not None and row.noise_floor:
-        floor = f"the policy's own spread is {error_words(row.noise_floor)}"
-        facts.append((error_words(row.action_error), f"action error, {condition}; {floor}"))
-    if row.checkpoint_bytes and reference is not None and reference.checkpoint_bytes:
-        before = size_words(reference.checkpoint_bytes)
-        facts.append((size_words(row.checkpoint_bytes), f"on disk; full precision {before}"))
-    for source, speeds in sources.policy_speeds:
-        slow = next((speed for speed in speeds if speed.precision in ("fp32", "bf16")), None)
-        fast = next((speed for speed in speeds if speed is not slow and speed.total_ms > 0), None)
-        if slow is not None and fast is not None:
-            ratio = f"{slow.total_ms / fast.total_ms:.1f}×"
-            facts.append((ratio, f"as fast as {slow.precision}: {fast.policy}, {source.machine}"))
-    return facts
+def sentence_of(results: Sequence[Row], preferred: str) -> str:
+    """The result of a comparison in a line, about the preferred recipe where it is there."""
+    row = _chosen(results, None, preferred)
+    if row is None:
+        return f"{_several(results)}; none of them is {preferred}"
+    return f"{_headline(row, results)}. {_sentence(row, Sources(results=list(results)))}".strip()
 
 
-def _chosen(results: Sequence[Row]) -> Row | None:
+def _chosen(results: Sequence[Row], recipe: str | None, default: str | None) -> Row | None:
     """The row the words are about."""
-    rows = [row for row in results if row.realizable and not row.is_full_precision]
-    rows = [row for row in rows if row.policy == rows[0].policy]
-    four = [row for row in rows if row.bits_per_weight is None or row.is_four_bits] or rows
-    finished = [row for row in four if not row.unfinished] or four
-    plain = [row for row in finished if row.condition == "plain"] or finished
-    if not plain:
+    rows = [row for row in results if not row.is_full_precision]
+    if recipe is not None:
+        known = list(dict.fromkeys(row.recipe for row in rows))
+        rows = [row for row in rows if row.recipe == recipe]
+        if not rows:
+            raise ResultError(
+                f"these files have no row of the recipe {recipe!r}{did_you_mean(recipe, known)}; "
+                f"they have {', '.join(known) or 'none'}"
+            )
+    candidates = [row for row in rows if row.recipe == default] or rows
+    if len({row.recipe for row in candidates}) > 1:
         return None
-    # Closed loop says more than open loop: where both are there, of those that were simulated.
-    pool = [row for row in plain if row.success_mean is not None] or plain
-    measured = [row for row in pool if row.action_error is not None]
-    return min(measured, key=lambda row: _worst(row, finished)) if measured else pool[0]
-
-
-def _worst(row: Row, results: Sequence[Row]) -> float:
-    """The largest action error of a row's recipe over the conditions."""
-    about = row.recipe, row.scope
-    return max(r.action_error or 0.0 for r in results if (r.recipe, r.scope) == about)
+    finished = [row for row in candidates if not row.unfinished] or candidates
+    plain = [row for row in finished if row.condition == "plain"] or finished
+    return plain[0] if plain else None
 
 
 def _reference(row: Row, results: Sequence[Row]) -> Row | None:
@@ -111,160 +98,121 @@ def _reference(row: Row, results: Sequence[Row]) -> Row | None:
 
 def _headline(row: Row, results: Sequence[Row]) -> str:
     reference = _reference(row, results)
-    several = len({other.policy for other in results}) > 1
-    name = f"{row_name(row)} on {row.policy}" if several else row_name(row)
-    if (
-        row.success_mean is not None
-        and reference is not None
-        and reference.success_mean is not None
-    ):
-        pair = (
-            f"{share(row.success_mean)} solved, {share(reference.success_mean)} in full precision"
-        )
-        smaller = _smaller(row, reference)
-        return f"{name}: {pair}" + (f", {smaller}" if smaller else "")
+    name = f"{row_name(row)} on {row.policy}"
     if row.success_mean is not None:
-        return f"{name}: {share(row.success_mean)} of episodes solved"
+        text = f"{name}: {_solved(row)} solved"
+        if reference is not None and reference.success_mean is not None:
+            text += f", {_solved(reference)} in full precision"
+        return text
     if row.action_error is not None and row.noise_floor:
-        return (
-            f"{name}: action error {error_words(row.action_error)}, "
-            f"{_relation(row.action_error, row.noise_floor)}"
-        )
-    return f"{row_name(row)} on {row.policy}"
+        relation = _relation(row.action_error, row.noise_floor)
+        return f"{name}: action error {error_words(row.action_error)}, {relation}"
+    return name
 
 
-def _smaller(row: Row, reference: Row) -> str:
-    if not row.checkpoint_bytes or not reference.checkpoint_bytes:
-        return ""
-    saved = 1 - row.checkpoint_bytes / reference.checkpoint_bytes
-    if abs(saved) < 0.005:
-        return "of the same size"
-    return f"{100 * abs(saved):.0f}{NO_BREAK}% {'smaller' if saved >= 0 else 'larger'}"
-
-
-def _relation(error: float, floor: float) -> str:
-    if error < floor:
-        return (
-            f"{floor / error:.0f} times below the policy's own spread" if error else "none at all"
-        )
-    return f"{error / floor:.1f} times the policy's own spread"
-
-
-def _about(chosen: Row, results: Sequence[Row]) -> list[str]:
-    """What was found of the chosen recipe under every condition, and how its rivals did."""
-    mine = [
-        row
-        for row in results
-        if (row.policy, row.recipe, row.scope) == (chosen.policy, chosen.recipe, chosen.scope)
-    ]
-    sentences = [sentence for row in mine for sentence in _closed_loop(row, results)]
-    for row in mine:
-        if row.action_error is not None and row.noise_floor:
-            sentences.append(
-                f"Its action error ({condition_words(row.condition)}) is "
-                f"{error_words(row.action_error)}, {_relation(row.action_error, row.noise_floor)}."
-            )
-        sentences += _rivals(row, results)
-    reference = _reference(chosen, results)
-    if reference is not None and chosen.checkpoint_bytes and reference.checkpoint_bytes:
-        sentences.append(
-            f"On disk it takes {size_words(chosen.checkpoint_bytes)} instead of "
-            f"{size_words(reference.checkpoint_bytes)}."
-        )
-    if any(row.smoke and row.episodes for row in mine):
-        sentences.append(
-            "With fewer than 100 episodes per task these success rates are a smoke test, not a "
-            "measurement."
-        )
-    return sentences
-
-
-def _closed_loop(row: Row, results: Sequence[Row]) -> list[str]:
-    if row.success_mean is None or row.success_ci95 is None:
-        return []
-    low, high = row.success_ci95
-    text = (
-        f"{row_name(row)} ({condition_words(row.condition)}) solves {row.solved} of {row.episodes} "
-        f"episodes, {share(row.success_mean)} (95 % interval {share(low)} to {share(high)})"
-    )
+def _facts(row: Row, results: Sequence[Row]) -> list[tuple[str, str]]:
     reference = _reference(row, results)
-    if reference is not None and reference.success_mean is not None:
-        text += f"; full precision {reference.solved} of {reference.episodes}"
+    condition = condition_words(row.condition)
+    facts: list[tuple[str, str]] = []
+    if row.success_mean is not None:
+        what = f"{quantity(row.episodes, 'episode')} solved, {condition}"
+        if row.success_ci95 is not None:
+            low, high = row.success_ci95
+            what += f"; 95 % interval {share(low)} to {share(high)}"
+        what += "; a smoke test, no measurement" if row.smoke else ""
+        facts.append((_solved(row), what))
+    if row.action_error is not None:
+        what = f"action error, {condition}"
+        if row.action_errors:
+            what += f", over {quantity(len(row.action_errors), 'held-out observation')}"
+        what += f"; noise floor {error_words(row.noise_floor)}" if row.noise_floor else ""
+        facts.append((error_words(row.action_error), what))
+    if row.checkpoint_bytes:
+        what = "on disk"
+        if reference is not None and reference.checkpoint_bytes:
+            what += f"; full precision {size_words(reference.checkpoint_bytes)}"
+        facts.append((size_words(row.checkpoint_bytes), what))
+    return facts
+
+
+def _speed_facts(sources: Sources) -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    for source, speeds in sources.policy_speeds:
+        slow = next((speed for speed in speeds if speed.precision in ("fp32", "bf16")), None)
+        fast = next((speed for speed in speeds if speed is not slow and speed.total_ms > 0), None)
+        if slow is not None and fast is not None:
+            ratio = f"{slow.total_ms / fast.total_ms:.1f}×"
+            facts.append((ratio, f"as fast as {slow.precision}: {fast.policy}, {source.machine}"))
+    return facts
+
+
+def _sentence(row: Row, sources: Sources) -> str:
+    """How sure one can be of it: seed by seed, or beside round to nearest."""
     paired = row.paired_vs_reference
     if paired is not None:
         low, high = paired.ci95
-        p_value = paired.mcnemar_p
-        text += (
-            f". On the same seeds that is {points(paired.difference)} points "
-            f"({points(low)} to {points(high)}, McNemar's exact p = {p_value:.2g}): "
-            + _verdict(paired.difference, p_value)
+        return (
+            f"Against full precision on the same seeds: {points(paired.difference)} points "
+            f"({points(low)} to {points(high)}), {_verdict(paired.difference, paired.mcnemar_p)} "
+            f"(McNemar's exact p = {paired.mcnemar_p:.2g})."
         )
-    return [f"{text}."]
+    baseline = next(
+        (
+            other.action_error
+            for other in sources.results
+            if (other.policy, other.condition, other.recipe)
+            == (row.policy, row.condition, _BASELINE)
+        ),
+        None,
+    )
+    if baseline is not None and row.recipe != _BASELINE:
+        return f"Round to nearest ({_BASELINE}) has an action error of {error_words(baseline)}."
+    return ""
 
 
 def _verdict(difference: float, p_value: float) -> str:
     if p_value >= SIGNIFICANT:
-        return "no difference is shown"
-    return "a loss that chance does not explain" if difference < 0 else "a gain"
+        return "not significantly different"
+    return f"significantly {'worse' if difference < 0 else 'better'}"
 
 
-def _rivals(row: Row, results: Sequence[Row]) -> list[str]:
-    """How the other recipes did under the same condition, best first."""
-    others = [
-        other
-        for other in results
-        if other.policy == row.policy
-        and other.condition == row.condition
-        and (other.scope or "all") == (row.scope or "all")
-        and other.recipe != row.recipe
-        and not other.is_full_precision
-        and other.action_error is not None
-    ]
-    if not others or row.action_error is None:
-        return []
-    others.sort(key=lambda other: other.action_error or 0.0)
-    told = [f"{row_name(other)} {error_words(other.action_error)}" for other in others]
-    where = f"Beside it, {condition_words(row.condition)}"
-    if len(told) <= _FEW:
-        return [f"{where}: {listing(told)}."]
-    better = sum((other.action_error or 0.0) < row.action_error for other in others)
-    rank = f"{better} of them smaller" if better else "none of them smaller"
-    return [f"{where}: {len(told)} recipes from {told[0]} to {told[-1]}, {rank}."]
+def _solved(row: Row) -> str:
+    if row.episodes < _FEW_EPISODES:
+        return f"{row.solved} of {row.episodes}"
+    return share(row.success_mean or 0.0)
 
 
-def _speed(sources: Sources) -> list[str]:
-    sentences: list[str] = []
-    for source, rows in sources.policy_speeds:
-        reference = next((row for row in rows if row.precision in ("fp32", "bf16")), None)
-        for row in rows:
-            if reference is None or row is reference or row.total_ms <= 0:
-                continue
-            ratio = reference.total_ms / row.total_ms
-            sentences.append(
-                f"One action chunk of {row.policy} takes {row.total_ms:,.0f} ms in {row.precision} "
-                f"and {reference.total_ms:,.0f} ms in {reference.precision} ({ratio:.1f} times, "
-                f"{source.machine})."
-            )
-    return sentences
+def _relation(error: float, floor: float) -> str:
+    if not error:
+        return "none at all"
+    if error < floor:
+        return f"{floor / error:.0f} times below the policy's own spread"
+    return f"{error / floor:.1f} times the policy's own spread"
 
 
-def _plain_headline(sources: Sources) -> str:
-    if sources.diagnostics:
-        first = sources.diagnostics[0]
-        return f"Inside {first.recipe} on {first.policy}"
+def _several(results: Sequence[Row]) -> str:
+    count = len({row.recipe for row in results if not row.is_full_precision})
+    policies = dict.fromkeys(row.policy for row in results)
+    return f"{quantity(count, 'recipe')} on {listing(policies)}"
+
+
+def _without_rows(sources: Sources) -> Summary:
+    """Of files without rows of a recipe that the words could be about."""
+    facts = tuple(_speed_facts(sources)[:_FACTS])
+    found = next((one for one in sources.diagnostics if one.noise_floor > 0), None)
+    if found is not None and not sources.results:
+        sentence = (
+            f"Its action error ({condition_words(found.condition)}) is "
+            f"{error_words(found.action_error)}, "
+            f"{_relation(found.action_error, found.noise_floor)}, over "
+            f"{quantity(found.observations, 'held-out observation')}."
+        )
+        return Summary(f"Inside {found.recipe} on {found.policy}", sentence, facts)
+    sentence = "No quantized policy was compared with full precision in these files."
+    if any(not row.is_full_precision for row in sources.results):
+        sentence = "Name one of them to put it here: omega-qvla report --recipe NAME."
+        return Summary(_several(sources.results), sentence, facts)
     if sources.results:
-        return f"Results of {sources.results[0].policy}"
-    if sources.policy_speeds or sources.kernel_speeds:
-        return "Speed"
-    return "Memory"
-
-
-def _inventory(sources: Sources) -> list[str]:
-    sentences = [
-        f"{found.recipe} ({condition_words(found.condition)}) has an action error of "
-        f"{error_words(found.action_error)}, {_relation(found.action_error, found.noise_floor)}, "
-        f"over {found.observations} held-out observations."
-        for found in sources.diagnostics
-        if found.noise_floor > 0
-    ]
-    return sentences or ["No quantized policy was compared with full precision in these files."]
+        return Summary(f"Results of {sources.results[0].policy}", sentence, facts)
+    fast = bool(sources.policy_speeds or sources.kernel_speeds)
+    return Summary("Speed" if fast else "Memory", "" if fast else sentence, facts)

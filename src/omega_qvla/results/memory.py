@@ -47,6 +47,26 @@ class Memory(Part):
     paper_scope_reduction: Number | None
 
 
+class HeldOut(Part):
+    """A glance at a new artifact's actions.
+
+    Attributes:
+        observations: how many.
+        noises: of each of them.
+        seen_in_calibration: they were used for calibration, since there were no others.
+        action_error: of the artifact, against full precision.
+        rtn_error: of the same policy rounded to nearest; null where that is what the artifact is.
+        noise_floor: of full precision against itself, with two noises.
+    """
+
+    observations: Count
+    noises: Count
+    seen_in_calibration: bool
+    action_error: Measured
+    rtn_error: Measured | None
+    noise_floor: Measured | None
+
+
 class Inspection(Memory, Document):
     """An artifact, or a predicted one.
 
@@ -55,8 +75,13 @@ class Inspection(Memory, Document):
         kernel: the kernel that will run it.
         sites: the quantized sites in execution order.
         content_hash: of an artifact: SHA-256 over all of it.
+        coverage: of a policy that LeRobot's own code runs: what of it becomes integers, what is
+            kept in full precision and what is left out, each with ``what`` it is, the ``count`` of
+            modules, their ``parameters`` and ``names``; null of native policies.
         decisions: of an artifact: what was decided about its checkpoint
             ([checkpoints.md](checkpoints.md)), question and answer.
+        held_out: of `quantize`: its action error on a few observations; absent where it was not
+            measured.
     """
 
     recipe: dict[str, Any] | None = None
@@ -64,6 +89,8 @@ class Inspection(Memory, Document):
     sites: list[dict[str, Any]] | None = None
     content_hash: str | None = None
     decisions: dict[str, str] | None = None
+    coverage: list[dict[str, Any]] | None = None
+    held_out: HeldOut | None = None
 
 
 class Failure(Part):

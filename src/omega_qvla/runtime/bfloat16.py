@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.checkpoints.weight_store import named_values
+from omega_qvla.policies.guidance import Guidance
 from omega_qvla.policies.native import NativePolicy, Pass
 
 
@@ -41,9 +42,11 @@ def in_bfloat16(policy: NativePolicy, device: torch.device | str) -> NativePolic
 def bfloat16_pass(policy: NativePolicy) -> Pass:
     """The policy's pass under ``autocast``; weights are bfloat16 already, so none is converted."""
 
-    def run(inputs: Sequence[Tensor], noise: Tensor, steps: int) -> Tensor:
+    def run(
+        inputs: Sequence[Tensor], noise: Tensor, steps: int, guidance: Guidance | None = None
+    ) -> Tensor:
         kind = policy.device.type
         with torch.autocast(kind, dtype=torch.bfloat16, cache_enabled=False):
-            return policy.compute(inputs, noise, steps).to(torch.float32)
+            return policy.compute(inputs, noise, steps, guidance).to(torch.float32)
 
     return run

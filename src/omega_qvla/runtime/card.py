@@ -33,6 +33,14 @@ def _loading(policy: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _embedding(config: Mapping[str, Any]) -> str:
+    if config["embedding"] is None:
+        return "unquantized"
+    if config["recipe"]["embedding_bits"] == 4:
+        return "4 bits, one scale per 64 columns"
+    return "8 bits, one scale per row"
+
+
 def model_card(config: Mapping[str, Any]) -> str:
     """Markdown text saying what the artifact is, how it was made and how to load it."""
     recipe = config["recipe"]
@@ -57,7 +65,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         *(f"| {component} | {count} |" for component, count in sorted(sites.items())),
         "",
         "Token embedding: "
-        + ("unquantized" if config["embedding"] is None else "int8, one scale per row")
+        + _embedding(config)
         + ". Adaptive norms: "
         + ("a table over flow time." if config["adaptive_norm"] == "table" else "unchanged."),
         "",

@@ -31,11 +31,13 @@ from omega_qvla.quantization.attention import scale_attention
 from omega_qvla.quantization.pipeline import Quantization, simulate
 from omega_qvla.quantization.simulation import SimulatedLinear, install, install_site
 from omega_qvla.quantization.stored import SiteRecord
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, RealTimeChunking
 from omega_qvla.recipe import DEFAULT_RECIPE, Recipe
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.description import coverage_faults, describe
 from omega_qvla.runtime.foreign import align
 from omega_qvla.runtime.fused import CpuElementwise
+from omega_qvla.runtime.lerobot_files import lerobot_files
 from omega_qvla.runtime.linear import REFERENCE, QuantizedLinear, best_kernel
 from omega_qvla.runtime.memory import STEP_TABLE, MemorySummary, memory_report
 from omega_qvla.runtime.prediction import narrowed
@@ -62,6 +64,11 @@ class QuantizedPolicy:
         self.sites = tuple(SiteRecord.model_validate(item) for item in config["sites"])
         self.content_hash = content_hash
 
+    def __repr__(self) -> str:
+        recipe, family = self.config["recipe"]["name"], self.config["policy"]["family"]
+        size = f"{self.resident_bytes() / 1e6:.3g} MB"
+        return f"<QuantizedPolicy {family}, {recipe}: {len(self.sites)} sites, {size}>"
+
     def __getattr__(self, name: str) -> Any:
         """Whatever the policy offers beyond this class (``noise_shape``, ``processor``, …)."""
         if name == "policy":
@@ -75,9 +82,20 @@ class QuantizedPolicy:
         *,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        previous: np.ndarray | Tensor | None = None,
+        delay: int | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
     ) -> Any:
         """One action chunk; see the policy's own ``sample_actions``."""
-        return self.policy.sample_actions(observation, noise, steps=steps, generator=generator)
+        return self.policy.sample_actions(
+            observation,
+            noise,
+            steps=steps,
+            generator=generator,
+            previous=previous,
+            delay=delay,
+            chunking=chunking,
+        )
 
     def save_pretrained(self, directory: str | Path, *, claim: Claim | None = None) -> Path:
         """Write the artifact atomically; an earlier one is replaced only when this is complete.
@@ -100,6 +118,7 @@ class QuantizedPolicy:
             tensors=self.tensors(),
             processor=processor,
             card=model_card(self.config),
+            lerobot=lerobot_files(self.policy),
             claim=claim,
         )
         return target
@@ -168,6 +187,9 @@ class SimulatedPolicy:
         self.policy = simulate(policy, quantization)
         self.recipe = quantization.recipe
         use_cpu_elementwise(self.policy.module, best_kernel())
+
+    def __repr__(self) -> str:
+        return f"<SimulatedPolicy {self.policy.family}, {self.recipe.name}, in floating point>"
 
     def __getattr__(self, name: str) -> Any:
         if name == "policy":

@@ -60,10 +60,15 @@ def fitted(policy: TorchPolicy, config: Mapping[str, Any]) -> TorchPolicy:
         "with .to(dtype)",
         _of_other_dtypes(stored, found, policy.module),
     )
+    return of_artifact(policy, config).clone()
+
+
+def of_artifact(policy: TorchPolicy, config: Mapping[str, Any]) -> TorchPolicy:
+    """The policy, its linears divided into the sites of an artifact."""
     sites = [SiteRecord.model_validate(item).site for item in config["sites"]]
     quantized = {name for site in sites for name in site.linears}
     kept = [site for site in policy.sites if site.linears[0] not in quantized]
-    return policy.with_sites([*sites, *kept]).clone()
+    return policy.with_sites([*sites, *kept])
 
 
 def part_of_linears(description: Mapping[str, Any]) -> dict[str, str]:

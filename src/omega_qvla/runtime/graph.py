@@ -7,8 +7,9 @@ addresses, not intentions, and everything here follows from that:
 * what it reads is copied into buffers of its own first, what it wrote is copied out before anybody
   else gets to see it;
 * it belongs to one sequence of launches.  What fixes that sequence, shapes and dtypes of the
-  encoded inputs, the number of chunks and of denoising steps, is its key.  An instruction one token
-  longer is another key, so graphs are kept by the dozen, least recently used out;
+  encoded inputs, the number of chunks and of denoising steps, whether chunks are guided, is its
+  key.  An instruction one token longer is another key, so graphs are kept by the dozen, least
+  recently used out;
 * what it reads beside its inputs (scales and modulation of the denoising steps, which others would
   be free to forget) is kept alive with it (``held``);
 * its buffers serve one call at a time: calls from several threads take turns.
@@ -26,7 +27,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import ResourceError
+from omega_qvla.policies.guidance import Guidance
 from omega_qvla.policies.native import NativePolicy, Pass
 from omega_qvla.runtime.linear import QuantizedLinear
 
@@ -129,16 +131,19 @@ class _Key:
     inputs: tuple[tuple[torch.Size, torch.dtype], ...]
     noise: tuple[torch.Size, torch.dtype]
     steps: int
+    guided: bool
 
     @classmethod
-    def of(cls, inputs: Sequence[Tensor], noise: Tensor, steps: int) -> _Key:
-        return cls(
-            tuple((part.shape, part.dtype) for part in inputs), (noise.shape, noise.dtype), steps
-        )
+    def of(
+        cls, inputs: Sequence[Tensor], noise: Tensor, steps: int, guidance: Guidance | None
+    ) -> _Key:
+        shapes = tuple((part.shape, part.dtype) for part in inputs)
+        return cls(shapes, (noise.shape, noise.dtype), steps, guidance is not None)
 
     def __str__(self) -> str:
         shapes = ", ".join(str(list(shape)) for shape, _ in self.inputs)
-        return f"inputs {shapes}, noise {list(self.noise[0])}, {self.steps} steps"
+        guided = ", guided" if self.guided else ""
+        return f"inputs {shapes}, noise {list(self.noise[0])}, {self.steps} steps{guided}"
 
 
 @dataclass(frozen=True)
@@ -147,17 +152,19 @@ class _Graph:
 
     Attributes:
         recording: None where capturing failed.
-        inputs, noise: what is copied into before a replay.
+        inputs, noise, guidance: what is copied into before a replay.
         held: tensors that the launches read by address.
     """
 
     recording: Recording | None = None
     inputs: tuple[Tensor, ...] = ()
     noise: Tensor = field(default_factory=lambda: torch.empty(0))
+    guidance: Guidance | None = None
     held: object = None
 
-    def fill(self, inputs: Sequence[Tensor], noise: Tensor) -> None:
-        for buffer, given in zip((*self.inputs, self.noise), (*inputs, noise), strict=True):
+    def fill(self, inputs: Sequence[Tensor], noise: Tensor, guidance: Guidance | None) -> None:
+        buffers = (*self.inputs, self.noise, *(self.guidance or ()))
+        for buffer, given in zip(buffers, (*inputs, noise, *(guidance or ())), strict=True):
             buffer.copy_(given)
 
 
@@ -194,34 +201,50 @@ class ChunkGraphs:
         self._turn = Lock()
 
     @torch.inference_mode()
-    def __call__(self, inputs: Sequence[Tensor], noise: Tensor, steps: int) -> Tensor:
+    def __call__(
+        self,
+        inputs: Sequence[Tensor],
+        noise: Tensor,
+        steps: int,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
         """Encoded inputs of B observations and noise [B, H, A] → chunks [B, H, A], a new tensor.
 
         Raises:
             Whatever the pass itself raises.
         """
-        key = _Key.of(inputs, noise, steps)
+        key = _Key.of(inputs, noise, steps, guidance)
         with self._turn:
-            graph = self._graphs.pop(key, None) or self._capture(key, inputs, noise, steps)
+            graph = self._graphs.pop(key, None) or self._capture(
+                key, inputs, noise, steps, guidance
+            )
             self._graphs[key] = graph
             while len(self._graphs) > self._most:
                 self._graphs.popitem(last=False)
             if graph.recording is None:
-                return self._compute(inputs, noise, steps)
-            graph.fill(inputs, noise)
+                return self._compute(inputs, noise, steps, guidance)
+            graph.fill(inputs, noise, guidance)
             graph.recording.replay()
             return graph.recording.output.clone()
 
-    def _capture(self, key: _Key, inputs: Sequence[Tensor], noise: Tensor, steps: int) -> _Graph:
+    def _capture(
+        self,
+        key: _Key,
+        inputs: Sequence[Tensor],
+        noise: Tensor,
+        steps: int,
+        guidance: Guidance | None,
+    ) -> _Graph:
         full = len(self._graphs) >= self._most
         room = f"; {self._most} graphs are kept, the one longest unused goes" if full else ""
         self._say(f"capturing a graph for {key}{room}: this one chunk takes longer")
-        buffers = [self._buffer(part) for part in (*inputs, noise)]
-        graph = _Graph(None, tuple(buffers[:-1]), buffers[-1])
-        graph.fill(inputs, noise)
+        buffers = tuple(self._buffer(part) for part in inputs)
+        guiding = None if guidance is None else Guidance(*map(self._buffer, guidance))
+        graph = _Graph(None, buffers, self._buffer(noise), guiding)
+        graph.fill(inputs, noise, guidance)
 
         def work() -> Tensor:
-            return self._compute(graph.inputs, graph.noise, steps)
+            return self._compute(graph.inputs, graph.noise, steps, graph.guidance)
 
         self._backend.warm_up(work)
         try:
@@ -232,7 +255,7 @@ class ChunkGraphs:
                 "launch by launch, which is slower; graph=False does so from the start"
             )
             return _Graph()
-        return _Graph(recording, graph.inputs, graph.noise, self._held(steps))
+        return replace(graph, recording=recording, held=self._held(steps))
 
     def _buffer(self, given: Tensor) -> Tensor:
         return torch.empty(given.shape, dtype=given.dtype, device=self._device)

@@ -13,7 +13,7 @@ from omega_qvla.errors import ArtifactError, OmegaError
 from omega_qvla.files import Failure
 from omega_qvla.policies.base import Policy, QuantizationSite, sites_of
 from omega_qvla.policies.full_precision import policy_skeleton
-from omega_qvla.policies.torch_module import TorchPolicy
+from omega_qvla.policies.torch_module import FOREIGN
 from omega_qvla.runtime.description import coverage_faults, require_tensors
 from omega_qvla.runtime.foreign import part_of_linears
 from omega_qvla.runtime.linear import best_kernel
@@ -60,8 +60,8 @@ def inspect_artifact(directory: Path) -> Inspection:
 def site_failures(directory: str | Path) -> list[Failure]:
     """Whether an artifact's sites are what its recipe quantizes of its policy, and their tensors.
 
-    Of a module of the user's own it is known which linears were matched; ``load`` holds them
-    against the module when it is given one.
+    Of a module of the user's own or of LeRobot's it is known which linears were matched; ``load``
+    holds them against the module.
 
     Raises:
         NotAnArtifactError, ArtifactError: its description cannot be read.
@@ -82,7 +82,7 @@ def site_failures(directory: str | Path) -> list[Failure]:
 def _structure(found: Description) -> tuple[Policy | None, Sequence[QuantizationSite]]:
     """The policy where it can be built, and its linears as sites."""
     given = found.config["policy"]
-    if given["family"] != TorchPolicy.family:
+    if given["family"] not in FOREIGN:
         policy = policy_skeleton(str(given["family"]), given["config"], found.processor)
         return policy, sites_of(policy)
     parts: dict[str, Any] = part_of_linears(given["config"])

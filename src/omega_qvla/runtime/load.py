@@ -17,15 +17,16 @@ from omega_qvla.policies.base import Policy, sites_of
 from omega_qvla.policies.full_precision import policy_skeleton
 from omega_qvla.policies.layers.elementwise import use_elementwise
 from omega_qvla.policies.layers.step_table import StepTable
+from omega_qvla.policies.lerobot_bridge.policy import LeRobotPolicy
 from omega_qvla.policies.native import NativePolicy
 from omega_qvla.policies.slots import storable
-from omega_qvla.policies.torch_module import TorchPolicy
+from omega_qvla.policies.torch_module import FOREIGN, TorchPolicy
 from omega_qvla.quantization.simulation import install, install_site
 from omega_qvla.quantization.stored import SiteRecord, require_values
 from omega_qvla.recipe import Recipe
 from omega_qvla.runtime.description import coverage_faults, require_tensors
 from omega_qvla.runtime.engine import QuantizedPolicy, require_table, use_cpu_elementwise
-from omega_qvla.runtime.foreign import fitted, laid_out
+from omega_qvla.runtime.foreign import fitted, laid_out, of_artifact
 from omega_qvla.runtime.fused import FusedElementwise
 from omega_qvla.runtime.graph import use_graphs
 from omega_qvla.runtime.kernels import triton_gpu
@@ -118,10 +119,10 @@ def _gpu_run(device: str, tuning: str | Path | None) -> GpuRun:
 
 
 def _require_native(config: Mapping[str, Any], device: str) -> None:
-    if config["policy"]["family"] == "torch":
+    if config["policy"]["family"] in FOREIGN:
         raise PolicyError(
-            f"device {device!r} is for the policies of this project; a module of your own makes "
-            "its tensors where it likes, so it is loaded on 'cpu' only"
+            f"device {device!r} is for the policies of this project; a module of your own, or of "
+            "LeRobot's, makes its tensors where it likes, so it is loaded on 'cpu' only"
         )
 
 
@@ -198,6 +199,10 @@ def _structure(
             "load(directory, policy=TorchPolicy(module, ...)), the same module, patterns and "
             "sample; its weights are not used. Serving, episodes and benchmarks are for this "
             "project's own policies: sample yours in your own loop, with sample_actions"
+        )
+    if family == LeRobotPolicy.family:
+        return of_artifact(
+            LeRobotPolicy.skeleton(config["policy"]["config"], artifact.processor), config
         )
     found = policy_skeleton(family, config["policy"]["config"], artifact.processor)
     found.decisions = dict(config["policy"].get("decisions", {}))

@@ -131,7 +131,7 @@ def _row(name: str, parts: Sequence[ComponentMemory]) -> ComponentRow:
     return ComponentRow(
         name=name,
         params=params,
-        bits=8.0 * stored / params if params else 0.0,
+        bits=round(8.0 * stored / params, 4) if params else 0.0,
         bytes=stored,
         reference_bytes=sum(part.reference_bytes for part in parts),
     )
@@ -139,7 +139,7 @@ def _row(name: str, parts: Sequence[ComponentMemory]) -> ComponentRow:
 
 def _reduction(parts: Sequence[ComponentMemory]) -> float | None:
     reference = sum(part.reference_bytes for part in parts)
-    return 1.0 - sum(part.bytes for part in parts) / reference if reference else None
+    return round(1.0 - sum(part.bytes for part in parts) / reference, 6) if reference else None
 
 
 def _ordered(names: set[str]) -> list[str]:

@@ -31,6 +31,7 @@ from omega_qvla.quantization.weights import QuantizedWeight
 from omega_qvla.recipe import ActivationScheme, Recipe
 from omega_qvla.runtime.card import model_card
 from omega_qvla.runtime.description import describe
+from omega_qvla.runtime.lerobot_files import lerobot_files
 from omega_qvla.runtime.memory import (
     REFERENCE_BYTES,
     STEP_TABLE,
@@ -67,7 +68,11 @@ def predict_directory(policy: Policy, recipe: Recipe) -> MemorySummary:
     config = describe(policy, _planned(policy, recipe))
     _, processor = policy.describe()
     total = planned_bytes(
-        config=config, tensors=layout, processor=processor, card=model_card(config)
+        config=config,
+        tensors=layout,
+        processor=processor,
+        card=model_card(config),
+        lerobot=lerobot_files(policy),
     )
     return memory_report(config, layout, directory_bytes=total)
 

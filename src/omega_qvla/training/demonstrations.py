@@ -182,7 +182,8 @@ def _behaviour(episode: int, noise: float, generator: np.random.Generator) -> Be
             return noisy_expert(0.5 * noise, generator)
         case 3:
             return bursts(0.06, generator)
-    return lambda env, expert: expert
+        case _:
+            return lambda env, expert: expert
 
 
 def record_episode(

@@ -31,7 +31,7 @@ from omega_qvla.checkpoints.stored_tensors import WEIGHTS
 from omega_qvla.evaluation.simulators.metaworld_tasks import TASKS
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
-from omega_qvla.policies.pi05.checkpoints.openpi import CONFIG
+from omega_qvla.policies.paligemma.openpi import CONFIG
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.training.admission import (
     EVALUATION_SEED,

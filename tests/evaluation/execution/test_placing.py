@@ -50,5 +50,5 @@ def test_processes_follow_cores_memory_and_work(
 
 
 def test_ray_and_processes_exclude_each_other() -> None:
-    with pytest.raises(ResourceError, match="leave --processes out"):
+    with pytest.raises(ResourceError, match="leave `processes` out"):
         processes(ray="local", processes=2)

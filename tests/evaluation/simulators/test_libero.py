@@ -265,7 +265,7 @@ def test_libero_is_not_let_ask_questions_on_a_terminal(stand_in, tmp_path, monke
 
 def test_without_libero_the_environment_to_make_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "libero", None)
-    with pytest.raises(SimulatorUnavailable, match=r"--simulator-python"):
+    with pytest.raises(SimulatorUnavailable, match=r"`simulator_python`"):
         opened("goal:0", "pi05")
 
 

@@ -99,7 +99,7 @@ def test_python_gives_the_row_of_the_command(here):
     [
         (["--env", "my_robot:Wait"], 2, "needs --tasks"),
         (["--env", "my_robot", "--tasks", "open"], 2, "MODULE:CALLABLE"),
-        (["--env", "metaworld", "--execute", "2"], 2, "--execute is for an environment"),
+        (["--env", "metaworld", "--execute", "2"], 2, "--execute is for your own"),
         (["--env", "no_robot:Wait", "--tasks", "open"], 3, "No module named 'no_robot'"),
         (["--env", "my_robot:Wide", "--tasks", "open"], 2, "have 4 numbers"),
     ],

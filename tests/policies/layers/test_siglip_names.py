@@ -14,7 +14,7 @@ from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy
 from omega_qvla.policies.gr00t_n15.checkpoints import sizes as gr00t_sizes
-from omega_qvla.policies.pi05.checkpoints import sizes as pi05_sizes
+from omega_qvla.policies.paligemma.names import TOWER
 
 Rename = Callable[[int, str], str]
 
@@ -37,8 +37,8 @@ def weights(
 @pytest.mark.parametrize(
     ("layout", "tower"),
     [
-        ("lerobot_directory", pi05_sizes.TOWER),
-        ("openpi_directory", pi05_sizes.TOWER),
+        ("lerobot_directory", TOWER),
+        ("openpi_directory", TOWER),
         ("groot_directory", gr00t_sizes.TOWER),
     ],
 )
@@ -61,7 +61,7 @@ def test_later_names_are_read_as_the_earlier_ones(
 
 @pytest.mark.parametrize(
     ("layout", "tower"),
-    [("lerobot_directory", pi05_sizes.TOWER), ("groot_directory", gr00t_sizes.TOWER)],
+    [("lerobot_directory", TOWER), ("groot_directory", gr00t_sizes.TOWER)],
 )
 def test_a_tower_with_names_of_both_is_refused(
     layout: str, tower: str, request: pytest.FixtureRequest

@@ -283,8 +283,8 @@ def test_without_the_prompt_step_the_state_stays_out_of_the_prompt(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"type": "act"}, "LeRobot policy of type 'act' "),
-        ({"type": "pi0"}, "of type 'pi0'"),
+        ({"type": "act"}, "LeRobot policy of type 'act'"),
+        ({"type": "pi0"}, "is not a pi0 checkpoint: it has no state_proj.weight"),
         ({"paligemma_variant": "gemma_2b"}, "paligemma_variant gemma_2b, the weights need dummy"),
         ({"max_action_dim": 32}, "max_action_dim 32, the weights need 8"),
         ({"image_resolution": [224, 224]}, r"image_resolution \(224, 224\), the weights need"),

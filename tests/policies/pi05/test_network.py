@@ -21,8 +21,9 @@ from omega_qvla.policies.layers.gemma import GemmaConfig
 from omega_qvla.policies.layers.modules import shared_input
 from omega_qvla.policies.layers.norms import adaptive_rms_norm
 from omega_qvla.policies.layers.siglip import VisionConfig
+from omega_qvla.policies.paligemma.network import dropped_shapes
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.network import Pi05Module, dropped_shapes, sample_chunk
+from omega_qvla.policies.pi05.network import Pi05Module, sample_chunk
 from omega_qvla.policies.pi05.stages import pi05_stages
 
 TOLERANCE = 2e-5

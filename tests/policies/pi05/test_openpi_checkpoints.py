@@ -25,11 +25,12 @@ from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.full_precision import load_policy, stream_policy
 from omega_qvla.policies.layers import siglip_checkpoints
-from omega_qvla.policies.pi05.checkpoints import sizes
-from omega_qvla.policies.pi05.checkpoints.openpi_training import TRAINING_CONFIGS, UNSUPPORTED
-from omega_qvla.policies.pi05.checkpoints.sizes import EMBEDDING, TIED_HEAD
+from omega_qvla.policies.paligemma import sizes
+from omega_qvla.policies.paligemma.network import dropped_shapes
+from omega_qvla.policies.paligemma.openpi_training import DROID
+from omega_qvla.policies.paligemma.sizes import EMBEDDING, TIED_HEAD
+from omega_qvla.policies.pi05.checkpoints.openpi_training import PUBLISHED
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.network import dropped_shapes
 from omega_qvla.policies.pi05.policy import Pi05Policy
 
 GATE = "paligemma_with_expert.paligemma.model.language_model.layers.3.mlp.gate_proj.weight"
@@ -109,9 +110,8 @@ def test_the_artifact_rebuilds_the_tokenizer_without_the_checkpoint(
     ("choice", "expected"),
     [
         (None, r"openpi keeps that in its code.*pi05_libero, pi05_droid.*--training-config"),
-        ("pi05_moon", "unknown training configuration 'pi05_moon'; known: pi05_libero"),
+        ("pi05_moon", "unknown training configuration 'pi05_moon' of pi0.5; known: pi05_libero"),
         ("pi05_base", "the weights others start from"),
-        ("pi05_aloha", "converted between two conventions"),
         ("nowhere.json", r"cannot read the training configuration nowhere\.json"),
         ("pi05_libero", "has action_horizon 4, the training configuration pi05_libero .* say 10"),
     ],
@@ -136,11 +136,12 @@ def test_an_invalid_training_configuration_is_refused(
 
 def test_known_training_configurations_say_what_openpi_says() -> None:
     """``training/config.py`` and ``policies/*_policy.py`` at 15a9616."""
-    libero, droid = TRAINING_CONFIGS["pi05_libero"], TRAINING_CONFIGS["pi05_droid"]
+    known = PUBLISHED.known
+    libero, droid = known["pi05_libero"], known["pi05_droid"]
     assert (libero.horizon, libero.state_in_prompt, libero.robot_action_dim) == (10, False, 7)
     assert (droid.horizon, droid.state_in_prompt, droid.robot_action_dim) == (15, True, 8)
-    assert TRAINING_CONFIGS["pi05_droid_finetune"].horizon == 16
-    assert not set(TRAINING_CONFIGS) & set(UNSUPPORTED)
+    assert known["pi05_droid_finetune"].horizon == 16
+    assert not set(known) & set(PUBLISHED.unsupported)
 
 
 def test_statistics_are_those_of_the_named_robot(openpi_directory: Callable[..., Path]) -> None:
@@ -208,7 +209,7 @@ def test_pi0_is_not_taken_for_its_successor(openpi_directory: Callable[..., Path
     tensors = {name: t for name, t in tensors.items() if ".dense." not in name}
     tensors |= {"state_proj.weight": torch.zeros(64, 8)}
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(PolicyError, match="is a pi0 checkpoint"):
+    with pytest.raises(PolicyError, match="pi0 reads the state as a token of its own"):
         load_policy(directory, choices(directory))
 
 
@@ -253,6 +254,7 @@ def test_the_published_layout_is_accepted_to_the_last_key(
     policy = stream_policy(full_directory(shapes), CheckpointOptions(training_config="pi05_droid"))
     full = Pi05Config.full(horizon=15, cameras=2)
     changes = {"robot_action_dim": 8, "state_dim": 8, "image_fit": "antialiased"}
+    changes["robot"] = DROID
     assert policy.config == full.model_copy(update=changes)
     kept = sum(parameter.numel() for parameter in policy.module.parameters())
     assert kept + policy.dropped_parameters == 3_616_757_520

@@ -258,7 +258,7 @@ def _absolute(name: str) -> str:
 def _answers(content: Mapping[str, Any]) -> CheckpointOptions:
     """CheckpointOptions after their way through JSON, which has neither paths nor tuples."""
     tokenizer = content["tokenizer"]
-    typed = {
+    typed: dict[str, Any] = {
         "tokenizer": None if tokenizer is None else Path(tokenizer),
         "ignore_settings": tuple(content["ignore_settings"]),
     }

@@ -42,7 +42,7 @@ def place(
     """
     if ray is not None:
         if processes is not None:
-            raise ResourceError("--ray places the work itself; leave --processes out")
+            raise ResourceError("`ray` places the work itself; leave `processes` out")
         return RayExecutor(ray, threads=threads)
     if processes is None:
         each = _COPIES * policy_bytes + _PROCESS_BYTES + simulators * _SIMULATOR_BYTES

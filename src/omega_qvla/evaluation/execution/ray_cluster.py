@@ -152,7 +152,7 @@ def _require_reachable(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if "://" in address or not colon or not port.isdecimal():
         raise ResourceError(
-            f"--ray {address!r}: give local, auto, or HOST:PORT of the head node. Ray's client "
+            f"`ray={address}`: give local, auto, or HOST:PORT of the head node. Ray's client "
             "(ray://) cannot stream results; run this command on a machine of the cluster instead"
         )
     try:
@@ -165,7 +165,7 @@ def _unreachable(address: str, error: Exception) -> str:
     if address == AUTO:
         return (
             "no Ray cluster runs on this machine: start one with `ray start --head`, join one with "
-            "`ray start --address HOST:PORT`, or use --ray local"
+            "`ray start --address HOST:PORT`, or give `ray=local`"
         )
     return (
         f"no Ray cluster answers at {address} ({_first_line(error)}): start one there with `ray "

@@ -72,7 +72,7 @@ _OBJECTS = ("articulated_objects", "stable_hope_objects", "stable_scanned_object
 _ASSETS = ("scenes", "textures", "turbosquid_objects", *_OBJECTS)
 _INSTALL = (
     "LIBERO is not installed in {python}: make an environment for it as docs/libero.md says and "
-    "name its interpreter with --simulator-python ({error})"
+    "name its interpreter as `simulator_python` ({error})"
 )
 
 Array = npt.NDArray[Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from omega_qvla.errors import PolicyError
+from omega_qvla.errors import PolicyError, did_you_mean
 
 FACTORY = "omega_qvla.evaluation.simulators.libero:LiberoEnv"
 SUITES = {
@@ -39,6 +39,7 @@ def suite_tasks(suites: str) -> list[str]:
     if unknown:
         raise PolicyError(
             f"LIBERO has no suite {', '.join(map(repr, unknown))}: give {', '.join(SUITES)} or all"
+            f"{did_you_mean(unknown[0], SUITES)}"
         )
     return [f"{name}:{index}" for name in names for index in range(TASKS_PER_SUITE)]
 

@@ -83,7 +83,7 @@ class Ggml:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._functions: dict[str, Callable] = {}
+        self._functions: dict[str, Callable[..., Any]] = {}
         libraries = [_open(folder, name) for name in ("ggml-base", "ggml-cpu", "ggml")]
         for name, (result, arguments) in _FUNCTIONS.items():
             found = next((getattr(lib, name) for lib in libraries if hasattr(lib, name)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from omega_qvla.policies.family import CheckpointLayout, Family, LiberoConvention
 from omega_qvla.policies.gr00t_n15.checkpoints.isaac import stream_gr00t
 from omega_qvla.policies.gr00t_n15.checkpoints.lerobot import stream_lerobot_groot
-from omega_qvla.policies.gr00t_n15.checkpoints.releases import is_gr00t
+from omega_qvla.policies.gr00t_n15.checkpoints.releases import is_gr00t, is_lerobot_n1_7
 from omega_qvla.policies.gr00t_n15.config import EMBODIMENTS, Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.network import dropped_parameters
 from omega_qvla.policies.gr00t_n15.policy import Gr00tN15Policy
@@ -40,6 +40,7 @@ FAMILY = Family(
             stream_lerobot_groot,
             frozenset({"tokenizer", "embodiment", "ignore_settings", "base", "tied"}),
             lerobot_type="groot",
+            reads=lambda content: not is_lerobot_n1_7(content),
         ),
         CheckpointLayout(
             "Isaac-GR00T's",

@@ -37,7 +37,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from omega_qvla.errors import PolicyError
-from omega_qvla.flow_time import FlowClock, euler_times
+from omega_qvla.flow_time import FlowClock
 from omega_qvla.policies.gr00t_n15.config import EMBODIMENTS, Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.layers import (
     ActionEncoder,
@@ -48,8 +48,10 @@ from omega_qvla.policies.gr00t_n15.layers import (
     SelfBlock,
     adaptive_layer_norm,
 )
+from omega_qvla.policies.guidance import Guidance
 from omega_qvla.policies.layers.attention import KeyValue, rotary_table
 from omega_qvla.policies.layers.elementwise import ElementwiseModule
+from omega_qvla.policies.layers.flow import integrate
 from omega_qvla.policies.layers.modules import Node, embedding
 from omega_qvla.policies.layers.norms import LayerNorm
 from omega_qvla.policies.layers.qwen3 import QwenLayer, QwenRMSNorm
@@ -337,7 +339,12 @@ class Gr00tN15Module(ElementwiseModule):
 
 
 def sample_chunk(
-    module: Gr00tN15Module, observed: Observed, noise: Tensor, schedule: Schedule, clock: FlowClock
+    module: Gr00tN15Module,
+    observed: Observed,
+    noise: Tensor,
+    schedule: Schedule,
+    clock: FlowClock,
+    guidance: Guidance | None = None,
 ) -> Tensor:
     """Integrate the flow from noise to a normalized action chunk.
 
@@ -346,13 +353,13 @@ def sample_chunk(
         noise: [B, horizon, action_dim] at t = 1.
         schedule: one row per Euler step.
         clock: entered once per step.
+        guidance: what the chunk continues, or None.
     """
-    steps = schedule.modulation.shape[0]
-    x = noise
-    for i, t in enumerate(euler_times(steps)):
-        with clock.step(i, t):
-            x = x + module.velocity(x, schedule.row(i), observed) / steps
-    return x
+
+    def velocity(x: Tensor, step: int) -> Tensor:
+        return -module.velocity(x, schedule.row(step), observed)
+
+    return integrate(velocity, noise, schedule.modulation.shape[0], clock, guidance)
 
 
 def stacked_keys() -> set[str]:

@@ -29,6 +29,7 @@ from omega_qvla.policies.gr00t_n15.stages import (
     component_of,
     gr00t_stages,
 )
+from omega_qvla.policies.guidance import Guidance
 
 
 class EncodedImages(NamedTuple):
@@ -83,8 +84,15 @@ class Gr00tN15Policy(AdaptiveNorms):
         features = self.module.head_features(self.module.backbone_features(prompt))
         return self.module.observe(features, encoded.state)
 
-    def denoise(self, observed: Observed, noise: Tensor, steps: int) -> Tensor:
-        return sample_chunk(self.module, observed, noise, self.schedule(steps), self.clock)
+    def denoise(
+        self,
+        observed: Observed,
+        noise: Tensor,
+        steps: int,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
+        schedule = self.schedule(steps)
+        return sample_chunk(self.module, observed, noise, schedule, self.clock, guidance)
 
     def head_attention(self) -> Sequence[AttentionLayer]:
         head = self.config.head

@@ -29,8 +29,13 @@ BLOCKS = f"{TRANSFORMER}.transformer_blocks"
 MODULATION_PATHS = (f"{TRANSFORMER}.timestep_encoder", f"{TRANSFORMER}.proj_out_1")
 """What turns flow time into modulation, besides ``norm1.linear`` of every block."""
 
-_TOKENS = ("state_encoder", "action_encoder", "action_decoder")
-_TOKENS = (*_TOKENS, "future_tokens", "position_embedding")
+_TOKENS = (
+    "state_encoder",
+    "action_encoder",
+    "action_decoder",
+    "future_tokens",
+    "position_embedding",
+)
 
 
 def component_of(parameter: str) -> str:

@@ -4,113 +4,32 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
-
-from omega_qvla.policies.layers.gemma import GemmaConfig
-from omega_qvla.policies.layers.siglip import VisionConfig
-from omega_qvla.policies.processing.images import ImageFit
-from omega_qvla.policies.processing.relative_actions import Mask
+from omega_qvla.policies.paligemma.config import PaligemmaConfig, full_sizes, tiny_sizes
 
 
-class Pi05Config(BaseModel):
+class Pi05Config(PaligemmaConfig):
     """Everything that fixes the shape and the conventions of a pi0.5 policy.
 
     Attributes:
-        depth: layers of the backbone and of the action expert (they are paired, so equal).
-        action_dim: width of the action vector the network sees (padded for the full model).
-        robot_action_dim: how many of those belong to the robot.
-        state_dim: width of the robot's state.
-        cameras: image names in the order their tokens enter the prefix.
-        prompt_length: maximum number of prompt tokens; longer prompts are refused.
         state_in_prompt: whether the state is written into the prompt as 256-bin integers
             (openpi's ``discrete_state_input``).
-        steps: default number of denoising steps.
         prompt_state_dim: width to which the normalized state is padded with zeros before it is
             written into the prompt (LeRobot: 32); None writes the robot's own dimensions (openpi).
-        image_fit: how images are fitted into the square, see ``images.py``.
-        relative_actions: which of the robot's actions are relative to its state, see
-            ``relative_actions.py``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    family: Literal["pi05"] = "pi05"
-    vision: VisionConfig
-    backbone: GemmaConfig
-    expert: GemmaConfig
-    depth: int
-    vocabulary: int
-    horizon: int
-    action_dim: int
-    robot_action_dim: int
-    state_dim: int
-    cameras: tuple[str, ...]
-    prompt_length: int
+    family: Literal["pi05"] = "pi05"  # pyright: ignore[reportIncompatibleVariableOverride]
     state_in_prompt: bool
-    steps: int = 10
     prompt_state_dim: int | None = None
-    image_fit: ImageFit = "bilinear"
-    relative_actions: Mask = ()
-
-    @model_validator(mode="after")
-    def _relative_actions_must_have_a_state(self) -> Pi05Config:
-        if len(self.relative_actions) > min(self.state_dim, self.robot_action_dim):
-            raise ValueError(
-                f"{len(self.relative_actions)} actions may be relative to the state, but the robot "
-                f"has {self.robot_action_dim} actions and {self.state_dim} numbers of state"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _attention_must_match(self) -> Pi05Config:
-        ours, theirs = self.backbone, self.expert
-        if (ours.heads, ours.kv_heads, ours.head_dim) != (
-            theirs.heads,
-            theirs.kv_heads,
-            theirs.head_dim,
-        ):
-            raise ValueError("the expert attends to the backbone's keys: heads must be the same")
-        return self
 
     @classmethod
     def full(cls, horizon: int = 50, cameras: int = 3) -> Pi05Config:
         """The published 3.6 B-parameter policy."""
-        names = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-        return cls(
-            vision=VisionConfig(width=1152, hidden=4304, heads=16, depth=27, image_size=224),
-            backbone=GemmaConfig(width=2048, hidden=16384, heads=8, head_dim=256),
-            expert=GemmaConfig(width=1024, hidden=4096, heads=8, head_dim=256),
-            depth=18,
-            vocabulary=257152,
-            horizon=horizon,
-            action_dim=32,
-            robot_action_dim=32,
-            state_dim=32,
-            cameras=names[:cameras],
-            prompt_length=200,
-            state_in_prompt=True,
-        )
+        return cls(**full_sizes(horizon, cameras), prompt_length=200, state_in_prompt=True)
 
     @classmethod
     def tiny(cls, vocabulary: int, *, horizon: int = 10, action_dim: int = 4) -> Pi05Config:
         """The embedded policy: same graph, about 5 M parameters, two 84-pixel cameras."""
-        return cls(
-            vision=VisionConfig(width=192, hidden=384, heads=3, depth=4, image_size=84),
-            backbone=GemmaConfig(width=192, hidden=512, heads=4, head_dim=64),
-            expert=GemmaConfig(width=128, hidden=384, heads=4, head_dim=64),
-            depth=5,
-            vocabulary=vocabulary,
-            horizon=horizon,
-            action_dim=action_dim,
-            robot_action_dim=action_dim,
-            state_dim=4,
-            cameras=("base", "wrist"),
-            prompt_length=32,
-            state_in_prompt=True,
-        )
-
-    @property
-    def tokens_per_image(self) -> int:
-        return self.vision.tokens_per_image
+        return cls(**tiny_sizes(vocabulary, horizon, action_dim), state_in_prompt=True)
 
     @property
     def norms(self) -> int:

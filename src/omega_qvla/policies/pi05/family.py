@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from omega_qvla.policies.family import CheckpointLayout, Family, LiberoConvention
+from omega_qvla.policies.family import CheckpointLayout, Family
+from omega_qvla.policies.paligemma.libero import LIBERO
+from omega_qvla.policies.paligemma.network import dropped_parameters
+from omega_qvla.policies.paligemma.openpi_jax import CHOICES
 from omega_qvla.policies.pi05.checkpoints.lerobot import stream_lerobot_pi05
 from omega_qvla.policies.pi05.checkpoints.openpi import is_openpi, stream_openpi
+from omega_qvla.policies.pi05.checkpoints.openpi_jax import is_openpi_jax, stream_openpi_jax
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.network import dropped_parameters
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics, unit_quantiles
@@ -35,10 +38,16 @@ FAMILY = Family(
     embedded={"tiny-pi05": "tiny_pi05"},
     layouts=(
         CheckpointLayout(
-            "openpi's (there is no config.json that names another)",
+            "openpi's pi0.5 (there is no config.json that names another)",
             stream_openpi,
             frozenset({"training_config", "tokenizer", "tied"}),
             is_openpi,
+        ),
+        CheckpointLayout(
+            "a step of openpi's JAX trainer",
+            stream_openpi_jax,
+            CHOICES,
+            is_openpi_jax,
         ),
         CheckpointLayout(
             "LeRobot's pi05",
@@ -47,10 +56,5 @@ FAMILY = Family(
             lerobot_type="pi05",
         ),
     ),
-    libero=LiberoConvention(
-        execute=5,
-        max_steps={"spatial": 220, "object": 280, "goal": 300, "long": 520},
-        gripper="signed",
-        seed=7,
-    ),
+    libero=LIBERO,
 )

@@ -9,16 +9,14 @@ from torch import Tensor
 
 from omega_qvla.policies.adaptive_norms import AdaptiveNorms
 from omega_qvla.policies.base import AttentionLayer, Observation, Stage, State
+from omega_qvla.policies.guidance import Guidance
 from omega_qvla.policies.layers.attention import KeyValue
+from omega_qvla.policies.paligemma.names import EMBED_TOKENS
+from omega_qvla.policies.paligemma.stages import component_of, expert_attention
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import Pi05Module, remove_modulation, sample_chunk
 from omega_qvla.policies.pi05.processing import Pi05Processor
-from omega_qvla.policies.pi05.stages import (
-    EXPERT_LAYERS,
-    MODULATION_PATHS,
-    component_of,
-    pi05_stages,
-)
+from omega_qvla.policies.pi05.stages import ADAPTIVE, MODULATION_PATHS, pi05_stages
 
 
 class Pi05Policy(AdaptiveNorms):
@@ -30,7 +28,7 @@ class Pi05Policy(AdaptiveNorms):
     config: Pi05Config
     config_type, module_type, processor_type = Pi05Config, Pi05Module, Pi05Processor
     statistics_file = "norm_stats.json"
-    embedding_path = "paligemma_with_expert.paligemma.model.language_model.embed_tokens"
+    embedding_path = EMBED_TOKENS
 
     @property
     def modulation_shape(self) -> tuple[int, int, int]:
@@ -45,7 +43,7 @@ class Pi05Policy(AdaptiveNorms):
         remove_modulation(self.module)
 
     def component_of(self, parameter: str) -> str:
-        return component_of(parameter)
+        return component_of(parameter, ADAPTIVE)
 
     def stages(self) -> Sequence[Stage]:
         return pi05_stages(self.module, self.clock, self.steps)
@@ -67,14 +65,16 @@ class Pi05Policy(AdaptiveNorms):
         positions = torch.arange(prefix.shape[1], device=prefix.device).unsqueeze(0)
         return self.module.prefill(prefix, positions)[0], prefix.shape[1]
 
-    def denoise(self, observed: tuple[list[KeyValue], int], noise: Tensor, steps: int) -> Tensor:
+    def denoise(
+        self,
+        observed: tuple[list[KeyValue], int],
+        noise: Tensor,
+        steps: int,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
         cache, length = observed
-        return sample_chunk(self.module, cache, length, noise, self.schedule(steps), self.clock)
+        schedule = self.schedule(steps)
+        return sample_chunk(self.module, cache, length, noise, schedule, self.clock, guidance)
 
     def head_attention(self) -> Sequence[AttentionLayer]:
-        expert = self.config.expert
-        paths = [f"{EXPERT_LAYERS}.{i}.self_attn" for i in range(self.config.depth)]
-        return [
-            AttentionLayer(p, f"{p}.q_proj", f"{p}.o_proj", expert.heads, expert.head_dim)
-            for p in paths
-        ]
+        return expert_attention(self.config)

@@ -15,7 +15,7 @@ Source: LeRobot 0.5.1 to 0.6.1 (``processor/relative_action_processor.py``, ``le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 from pydantic import Field, ValidationError
@@ -164,20 +164,6 @@ def relative_actions(
             f"{state_dim} numbers of state"
         )
     return mask
-
-
-def describe_actions(mask: Mask, names: Sequence[str] | None) -> str:
-    """Which actions are relative, for the user.
-
-    Args:
-        mask: of the actions.
-        names: their names, where they have some.
-    """
-    if not any(mask):
-        return "absolute"
-    labels = [*(names or ()), *map(str, range(len(names or ()), len(mask)))]
-    kept = [label for label, relative in zip(labels, mask, strict=False) if not relative]
-    return "relative to the state" + (f", but {', '.join(kept)}" if kept else "")
 
 
 def _flag(value: bool) -> str:

@@ -36,7 +36,7 @@ from pydantic import (
 
 from omega_qvla.errors import PolicyError
 
-_QUANTILE_MARGIN = 1e-6
+_OPENPI_MARGIN = 1e-6
 Vector = tuple[float, ...]
 
 
@@ -62,12 +62,12 @@ class Quantiles(BaseModel):
     def normalize(self, x: np.ndarray) -> np.ndarray:
         """Robot units [..., n] → about [-1, 1], float32."""
         low, high = (_first(x, v) for v in (self.q01, self.q99))
-        return ((x - low) / (high - low + _QUANTILE_MARGIN) * 2.0 - 1.0).astype(np.float32)
+        return ((x - low) / (high - low + _OPENPI_MARGIN) * 2.0 - 1.0).astype(np.float32)
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
         """The inverse of ``normalize``, float32."""
         low, high = (_first(x, v) for v in (self.q01, self.q99))
-        return ((x + 1.0) / 2.0 * (high - low + _QUANTILE_MARGIN) + low).astype(np.float32)
+        return ((x + 1.0) / 2.0 * (high - low + _OPENPI_MARGIN) + low).astype(np.float32)
 
 
 class Range(_Kind):
@@ -315,6 +315,31 @@ class NormalizationStatistics(BaseModel):
                 f"{where} is not an openpi norm_stats.json with q01/q99 for state and actions: "
                 f"{error}"
             ) from error
+
+    @classmethod
+    def parse_means(cls, text: str | bytes, where: str) -> NormalizationStatistics:
+        """Parse openpi's ``norm_stats.json`` for a policy that is normalized by mean and deviation.
+
+        Raises:
+            PolicyError: not such a file.
+        """
+        try:
+            found = json.loads(text)["norm_stats"]
+            state, actions = (
+                MeanStd(
+                    mean=found[key]["mean"],
+                    std=found[key]["std"],
+                    margin=_OPENPI_MARGIN,
+                    inverse_margin=_OPENPI_MARGIN,
+                )
+                for key in ("state", "actions")
+            )
+        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            raise PolicyError(
+                f"{where} is not an openpi norm_stats.json with mean/std for state and actions: "
+                f"{error}"
+            ) from error
+        return cls(state=state, actions=actions)
 
     def dump(self) -> str:
         """The file's text, openpi's layout."""

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from omega_qvla.errors import ObservationError
+from omega_qvla.policies.guidance import Guidance
 
 
 class Encoded(NamedTuple):
@@ -18,10 +19,12 @@ class Encoded(NamedTuple):
         inputs: what the network reads, one row each.
         anchor: [state_dim] float32, what relative actions are counted from; None where actions are
             absolute.
+        guidance: one row of what the chunk continues; None where it begins anew.
     """
 
     inputs: Sequence[Tensor]
     anchor: np.ndarray | None
+    guidance: Guidance | None = None
 
 
 def require_images(observation: Mapping[str, Any], cameras: Sequence[str]) -> list[np.ndarray]:
@@ -66,8 +69,15 @@ def _checked_image(name: str, value: Any) -> np.ndarray:
     return image
 
 
-def require_state(observation: Mapping[str, Any], width: int) -> np.ndarray:
-    """The robot's state as float32 [width].
+def require_state(
+    observation: Mapping[str, Any], width: int, dtype: type[np.floating[Any]] = np.float32
+) -> np.ndarray:
+    """The robot's state [width].
+
+    Args:
+        observation: from the robot.
+        width: of its state.
+        dtype: of what is returned.
 
     Raises:
         ObservationError: missing, misshaped or not finite.
@@ -77,7 +87,7 @@ def require_state(observation: Mapping[str, Any], width: int) -> np.ndarray:
             f"the observation needs 'state' [{width}]; it has {sorted(map(str, observation))}"
         )
     try:
-        state = np.asarray(observation["state"], dtype=np.float32)
+        state = np.asarray(observation["state"], dtype=dtype)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ObservationError(f"'state' is not numeric: {error}") from error
     if state.shape != (width,):

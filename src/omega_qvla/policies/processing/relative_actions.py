@@ -37,6 +37,20 @@ def relative_mask(width: int, names: Sequence[str] | None, exclude: Sequence[str
     return (*named, *[True] * (width - len(named)))
 
 
+def to_relative(actions: np.ndarray, state: np.ndarray | None, mask: Mask) -> np.ndarray:
+    """The inverse of ``to_absolute``, to the same arguments; float64.
+
+    Raises:
+        PolicyError: some actions are relative and there is no state.
+    """
+    relative = np.asarray(actions, np.float64)
+    if not any(mask):
+        return relative
+    relative = relative.copy()
+    relative[..., : len(mask)] -= np.where(mask, _required(state)[: len(mask)], 0.0)
+    return relative
+
+
 def to_absolute(actions: np.ndarray, state: np.ndarray | None, mask: Mask) -> np.ndarray:
     """Actions in the robot's units, absolute.
 
@@ -50,8 +64,26 @@ def to_absolute(actions: np.ndarray, state: np.ndarray | None, mask: Mask) -> np
     """
     if not any(mask):
         return actions
+    absolute = actions.copy()
+    absolute[..., : len(mask)] += np.where(mask, _required(state)[: len(mask)], np.float32(0.0))
+    return absolute
+
+
+def _required(state: np.ndarray | None) -> np.ndarray:
     if state is None:
         raise PolicyError("these actions are relative to the state of the robot, which is missing")
-    absolute = actions.copy()
-    absolute[..., : len(mask)] += np.where(mask, state[: len(mask)], np.float32(0.0))
-    return absolute
+    return state
+
+
+def describe_actions(mask: Mask, names: Sequence[str] | None) -> str:
+    """Which actions are relative, for the user.
+
+    Args:
+        mask: of the actions.
+        names: their names, where they have some.
+    """
+    if not any(mask):
+        return "absolute"
+    labels = [*(names or ()), *map(str, range(len(names or ()), len(mask)))]
+    kept = [label for label, relative in zip(labels, mask, strict=False) if not relative]
+    return "relative to the state" + (f", but {', '.join(kept)}" if kept else "")

@@ -108,4 +108,5 @@ def load_tokenizer(
             return SentencePieceTokenizer.from_files(files or {}, where)
         case {"kind": QwenTokenizer.kind}:
             return QwenTokenizer.from_files(files or {}, where)
-    raise PolicyError(f"{where} does not describe a known tokenizer")
+        case _:
+            raise PolicyError(f"{where} does not describe a known tokenizer")

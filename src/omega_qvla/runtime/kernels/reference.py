@@ -63,7 +63,7 @@ def integer_matmul(q: Tensor, weight: Tensor) -> Tensor:
         return torch.zeros((0, weight.shape[0]), dtype=torch.int32, device=q.device)
     if q.shape[1] == 1:  # PyTorch 2.13's CPU kernel leaves the result uninitialised then
         return q.to(torch.int32) * weight.t().to(torch.int32)
-    return torch._int_mm(q, weight.t())  # pyright: ignore[reportPrivateImportUsage]
+    return torch._int_mm(q, weight.t())  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
 
 def scaled_matmul(q: Tensor, weight: Tensor, weight_scale: Tensor, group: int | None) -> Tensor:

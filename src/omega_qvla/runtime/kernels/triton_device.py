@@ -1,3 +1,4 @@
+# pyright: basic
 """The programs that run on the GPU: transform and quantize, multiply, scale.
 
 Written in Triton; ``triton.py`` holds what calls them, and nothing imports this file where Triton

@@ -1,3 +1,4 @@
+# pyright: basic
 """The GPU programs between two products: norms with their modulation, gated products,
 rotary positions.
 

@@ -17,6 +17,7 @@ beforehand: ``hold`` an action that is safe to repeat, or ``stop``.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import PolicyError, ServingError
+from omega_qvla.real_time_chunking import LeftOver
 
 Array = npt.NDArray[np.float32]
 
@@ -41,6 +43,8 @@ class Blending:
             right for absolute positions.
         change: how far each dimension may move from one executed action to the next, or None; the
             action is brought that far and no further, and counted.
+        continued: whether a request brings what is planned and the delay to be expected, so that
+            the new chunk continues it (real-time chunking); the server must be one of this project.
     """
 
     ticks: int = 2
@@ -48,6 +52,7 @@ class Blending:
     late: Literal["hold", "stop"] = "stop"
     hold_action: tuple[float, ...] | None = None
     change: tuple[float, ...] | None = None
+    continued: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -60,6 +65,10 @@ class Blending:
 
 
 DEFAULT_BLENDING = Blending()
+_REMEMBERED = 10
+"""Chunks whose delays are looked at."""
+_SPARE = 2
+"""Ticks that a chunk may be later than expected before the robot runs out of actions."""
 
 
 class ActionQueue:
@@ -68,6 +77,7 @@ class ActionQueue:
     Attributes:
         late: ticks without a planned action so far.
         slowed: executed actions that were brought closer to the one before.
+        delays: of the chunks so far, ticks from observation to arrival.
     """
 
     def __init__(self, blending: Blending = DEFAULT_BLENDING) -> None:
@@ -77,10 +87,37 @@ class ActionQueue:
         self._last: Array | None = None
         self.late = 0
         self.slowed = 0
+        self.delays: list[int] = []
 
     def left(self, tick: int) -> int:
         """How many ticks from this one on have a planned action."""
         return sum(1 for planned in self._planned if planned >= tick)
+
+    @property
+    def expected_delay(self) -> int:
+        """Ticks that the next chunk is expected to take: the most that the last ones took."""
+        return max(self.delays[-_REMEMBERED:], default=0)
+
+    def due(self, tick: int, ask_below: int) -> bool:
+        """Whether it is time to ask: few actions are left, or as many as the answer takes."""
+        enough = self.expected_delay + _SPARE if self._blending.continued else 0
+        return self.left(tick) < max(ask_below, enough)
+
+    def to_continue(self, tick: int) -> LeftOver | None:
+        """What a chunk that is asked for at this tick continues; None where nothing is planned."""
+        planned = self.left_over(tick) if self._blending.continued else None
+        if planned is None:
+            return None
+        return LeftOver(planned, min(self.expected_delay, len(planned)))
+
+    def left_over(self, tick: int) -> Array | None:
+        """The planned actions from this tick on, [T, A], up to the first tick without one.
+
+        They are what the robot will carry out, blended or not; None where none is planned.
+        """
+        ticks = itertools.takewhile(self._planned.__contains__, itertools.count(tick))
+        actions = [self._planned[planned] for planned in ticks]
+        return np.stack(actions) if actions else None
 
     def merge(self, chunk: npt.NDArray[Any], observed: int, tick: int) -> int:
         """A chunk arrived.
@@ -102,7 +139,8 @@ class ActionQueue:
         newest = max(self._observed.values(), default=observed)
         if observed < newest:
             return len(actions)  # overtaken by a chunk of a newer observation
-        past = min(max(tick - observed, 0), len(actions))
+        self.delays.append(max(tick - observed, 0))
+        past = min(self.delays[-1], len(actions))
         fresh: dict[int, Array] = {}
         for i, action in enumerate(actions[past:]):
             fresh[tick + i] = self._blended(tick + i, action, i)

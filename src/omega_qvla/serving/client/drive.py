@@ -8,6 +8,7 @@ came, and how often it was late.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import ServingError
+from omega_qvla.real_time_chunking import LeftOver
 from omega_qvla.serving.client.action_queue import DEFAULT_BLENDING, ActionQueue, Blending
 
 
@@ -38,13 +40,26 @@ class Robot(Protocol):
 class Asked(Protocol):
     """What ``drive`` asks for chunks."""
 
-    def infer(self, observation: Mapping[str, Any], *, age_ms: float) -> dict[str, Any]:
-        """A reply with ``actions``; the observation is this old now."""
+    def infer(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        age_ms: float,
+        previous: Any = None,
+        delay: int | None = None,
+    ) -> dict[str, Any]:
+        """A reply with ``actions``; the observation is this old now.
+
+        The last two are given only where the chunk is to continue another one.
+        """
         ...
 
     def abandon(self) -> None:
         """Give up what another thread waits for, without waiting for it."""
         ...
+
+
+_Ask = Callable[[Mapping[str, Any], float, "LeftOver | None"], Future[dict[str, Any]]]
 
 
 @dataclass
@@ -59,6 +74,7 @@ class DriveReport:
         chunks: received.
         ages_ms: per tick with a planned action, how old its observation was.
         periods_ms: between one tick and the next.
+        delays: of the chunks, ticks from observation to arrival.
         errors: what the server refused, by code.
         stopped: why the robot stopped early, or None.
     """
@@ -70,14 +86,19 @@ class DriveReport:
     chunks: int = 0
     ages_ms: list[float] = field(default_factory=list[float], repr=False)
     periods_ms: list[float] = field(default_factory=list[float], repr=False)
+    delays: list[int] = field(default_factory=list[int], repr=False)
     errors: Counter[str] = field(default_factory=Counter[str])
     stopped: str | None = None
 
     def summary(self) -> dict[str, Any]:
-        """Counts, and p50 and p99 of age and jitter (deviation from the median period)."""
+        """Counts, and p50 and p99 of age, delay and jitter (deviation from the median period)."""
         periods = np.asarray(self.periods_ms or [0.0])
         jitter = np.abs(periods - np.median(periods))
-        figures = {"age_ms": np.asarray(self.ages_ms or [0.0]), "jitter_ms": jitter}
+        figures = {
+            "age_ms": np.asarray(self.ages_ms or [0.0]),
+            "jitter_ms": jitter,
+            "delay_ticks": np.asarray(self.delays or [0]),
+        }
         return {
             "ticks": self.ticks,
             "finished": self.finished,
@@ -115,7 +136,8 @@ def drive(
         policy: asked from another thread, one request at a time.
         rate_hz: ticks per second.
         ticks: at most so many.
-        ask_below: a new chunk is asked for when fewer planned actions than this are left.
+        ask_below: a new chunk is asked for when fewer planned actions than this are left; with
+            ``Blending(continued=True)`` also earlier, where the last chunks took longer than that.
         blending: how chunks follow each other and what happens when one is late.
         clock: seconds, as ``time.monotonic`` gives them; another one for tests.
         sleep: waits that many seconds; another one for tests.
@@ -128,9 +150,10 @@ def drive(
     with _asking(policy, clock) as ask:
         seen_at[0] = clock()
         asked: tuple[int, Future[dict[str, Any]]] | None = None
-        queue.merge(ask(robot.observe(), seen_at[0]).result()["actions"], 0, 0)
+        queue.merge(ask(robot.observe(), seen_at[0], None).result()["actions"], 0, 0)
         report.chunks += 1
         begun = previous = clock()
+        queue.delays = [math.ceil((begun - seen_at[0]) * rate_hz)]  # nothing was carried out
         for tick in range(ticks):
             sleep(max(0.0, begun + tick * period - clock()))
             now = clock()
@@ -140,9 +163,10 @@ def drive(
             if asked is not None and asked[1].done():
                 _receive(asked, queue, tick, report)
                 asked = None
-            if asked is None and queue.left(tick) < ask_below:
+            if asked is None and queue.due(tick, ask_below):
                 seen_at[tick] = clock()
-                asked = (tick, ask(robot.observe(), seen_at[tick]))
+                left_over = queue.to_continue(tick)
+                asked = (tick, ask(robot.observe(), seen_at[tick], left_over))
             try:
                 action, observed = queue.next(tick)
             except ServingError as error:
@@ -154,23 +178,28 @@ def drive(
             if robot.act(action):
                 report.finished = True
                 break
-    report.late, report.slowed = queue.late, queue.slowed
+    report.late, report.slowed, report.delays = queue.late, queue.slowed, queue.delays
     return report
 
 
 @contextlib.contextmanager
-def _asking(
-    policy: Asked, clock: Callable[[], float]
-) -> Generator[Callable[[Mapping[str, Any], float], Future[dict[str, Any]]]]:
+def _asking(policy: Asked, clock: Callable[[], float]) -> Generator[_Ask]:
     """Asks in threads that nobody waits for, and gives up what is on its way at the end."""
     answers: list[Future[dict[str, Any]]] = []
 
-    def ask(observation: Mapping[str, Any], seen_at: float) -> Future[dict[str, Any]]:
+    def ask(
+        observation: Mapping[str, Any], seen_at: float, left_over: LeftOver | None
+    ) -> Future[dict[str, Any]]:
         answer: Future[dict[str, Any]] = Future()
+        given: dict[str, Any] = {}
+        if left_over is not None:
+            given = {"previous": left_over.actions, "delay": left_over.delay}
 
         def wait() -> None:
             try:
-                answer.set_result(policy.infer(observation, age_ms=1e3 * (clock() - seen_at)))
+                answer.set_result(
+                    policy.infer(observation, age_ms=1e3 * (clock() - seen_at), **given)
+                )
             except BaseException as error:  # whatever it is, the loop hears of it
                 answer.set_exception(error)
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.errors import ServingError
+from omega_qvla.errors import ObservationError, ServingError
+from omega_qvla.real_time_chunking import LeftOver, left_over_of
 from omega_qvla.serving.client.session import (
     DEFAULT_RETRY_POLICY,
     Question,
@@ -92,13 +93,18 @@ class RemotePolicy:
         noise: Any = None,
         *,
         deadline_ms: float | None = None,
+        previous: Any = None,
+        delay: int | None = None,
     ) -> npt.NDArray[np.float32]:
         """One chunk [horizon, action_dim], in the robot's units.
 
         Raises:
             ServingError: see ``infer``.
         """
-        return self.infer(observation, noise=noise, deadline_ms=deadline_ms)["actions"]
+        reply = self.infer(
+            observation, noise=noise, deadline_ms=deadline_ms, previous=previous, delay=delay
+        )
+        return reply["actions"]
 
     def infer(
         self,
@@ -108,6 +114,8 @@ class RemotePolicy:
         request_id: str | int | None = None,
         deadline_ms: float | None = None,
         age_ms: float | None = None,
+        previous: Any = None,
+        delay: int | None = None,
     ) -> dict[str, Any]:
         """The whole reply: ``actions``, ``artifact``, ``age_ms``, ``request_id``, timing.
 
@@ -119,6 +127,9 @@ class RemotePolicy:
             deadline_ms: how old the observation may be when its actions are here; None: what the
                 server told.
             age_ms: how old it is now; 0 by default.
+            previous: [T, action_dim], what is not carried out yet of the chunk before; the first
+                action belongs to the moment of the observation.  The new chunk continues it.
+            delay: how many of them will be carried out before the reply is here; with ``previous``.
 
         Returns:
             ``age_ms`` is counted by this client's clock, from the observation to the reply.
@@ -133,6 +144,8 @@ class RemotePolicy:
             "request_id": request_id,
             "deadline_ms": deadline_ms,
             "age_ms": age_ms,
+            "previous": previous,
+            "delay": delay,
         }
         control = {
             key: observation.get(key) if value is None else value for key, value in given.items()
@@ -146,6 +159,7 @@ class RemotePolicy:
             self._clock() - (age_s or 0.0),
             _seconds("deadline_ms", control["deadline_ms"]),
             None if noise is None else np.ascontiguousarray(noise, np.float32),
+            _left_over(control["previous"], control["delay"]),
         )
         reply = self._session.ask(asked)
         wanted = control["request_id"]
@@ -163,6 +177,13 @@ class RemotePolicy:
     def close(self) -> None:
         """End the connection; what another thread waits for fails, and so does whatever follows."""
         self._session.end(ServingError("closed", "this remote policy was closed"))
+
+
+def _left_over(previous: Any, delay: Any) -> LeftOver | None:
+    try:
+        return left_over_of(previous, delay)
+    except ObservationError as error:
+        raise ServingError("bad_request", str(error)) from error
 
 
 def _seconds(name: str, milliseconds: Any) -> float | None:

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omega_qvla.errors import ServingError, WireError
+from omega_qvla.real_time_chunking import LeftOver
 from omega_qvla.serving.client.connection import Connection, ExpiredError, GoneError
 from omega_qvla.serving.wire import decode_map, encode
 
@@ -92,6 +93,7 @@ class Question:
         observed: when the observation was made.
         deadline_s: how old it may be when its actions are there, or None.
         noise: what sampling starts from, or None.
+        left_over: what the new chunk continues, or None.
     """
 
     content: Mapping[str, Any]
@@ -99,6 +101,7 @@ class Question:
     observed: float
     deadline_s: float | None = None
     noise: npt.NDArray[np.float32] | None = None
+    left_over: LeftOver | None = None
 
 
 @dataclass(eq=False)
@@ -332,16 +335,19 @@ class Session:
 
     def _message(self, asked: Question) -> bytes:
         if not self._names_requests:
-            if asked.noise is not None:
-                raise ServingError(
-                    "bad_request", f"{self._server.address} does not say that it takes noise"
-                )
+            for what, given in (("noise", asked.noise), ("previous", asked.left_over)):
+                if given is not None:
+                    raise ServingError(
+                        "bad_request", f"{self._server.address} does not say that it takes {what}"
+                    )
             return encode(dict(asked.content))
         control: dict[str, Any] = {"request_id": asked.request_id, "age_ms": 1e3 * self._age(asked)}
         if asked.deadline_s is not None:
             control["deadline_ms"] = 1e3 * asked.deadline_s
         if asked.noise is not None:
             control["noise"] = asked.noise
+        if asked.left_over is not None:
+            control |= {"previous": asked.left_over.actions, "delay": asked.left_over.delay}
         return encode({**asked.content, **control})
 
     def _answer(self, call: _Call, asked: Question, *, again: bool = False) -> str | bytes:

@@ -82,6 +82,6 @@ def require_token(host: str, token: bytes | None) -> None:
     """
     if token is None and not is_loopback(host):
         raise PolicyError(
-            f"{host} can be reached from other machines: give a token with --token-file FILE, or "
+            f"{host} can be reached from other machines: give a `token_file`, or "
             "serve on 127.0.0.1 (the default)"
         )

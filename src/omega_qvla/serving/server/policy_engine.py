@@ -21,9 +21,11 @@ from omega_qvla.policies.processing.normalization import (
     Quantiles,
     Range,
 )
+from omega_qvla.policies.processing.robots import HasRobot, Robot
 from omega_qvla.policies.processing.tokenizers import WordTokenizer
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, LeftOver, RealTimeChunking
 from omega_qvla.serving.server.safety import ActionLimits
-from omega_qvla.serving.wire.specification import NATIVE, Layout, Specification
+from omega_qvla.serving.wire.specification import LAYOUTS, Layout, Specification
 
 Array = npt.NDArray[np.float32]
 
@@ -36,8 +38,12 @@ _WARM_UP_SIDE = 224
 class Engine(Protocol):
     """What the scheduler computes with."""
 
-    def encode(self, observation: Mapping[str, Any]) -> Any:
-        """What one observation becomes; raises an ``OmegaError`` where the policy refuses it."""
+    def encode(self, observation: Mapping[str, Any], left_over: LeftOver | None = None) -> Any:
+        """What one observation becomes, and what its chunk continues.
+
+        Raises:
+            OmegaError: the policy refuses it.
+        """
         ...
 
     def sample(self, inputs: Sequence[Any], noises: Sequence[Array]) -> Sequence[Array]:
@@ -56,23 +62,31 @@ class PolicyEngine:
         policy: of ``load_policy``, or the one inside what ``load`` gives.
         threads: of PyTorch and of the kernels, in the thread that computes.
         steps: denoising steps; None: the policy's own.
+        chunking: how a chunk continues its robot's last one.
 
     Raises:
         PolicyError: a module of the user's own, which does not say what it needs.
     """
 
-    def __init__(self, policy: Policy, *, threads: int = 1, steps: int | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        threads: int = 1,
+        steps: int | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
+    ) -> None:
         if not isinstance(policy, NativePolicy):
             raise PolicyError(
                 f"a {policy.family!r} policy cannot be served: only {titles()} describe the "
                 "observations they need"
             )
         self._policy = policy
-        self._threads, self._steps = threads, steps
+        self._threads, self._steps, self._chunking = threads, steps, chunking
 
-    def encode(self, observation: Mapping[str, Any]) -> Any:
-        """Tensors of one observation, and what its actions are counted from."""
-        return self._policy.encode(observation)
+    def encode(self, observation: Mapping[str, Any], left_over: LeftOver | None = None) -> Any:
+        """Tensors of one observation, what its actions are counted from and what they continue."""
+        return self._policy.encode(observation, left_over, self._chunking)
 
     def sample(self, inputs: Sequence[Any], noises: Sequence[Array]) -> Sequence[Array]:
         """Chunks in the robot's units; observations alike share one forward pass."""
@@ -82,13 +96,23 @@ class PolicyEngine:
         """PyTorch counts its threads per calling thread."""
         torch.set_num_threads(self._threads)
 
-    def specification(self, layout: Layout = NATIVE) -> Specification:
+    @property
+    def robot(self) -> Robot:
+        """Conventions of the robot, where the policy has some."""
+        processor = self._policy.processor
+        return processor.robot if isinstance(processor, HasRobot) else Robot()
+
+    def specification(self, layout: Layout | None = None) -> Specification:
         """What requests must hold.
+
+        Args:
+            layout: how robots name observations; None takes the policy's own.
 
         Raises:
             PolicyError: the layout is for other cameras.
         """
         config, statistics = self._policy.config, self._policy.processor.statistics
+        robot = self.robot
         return Specification(
             cameras=tuple(config.cameras),
             state_dim=config.state_dim,
@@ -97,7 +121,9 @@ class PolicyEngine:
             noise_shape=self._policy.noise_shape,
             state_parts=_parts(statistics.state),
             action_parts=_parts(statistics.actions),
-            layout=layout,
+            layout=layout or LAYOUTS[robot.layout or "native"],
+            default_prompt=robot.default_prompt,
+            reset_pose=robot.reset_pose,
             decisions=self._policy.decisions,
         )
 
@@ -113,11 +139,10 @@ class PolicyEngine:
         """
         width = self._policy.config.robot_action_dim
         low, high = self._action_range()
-        low, high = low[:width], high[:width]
         if not bool(np.isfinite(low).all() and np.isfinite(high).all()):
             raise PolicyError(
                 "the policy has no action statistics to take limits from; give your own with "
-                "--limits FILE (or --limits none, if something else keeps the robot safe)"
+                "`limits`, a JSON file (or none, if something else keeps the robot safe)"
             )
         spread = margin * (high - low)
         return ActionLimits(
@@ -126,14 +151,16 @@ class PolicyEngine:
 
     def _action_range(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Bounds of the actions as the robot gets them; a relative one is added to a state."""
-        statistics = self._policy.processor.statistics
-        low, high = _range(statistics.actions)
-        mask = self._policy.processor.relative_actions
-        if not any(mask):
-            return low, high
-        low, high = low.copy(), high.copy()
-        for bound, state in zip((low, high), _range(statistics.state), strict=True):
-            bound[: len(mask)] += np.where(mask, state[: len(mask)], 0.0)
+        processor = self._policy.processor
+        width = self._policy.config.robot_action_dim
+        low, high = (bound[:width].copy() for bound in _range(processor.statistics.actions))
+        mask = processor.relative_actions
+        if any(mask):
+            for bound, state in zip((low, high), _range(processor.statistics.state), strict=True):
+                bound[: len(mask)] += np.where(mask, state[: len(mask)], 0.0)
+        if isinstance(processor, HasRobot):
+            ends = processor.robot_units(low), processor.robot_units(high)
+            return np.minimum(*ends), np.maximum(*ends)
         return low, high
 
     def warm_up_observation(self) -> dict[str, Any]:

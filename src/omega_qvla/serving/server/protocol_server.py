@@ -148,7 +148,10 @@ def status(
 
 def metadata(scheduler: BatchScheduler) -> dict[str, Any]:
     """What a client learns first."""
+    pose = scheduler.specification.reset_pose
     return {
+        # Where openpi's client of an ALOHA looks for it.
+        **({"reset_pose": list(pose)} if pose else {}),
         "artifact": scheduler.artifact,
         **scheduler.identity,
         "library": version("omega-qvla"),

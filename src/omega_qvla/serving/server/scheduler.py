@@ -269,9 +269,10 @@ class BatchScheduler:
         computed: list[_Computed] = []
         for pending in batch:
             try:
-                noise = pending.request.noise
-                drawn = self._draw() if noise is None else noise
-                ready.append((pending, self._engine.encode(pending.request.observation), drawn))
+                request = pending.request
+                drawn = self._draw() if request.noise is None else request.noise
+                encoded = self._engine.encode(request.observation, request.left_over)
+                ready.append((pending, encoded, drawn))
             except Exception as error:
                 computed.append(_Computed(pending, self._explain(error)))
         return [*computed, *self._sample(ready, start)] if ready else computed

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from omega_qvla.checkpoints.options import CheckpointOptions
 from omega_qvla.errors import PolicyError
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.full_precision import load_policy
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, RealTimeChunking, WeightSchedule
 from omega_qvla.runtime.load import load
 from omega_qvla.serving.server.access import read_token, require_token, tls_context
 from omega_qvla.serving.server.policy_engine import PolicyEngine
@@ -24,6 +25,7 @@ from omega_qvla.serving.server.protocols import PROTOCOLS
 from omega_qvla.serving.server.safety import ActionLimits, read_limits
 from omega_qvla.serving.server.scheduler import MOST_WAITING, BatchingConfig, BatchScheduler, Log
 from omega_qvla.serving.wire.specification import LAYOUTS
+from omega_qvla.threads import chosen_threads
 
 _NO_CHOICES = CheckpointOptions()
 
@@ -38,19 +40,33 @@ class Settings:
     token_file: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None
-    layout: str = "native"
+    layout: str | None = None
     batch: int = 8
     waiting: int | None = None
     deadline_ms: float | None = None
     limits: str | None = None
     limit_margin: float = 0.25
     steps: int | None = None
-    threads: int = 1
+    threads: int | None = None
     kernel: str | None = None
     seed: int | None = None
     drain_s: float = 3.0
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
+    execution_horizon: int = DEFAULT_CHUNKING.execution_horizon
+    max_guidance_weight: float = DEFAULT_CHUNKING.max_guidance_weight
+    guidance_schedule: WeightSchedule = DEFAULT_CHUNKING.schedule
+
+    @property
+    def chunking(self) -> RealTimeChunking:
+        """How a chunk continues its robot's last one.
+
+        Raises:
+            PolicyError: names the setting.
+        """
+        return RealTimeChunking(
+            self.execution_horizon, self.max_guidance_weight, self.guidance_schedule
+        )
 
     def __post_init__(self) -> None:
         """Numbers that make no sense are refused before anything is loaded.
@@ -58,38 +74,44 @@ class Settings:
         Raises:
             PolicyError: names the option.
         """
-        positive = {"batch": self.batch, "waiting": self.waiting, "deadline-ms": self.deadline_ms}
+        positive = {"batch": self.batch, "waiting": self.waiting, "deadline_ms": self.deadline_ms}
         positive |= {"steps": self.steps, "threads": self.threads}
+        _ = self.chunking
         for name, value in positive.items():
             if value is not None and not 0 < value < float("inf"):
-                raise PolicyError(f"--{name} {value}: it must be above 0")
-        for name, value in (("limit-margin", self.limit_margin), ("drain-s", self.drain_s)):
+                raise PolicyError(f"`{name}={value}`: it must be above 0")
+        for name, value in (("limit_margin", self.limit_margin), ("drain_s", self.drain_s)):
             if not 0 <= value < float("inf"):
-                raise PolicyError(f"--{name} {value}: it must be 0 or more")
-        for name, port in (("port", self.port), ("metrics-port", self.metrics_port)):
+                raise PolicyError(f"`{name}={value}`: it must be 0 or more")
+        for name, port in (("port", self.port), ("metrics_port", self.metrics_port)):
             if port is not None and not 0 <= port <= 65535:
-                raise PolicyError(f"--{name} {port}: ports are 0 to 65535")
+                raise PolicyError(f"`{name}={port}`: ports are 0 to 65535")
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise PolicyError("TLS needs both --tls-certificate and --tls-key")
+            raise PolicyError("TLS needs both `tls_certificate` and `tls_key`")
         protocol = PROTOCOLS.get(self.protocol)
         if protocol is None:
-            raise PolicyError(f"--protocol {self.protocol}: there are {', '.join(PROTOCOLS)}")
+            raise PolicyError(f"`protocol={self.protocol}`: there are {', '.join(PROTOCOLS)}")
         if protocol.http and self.metrics_port is not None:
             raise PolicyError(
-                f"--metrics-port is not for {self.protocol}, which answers /healthz and /metrics "
+                f"`metrics_port` is not for {self.protocol}, which answers /healthz and /metrics "
                 "on its own port"
             )
         if self.metrics_port is None and self.metrics_host != "127.0.0.1":
-            raise PolicyError(f"--metrics-host {self.metrics_host} needs a --metrics-port")
+            raise PolicyError(f"`metrics_host={self.metrics_host}` needs a `metrics_port`")
         unprotected = not protocol.http and self.metrics_port is None
         if unprotected and (self.tls_key or self.token_file):
             raise PolicyError(
                 f"the protocol {self.protocol} has neither TLS nor a token that is checked before "
-                "parsing: it is served on loopback without them (they protect --metrics-port, "
+                "parsing: it is served on loopback without them (they protect `metrics_port`, "
                 "where there is one); reach it through an SSH tunnel"
             )
-        if not protocol.layouts and self.layout != "native":
-            raise PolicyError(f"--layout is not for {self.protocol}, which names its parts itself")
+        if self.limits is not None and self.limit_margin != Settings.limit_margin:
+            raise PolicyError(
+                "`limit_margin` widens the limits that statistics give, and `limits` gives others: "
+                "leave one of them out"
+            )
+        if not protocol.layouts and self.layout is not None:
+            raise PolicyError(f"`layout` is not for {self.protocol}, which names its parts itself")
 
 
 @dataclass(frozen=True)
@@ -119,15 +141,15 @@ def open_policy(source: str | Path, settings: Settings, choices: CheckpointOptio
     if (Path(source) / "omega_config.json").exists():
         if choices != _NO_CHOICES:
             raise PolicyError(
-                f"{source} is an artifact and leaves nothing open: --training-config, "
-                "--tokenizer and the other options about checkpoints are for full precision"
+                f"{source} is an artifact and leaves nothing open: `training_config`, "
+                "`tokenizer` and the other options about checkpoints are for full precision"
             )
         quantized = load(source, kernel=settings.kernel, threads=settings.threads)
         recipe = str(quantized.config["recipe"]["name"])
         identity = {"policy": quantized.policy.family, "precision": "quantized", "recipe": recipe}
         return Served(quantized.policy, quantized.content_hash, identity, quantized.kernel)
     if settings.kernel is not None:
-        raise PolicyError(f"--kernel is for artifacts, and {source} is none")
+        raise PolicyError(f"`kernel` is for artifacts, and {source} is none")
     try:
         policy = load_policy(source, choices)
     except PolicyError as error:
@@ -179,8 +201,12 @@ class Service:
         require_token(settings.host, token)
         require_token(settings.metrics_host, token)
         served = open_policy(source, settings, choices)
-        engine = PolicyEngine(served.policy, threads=settings.threads, steps=settings.steps)
-        specification = engine.specification(LAYOUTS[settings.layout])
+        threads = chosen_threads(served.policy.module, settings.threads)
+        engine = PolicyEngine(
+            served.policy, threads=threads, steps=settings.steps, chunking=settings.chunking
+        )
+        layout = settings.layout if PROTOCOLS[settings.protocol].layouts else "native"
+        specification = engine.specification(None if layout is None else LAYOUTS[layout])
         if settings.limits == "none":
             limits = ActionLimits.unlimited(specification.action_dim)
         elif settings.limits is None:
@@ -194,7 +220,7 @@ class Service:
             specification,
             limits,
             artifact=served.artifact,
-            identity=served.identity,
+            identity={**served.identity, "real_time_chunking": asdict(settings.chunking)},
             generator=np.random.default_rng(settings.seed),
             batching=BatchingConfig(settings.batch, waiting, deadline_s),
             log=log,

@@ -9,12 +9,18 @@ Robots of different laboratories name the same things differently.  A *layout* s
 | layout | images | state |
 |---|---|---|
 | ``native`` | ``images``: {camera: image}, ``image_masks`` | ``state`` |
+| ``aloha`` | ``images``: {``cam_high``, ``cam_left_wrist``, ``cam_right_wrist``} | ``state`` |
 | ``libero`` | ``observation/image``, ``observation/wrist_image`` | ``observation/state`` |
 | ``droid`` | ``observation/exterior_image_1_left``, ``observation/wrist_image_left`` |
   ``observation/joint_position``, ``observation/gripper_position`` |
 
-The last two are openpi's (``policies/libero_policy.py``, ``policies/droid_policy.py``).  Beside the
-observation a request may carry ``request_id``, ``deadline_ms``, ``age_ms`` and ``noise``.
+All but the first are openpi's (``policies/aloha_policy.py``, ``libero_policy.py``,
+``droid_policy.py``), and take images as its clients send them: bytes, or floating-point numbers in
+[0, 1], which are cut off to bytes; channels first in ``aloha``, either way in the others.  An ALOHA
+may have no wrist cameras, and a ``cam_low`` is not looked at.
+
+Beside the observation a request may carry ``request_id``, ``deadline_ms``, ``age_ms``, ``noise``,
+and the left-over of its robot's last chunk as ``previous`` with ``delay``.
 """
 
 from __future__ import annotations
@@ -22,12 +28,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from omega_qvla.errors import PolicyError, ServingError
+from omega_qvla.errors import ObservationError, PolicyError, ServingError
+from omega_qvla.real_time_chunking import LeftOver, left_over_of
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +42,7 @@ MAX_IMAGE_SIDE = 4096
 MAX_PROMPT_CHARACTERS = 2000
 MAX_REQUEST_ID_CHARACTERS = 64
 _PROMPT = "prompt"
-CONTROL = ("request_id", "deadline_ms", "age_ms", "noise")
+CONTROL = ("request_id", "deadline_ms", "age_ms", "noise", "previous", "delay")
 """What a request may carry beside the observation."""
 
 
@@ -44,20 +51,46 @@ class Layout:
     """How a robot names what a policy needs.
 
     Attributes:
-        images: key of the message → camera of the policy; empty for ``native``.
+        images: key → camera of the policy; empty for ``native``.
         state: keys whose values, one after the other, are the state.
+        axes: of an image: channels last, first, or first where there are three rows of them.
+        within: the key of the map that images are in; None for the message itself.
+        optional: cameras that a robot may not have.
+        unread: keys of images that nothing reads.
     """
 
     images: Mapping[str, str]
     state: tuple[str, ...]
+    axes: Literal["hwc", "chw", "either"] = "hwc"
+    within: str | None = None
+    optional: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+
+    @property
+    def own(self) -> bool:
+        """Whether it is this project's."""
+        return not self.images
 
 
-NATIVE = Layout({}, ("state",))
+NATIVE = Layout({}, ("state",), within="images")
 LAYOUTS: dict[str, Layout] = {
     "native": NATIVE,
+    "aloha": Layout(
+        {
+            "cam_high": "base_0_rgb",
+            "cam_left_wrist": "left_wrist_0_rgb",
+            "cam_right_wrist": "right_wrist_0_rgb",
+        },
+        ("state",),
+        axes="chw",
+        within="images",
+        optional=frozenset({"left_wrist_0_rgb", "right_wrist_0_rgb"}),
+        unread=frozenset({"cam_low"}),
+    ),
     "libero": Layout(
         {"observation/image": "base_0_rgb", "observation/wrist_image": "left_wrist_0_rgb"},
         ("observation/state",),
+        axes="either",
     ),
     "droid": Layout(
         {
@@ -65,6 +98,7 @@ LAYOUTS: dict[str, Layout] = {
             "observation/wrist_image_left": "left_wrist_0_rgb",
         },
         ("observation/joint_position", "observation/gripper_position"),
+        axes="either",
     ),
 }
 
@@ -81,6 +115,8 @@ class Specification:
         noise_shape: (horizon, width) of the noise sampling starts from.
         state_parts, action_parts: named pieces and their widths, one after the other.
         layout: how the robot names things.
+        default_prompt: the instruction of a request that has none.
+        reset_pose: joints of an arm at the start of an episode, for the client.
         decisions: what was decided about the checkpoint, question → answer.
     """
 
@@ -92,6 +128,8 @@ class Specification:
     state_parts: tuple[tuple[str, int], ...] = ()
     action_parts: tuple[tuple[str, int], ...] = ()
     layout: Layout = NATIVE
+    default_prompt: str | None = None
+    reset_pose: tuple[float, ...] = ()
     decisions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
@@ -100,11 +138,11 @@ class Specification:
         Raises:
             PolicyError: it names other cameras.
         """
-        named = set(self.layout.images.values())
-        if named and named != set(self.cameras):
+        named, cameras = set(self.layout.images.values()), set(self.cameras)
+        if named and not named - self.layout.optional <= cameras <= named:
             raise PolicyError(
                 f"this layout has the cameras {sorted(named)}, the policy {sorted(self.cameras)}; "
-                "choose another with --layout"
+                "choose another `layout`"
             )
 
     def dump(self) -> dict[str, Any]:
@@ -116,7 +154,10 @@ class Specification:
             "action_dim": self.action_dim,
             "noise_shape": list(self.noise_shape),
             "image_keys": dict(self.layout.images) or None,
+            "image_map": self.layout.within,
+            "image_axes": self.layout.axes,
             "state_keys": list(self.layout.state),
+            "default_prompt": self.default_prompt,
             "state_parts": [list(part) for part in self.state_parts],
             "action_parts": [list(part) for part in self.action_parts],
             "decisions": dict(self.decisions),
@@ -133,6 +174,7 @@ class Request:
         deadline_s: how old the observation may be when the actions leave; None: the server's.
         age_s: how old it was already when it was sent.
         noise: what sampling starts from, or None.
+        left_over: what the new chunk continues, or None.
     """
 
     observation: Mapping[str, Any]
@@ -140,6 +182,7 @@ class Request:
     deadline_s: float | None = None
     age_s: float = 0.0
     noise: Array | None = field(default=None, repr=False)
+    left_over: LeftOver | None = field(default=None, repr=False)
 
 
 def parse_request(message: Mapping[str, Any], specification: Specification) -> Request:
@@ -149,22 +192,22 @@ def parse_request(message: Mapping[str, Any], specification: Specification) -> R
         ServingError: ``bad_request``; says which key is wrong, what was expected and found.
     """
     layout = specification.layout
-    images = tuple(layout.images) or ("images", "image_masks")
-    known = {*images, *layout.state, _PROMPT, *CONTROL}
+    images = (*layout.images, *layout.unread) if layout.within is None else (layout.within,)
+    masks_key = ("image_masks",) if layout.own else ()
+    known = {*images, *masks_key, *layout.state, _PROMPT, *CONTROL}
     unknown = [key for key in message if key not in known]
     if unknown:
         raise _bad(f"unknown keys {_listed(unknown)}; known are {_listed(sorted(known))}")
-    if layout.images:
-        named = {camera: message.get(key) for key, camera in layout.images.items()}
-        pictures: Any = {camera: image for camera, image in named.items() if image is not None}
+    if layout.own:
+        pictures: Any = message.get("images")
+        masks = _masks(message.get("image_masks", {}), specification)
     else:
-        pictures = message.get("images")
-    masks = _masks(message.get("image_masks", {}), specification)
+        pictures, masks = _renamed(message, specification)
     observation = {
         "images": _images(pictures, masks, specification),
         "image_masks": masks,
         "state": _state([message.get(key) for key in layout.state], specification),
-        "prompt": _prompt(message.get(_PROMPT)),
+        "prompt": _prompt(message.get(_PROMPT), specification),
     }
     deadline = message.get("deadline_ms")
     return Request(
@@ -173,7 +216,31 @@ def parse_request(message: Mapping[str, Any], specification: Specification) -> R
         None if deadline is None else _milliseconds("deadline_ms", deadline),
         _milliseconds("age_ms", message.get("age_ms", 0.0)),
         _noise(message.get("noise"), specification),
+        _left_over(message.get("previous"), message.get("delay"), specification),
     )
+
+
+def _renamed(
+    message: Mapping[str, Any], specification: Specification
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Images under the policy's names, and which of its cameras the robot does not have."""
+    layout = specification.layout
+    found: Any = message if layout.within is None else message.get(layout.within)
+    if not isinstance(found, Mapping):
+        raise _bad(f"'{layout.within}' must map the cameras {_listed(list(layout.images))}")
+    named = cast(Mapping[Any, Any], found)
+    if layout.within is not None:
+        unknown = [key for key in named if key not in layout.images and key not in layout.unread]
+        if unknown:
+            raise _bad(
+                f"'{layout.within}' has unknown cameras {_listed(unknown)}; known are "
+                f"{_listed([*layout.images, *sorted(layout.unread)])}"
+            )
+    pictures = {
+        camera: named[key] for key, camera in layout.images.items() if named.get(key) is not None
+    }
+    absent = layout.optional & set(specification.cameras) - set(pictures)
+    return pictures, dict.fromkeys(sorted(absent), False)
 
 
 def _masks(value: Any, specification: Specification) -> dict[str, bool]:
@@ -201,13 +268,16 @@ def _images(value: Any, masks: Mapping[str, bool], specification: Specification)
             f"wrong cameras: missing {_listed(missing)}, unknown {_listed(extra)}; the policy has "
             f"{_listed(specification.cameras)}"
         )
-    return {name: _image(name, images[name]) for name in wanted}
+    layout = specification.layout
+    return {name: _image(name, images[name], layout) for name in wanted}
 
 
-def _image(name: str, value: Any) -> Array:
+def _image(name: str, value: Any, layout: Layout) -> Array:
     if not isinstance(value, np.ndarray):
         raise _bad(f"image {name!r} must be an array, found {type(value).__name__}")
     image = cast(Array, value)
+    if not layout.own:
+        image = _as_openpi(name, image, layout)
     right = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
     if not right or not all(1 <= side <= MAX_IMAGE_SIDE for side in image.shape[:2]):
         raise _bad(
@@ -215,6 +285,20 @@ def _image(name: str, value: Any) -> Array:
             f"found {image.dtype} {list(image.shape)}"
         )
     return image.copy()  # PyTorch wants memory of its own, which the message's is not
+
+
+def _as_openpi(name: str, image: Array, layout: Layout) -> Array:
+    """An image of openpi's clients as bytes with channels last, as far as its shape allows."""
+    if image.ndim == 3 and np.issubdtype(image.dtype, np.floating):
+        if not bool(((image >= 0.0) & (image <= 1.0)).all()):
+            raise _bad(f"image {name!r} is floating point and not within 0 and 1")
+        image = (255 * image).astype(np.uint8)
+    if layout.axes == "chw" and (image.ndim != 3 or image.shape[0] != 3):
+        raise _bad(
+            f"image {name!r} must have its channels first, [3, height, width], in this layout; "
+            f"found {list(image.shape)}"
+        )
+    return np.moveaxis(image, 0, -1) if image.ndim == 3 and image.shape[0] == 3 else image
 
 
 def _state(values: Sequence[Any], specification: Specification) -> Array:
@@ -229,7 +313,7 @@ def _state(values: Sequence[Any], specification: Specification) -> Array:
 
 
 def _numbers(where: str, value: Any) -> Array:
-    """A number or a vector of finite numbers, float32."""
+    """A number or a vector of numbers that are finite in float32; as exact as they were sent."""
     if value is None:
         raise _bad(f"{where} is missing")
     plain = isinstance(value, list) and all(
@@ -237,17 +321,25 @@ def _numbers(where: str, value: Any) -> Array:
     )
     if not plain and not isinstance(value, np.ndarray | np.generic | float | int):
         raise _bad(f"{where} must be numbers, found {type(value).__name__}")
+    exact = np.asarray(value, dtype=np.float64)
     with np.errstate(over="ignore"):  # what becomes infinite is found below
-        numbers = np.asarray(value, dtype=np.float32)
+        numbers = exact.astype(np.float32)
     if numbers.ndim > 1:
         raise _bad(f"{where} must be a vector, found shape {list(numbers.shape)}")
     if not np.isfinite(numbers).all():
         places = np.flatnonzero(~np.isfinite(np.atleast_1d(numbers)))[:8].tolist()
         raise _bad(f"{where} has NaN or Inf at {places}")
-    return numbers
+    return exact
 
 
-def _prompt(value: Any) -> str:
+def _prompt(value: Any, specification: Specification) -> str:
+    if value is None and specification.default_prompt is not None:
+        return specification.default_prompt
+    if isinstance(value, bytes) and not specification.layout.own:
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise _bad("'prompt' is bytes that are no UTF-8") from None
     if not isinstance(value, str) or not value.strip():
         raise _bad("'prompt' must be a sentence")
     if len(value) > MAX_PROMPT_CHARACTERS:
@@ -291,6 +383,22 @@ def _noise(value: Any, specification: Specification) -> Array | None:
     if not np.isfinite(noise).all():
         raise _bad("'noise' has NaN or Inf")
     return noise.copy()
+
+
+def _left_over(previous: Any, delay: Any, specification: Specification) -> LeftOver | None:
+    if previous is not None:
+        most = specification.horizon, specification.action_dim
+        array = cast(Array, previous) if isinstance(previous, np.ndarray) else None
+        if array is None or array.dtype != np.float32 or array.ndim != 2:
+            raise _bad(f"'previous' must be float32 [at most {most[0]}, {most[1]}]")
+        if len(array) > most[0] or array.shape[1] != most[1]:
+            raise _bad(
+                f"'previous' must be [at most {most[0]}, {most[1]}], found {list(array.shape)}"
+            )
+    try:
+        return left_over_of(previous, _plain(delay))
+    except ObservationError as error:
+        raise _bad(str(error)) from error
 
 
 def _bad(message: str) -> ServingError:

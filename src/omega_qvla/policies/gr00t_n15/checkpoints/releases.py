@@ -17,11 +17,22 @@ from omega_qvla.policies.torch_module import AS_MODULE
 _NOT_BUILT = "which is another network than N1.5, the one that this version builds"
 
 _GR00T = {
-    "gr00t_n1": ("GR00T N1", "Isaac-GR00T's N1 release reads it"),
-    "gr00tn1d6": ("GR00T N1.6", "Isaac-GR00T's N1.6 release reads it"),
-    "gr00tn1d7": ("GR00T N1.7", "Isaac-GR00T's N1.7 release reads it, and LeRobot from 0.6.0 on"),
+    "gr00t_n1": ("GR00T N1", "", "Isaac-GR00T's N1 release reads it"),
+    "gr00tn1d6": (
+        "GR00T N1.6",
+        " (its Eagle is another, and its action head has 32 layers for 16)",
+        "Isaac-GR00T's N1.6 release reads it, and no release of LeRobot does",
+    ),
+    "gr00tn1d7": (
+        "GR00T N1.7",
+        " (it sees through Cosmos-Reason2, a Qwen3-VL, in place of Eagle)",
+        "Isaac-GR00T's N1.7 release reads it, and LeRobot from 0.6.0 on: load it there as groot's "
+        "base_model_path, and what save_pretrained writes is a policy of LeRobot, which is run and "
+        "quantized by LeRobot's own module",
+    ),
 }
-"""``model_type`` or architecture in lower case → its name, and what reads it."""
+"""``model_type`` or architecture in lower case → its name, what is other than in N1.5, and what
+reads it."""
 
 
 def is_gr00t(directory: Path, content: Mapping[str, Any] | None) -> bool:
@@ -36,24 +47,32 @@ def refuse_others(content: Mapping[str, Any], where: Path) -> None:
         PolicyError: ``config.json`` is of one.
     """
     for kind in _kinds(content):
-        for start, (name, reader) in _GR00T.items():
+        for start, (name, other, reader) in _GR00T.items():
             if kind == start or (start != "gr00t_n1" and kind.startswith(start)):
-                raise PolicyError(f"{where} is of {name}, {_NOT_BUILT}. {reader}; {AS_MODULE}")
+                raise PolicyError(
+                    f"{where} is of {name}, {_NOT_BUILT}{other}. {reader}; {AS_MODULE}"
+                )
+
+
+def is_lerobot_n1_7(content: Mapping[str, Any]) -> bool:
+    """Whether LeRobot's ``groot`` is GR00T N1.7.
+
+    N1.5 was saved with the repository of its tokenizer, which LeRobot refuses from 0.6.0 on.
+    """
+    return content.get("tokenizer_assets_repo") is None and "tokenizer_assets_repo" in content
 
 
 def refuse_lerobot_n1_7(content: Mapping[str, Any], where: Path) -> None:
     """Refuse LeRobot's ``groot`` where it is GR00T N1.7.
 
-    N1.5 was saved with the repository of its tokenizer, which LeRobot refuses from 0.6.0 on.
-
     Raises:
         PolicyError: it is.
     """
-    if content.get("tokenizer_assets_repo") is None and "tokenizer_assets_repo" in content:
-        _, reader = _GR00T["gr00tn1d7"]
+    if is_lerobot_n1_7(content):
+        _, other, _ = _GR00T["gr00tn1d7"]
         raise PolicyError(
-            f"{where} is LeRobot's groot of GR00T N1.7 (LeRobot 0.6.0 or later), {_NOT_BUILT}. "
-            f"{reader}; {AS_MODULE}"
+            f"{where} is LeRobot's groot of GR00T N1.7 (LeRobot 0.6.0 or later), "
+            f"{_NOT_BUILT}{other}. LeRobot from 0.6.0 on reads it; {AS_MODULE}"
         )
 
 

@@ -1,10 +1,8 @@
-"""openpi's PyTorch layout: ``model.safetensors`` and ``assets/<id>/norm_stats.json``.
+"""pi0.5 in openpi's PyTorch layout.
 
-openpi keeps most of a policy in its training code.  Two forms are read:
+Two forms are read:
 
-* **as published**, by openpi's converter and trainer: sizes come from the tensors
-  (``pi05_sizes.py``), the rest from the training configuration that the user names
-  (``openpi_training.py``).  A ``config.json`` of the converter must agree with it;
+* **as published**, by openpi's converter and trainer (``paligemma/openpi.py``);
 * **self-contained**, as the embedded policies are: ``config.json`` is ``Pi05Config`` as JSON, and
   ``tokenizer.json`` describes a closed vocabulary.
 """
@@ -21,29 +19,40 @@ from pydantic import ValidationError
 
 from omega_qvla.checkpoints.files import read_bytes, read_json
 from omega_qvla.checkpoints.options import CheckpointOptions
-from omega_qvla.checkpoints.stored_tensors import StoredTensors, find_tensors, write_weights
+from omega_qvla.checkpoints.stored_tensors import write_weights
 from omega_qvla.errors import PolicyError
-from omega_qvla.policies.layers.siglip_checkpoints import official_names
-from omega_qvla.policies.pi05.checkpoints.openpi_training import training_config
-from omega_qvla.policies.pi05.checkpoints.sizes import TIE, TOWER, infer_sizes
+from omega_qvla.policies.paligemma.network import dropped_shapes
+from omega_qvla.policies.paligemma.openpi import (
+    CONFIG,
+    STATISTICS,
+    has_state_token,
+    is_openpi_layout,
+    openpi_tensors,
+    published_decisions,
+    published_fields,
+    read_statistics,
+    require_agreement,
+)
+from omega_qvla.policies.paligemma.openpi_training import TrainingConfig, training_config
+from omega_qvla.policies.paligemma.sizes import Sizes, infer_sizes, require_tensor
+from omega_qvla.policies.pi05.checkpoints.openpi_training import PUBLISHED
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.network import dropped_shapes
+from omega_qvla.policies.pi05.network import ADAPTIVE_NORM
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.pi05.processing import Pi05Processor
 from omega_qvla.policies.processing.normalization import NormalizationStatistics
 from omega_qvla.policies.processing.published_tokenizers import paligemma_tokenizer
 from omega_qvla.policies.processing.tokenizers import load_tokenizer
 
-CONFIG, TOKENIZER, STATISTICS = "config.json", "tokenizer.json", "norm_stats.json"
+TOKENIZER = "tokenizer.json"
+PROMPT_LENGTH = 200
+"""openpi's ``max_token_len`` of pi0.5."""
 
 
 def is_openpi(directory: Path, content: Mapping[str, Any] | None) -> bool:
-    """Whether a directory is openpi's, or self-contained in its layout."""
-    if content is None:
-        return True
-    if content.get("family", Pi05Policy.family) != Pi05Policy.family:
-        return False
-    return "paligemma_variant" in content or (directory / "assets").exists()
+    """Whether a directory is openpi's and not pi0's, or self-contained in its layout."""
+    ours = is_openpi_layout(directory, content, Pi05Policy.family)
+    return ours and not has_state_token(directory)
 
 
 def stream_openpi(directory: Path, options: CheckpointOptions) -> Pi05Policy:
@@ -55,61 +64,54 @@ def stream_openpi(directory: Path, options: CheckpointOptions) -> Pi05Policy:
         ResourceError: a library for the tokenizer is missing.
     """
     content = read_json(directory, CONFIG) if (directory / CONFIG).exists() else {}
-    stored = official_names(find_tensors(directory), TOWER, TIE, options.tied)
+    stored = openpi_tensors(directory, options)
     if "vision" in content or content.get("family") == Pi05Policy.family:
         processor, decisions = _self_contained(directory), {}
     else:
-        processor = _as_published(directory, options, stored, content)
-        decisions = _decisions(processor.config, options)
+        training = training_config(options.training_config, directory, PUBLISHED)
+        require_tensor(stored, ADAPTIVE_NORM, "pi0.5")
+        sizes = infer_sizes(stored)
+        require_agreement(directory, content, training, sizes, options)
+        processor = published_processor(directory, options, training, sizes)
+        state = state_of(training)
+        decisions = published_decisions("openpi, PyTorch", processor.config, state, options)
     policy = Pi05Policy.of_processor(processor)
     return policy.read_from(stored, dropped_shapes(processor.config), decisions)
 
 
-def _decisions(config: Pi05Config, options: CheckpointOptions) -> dict[str, str]:
-    """What the user's training configuration says of how the policy is shown the world."""
-    own = f"the robot's {config.state_dim} numbers"
-    return {
-        "layout": "openpi, PyTorch",
-        "training configuration": str(options.training_config),
-        "state in the prompt": own if config.state_in_prompt else "none",
-        "images": "padded to a square with -1 (black)",
-        "cameras": ", ".join(config.cameras),
-        "actions": "absolute",
-    }
+def state_of(training: TrainingConfig) -> str:
+    """What the prompt has of the state, in words."""
+    return f"the robot's {training.state_dim} numbers" if training.state_in_prompt else "none"
 
 
 def _self_contained(directory: Path) -> Pi05Processor:
     config = parse_config(read_bytes(directory, CONFIG), str(directory / CONFIG))
     described = load_tokenizer(read_json(directory, TOKENIZER), TOKENIZER, _attachments(directory))
-    return Pi05Processor(config, _statistics(directory, None), described)
+    statistics = read_statistics(directory, None, NormalizationStatistics.parse)
+    return Pi05Processor(config, statistics, described)
 
 
-def _as_published(
-    directory: Path, options: CheckpointOptions, stored: StoredTensors, converted: dict[str, Any]
+def published_processor(
+    directory: Path, options: CheckpointOptions, training: TrainingConfig, sizes: Sizes
 ) -> Pi05Processor:
-    training = training_config(options.training_config, directory)
-    sizes = infer_sizes(stored)
-    for key, ours in (("action_horizon", training.horizon), ("action_dim", sizes.action_dim)):
-        if converted.get(key, ours) != ours:
-            raise PolicyError(
-                f"{directory / CONFIG} has {key} {converted[key]}, the training configuration "
-                f"{options.training_config} and the tensors say {ours}: it is another policy's"
-            )
+    """How a published policy is shown the world.
+
+    Raises:
+        PolicyError: statistics or tokenizer are missing or invalid.
+        ResourceError: a library for the tokenizer is missing.
+    """
+    if training.state_in_prompt is None:
+        raise PolicyError(
+            f"the training configuration {options.training_config} has to say state_in_prompt "
+            "(openpi's discrete_state_input): whether the state of this pi0.5 is in its prompt"
+        )
     config = Pi05Config(
-        **sizes._asdict(),
-        horizon=training.horizon,
-        robot_action_dim=training.robot_action_dim,
-        state_dim=training.state_dim,
-        cameras=training.cameras,
-        prompt_length=training.prompt_length,
+        **published_fields(training, sizes),
+        prompt_length=training.prompt_length or PROMPT_LENGTH,
         state_in_prompt=training.state_in_prompt,
-        image_fit="antialiased",
     )
-    return Pi05Processor(
-        config,
-        _statistics(directory, training.asset_id),
-        paligemma_tokenizer(directory, options.tokenizer),
-    )
+    statistics = read_statistics(directory, training.asset_id, NormalizationStatistics.parse)
+    return Pi05Processor(config, statistics, paligemma_tokenizer(directory, options.tokenizer))
 
 
 def write_openpi(
@@ -147,32 +149,6 @@ def parse_config(text: str | bytes, where: str) -> Pi05Config:
         return Pi05Config.model_validate_json(text)
     except ValidationError as error:
         raise PolicyError(f"{where} is not a pi0.5 configuration: {error}") from error
-
-
-def _statistics(directory: Path, asset_id: str | None) -> NormalizationStatistics:
-    """The statistics of the named robot, or the only ones there are where none is named.
-
-    Raises:
-        PolicyError: the named robot's are not there, or there are several and none is named.
-    """
-    assets = directory / "assets"
-    found = {
-        path.parent.relative_to(assets).as_posix(): path.relative_to(directory).as_posix()
-        for path in sorted(assets.rglob(STATISTICS))
-    }
-    there = ", ".join(found) or "none"
-    if asset_id is not None and asset_id not in found:
-        raise PolicyError(
-            f"{assets} has no {asset_id}/{STATISTICS}, the statistics that the training "
-            f"configuration names (asset_id); it has those of: {there}. If the policy was trained "
-            "with those, give a training configuration of your own, a JSON file with that asset_id"
-        )
-    if asset_id is None and len(found) != 1:
-        raise PolicyError(
-            f"{assets} must hold exactly one */{STATISTICS}, found {len(found)}: {there}"
-        )
-    name = found[next(iter(found)) if asset_id is None else asset_id]
-    return NormalizationStatistics.parse(read_bytes(directory, name), str(directory / name))
 
 
 def _attachments(directory: Path) -> dict[str, bytes]:

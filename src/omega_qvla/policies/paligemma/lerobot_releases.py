@@ -1,10 +1,10 @@
-"""Which LeRobot wrote a pi05 checkpoint, and what that release shows the network.
+"""Which LeRobot wrote a pi0 or pi05 checkpoint, and what that release shows the network.
 
-LeRobot changed its pi05 processing between releases, and a policy must be run as it was trained:
+LeRobot changed its processing between releases, and a policy must be run as it was trained:
 
 | | up to 0.4.4 | from 0.5.0 on |
 |---|---|---|
-| state in the prompt | padded with zeros to ``max_state_dim`` | the robot's own numbers |
+| state in the prompt of pi05 | padded with zeros to ``max_state_dim`` | the robot's own numbers |
 | bars of an image that is not square | -3 | -1 (black) |
 
 The two pipelines do not tell the release: a fine-tune keeps those of its base.  ``config.json`` is
@@ -17,7 +17,8 @@ written anew by each training, with all fields its release has:
 | ``use_relative_actions`` | 0.5.1 or later |
 | ``pretrained_revision`` | 0.6.0 or later |
 
-Source: the released wheels of LeRobot 0.4.0 to 0.6.1 (``policies/pi05``, ``configs/policies.py``).
+Source: the released wheels of LeRobot 0.4.0 to 0.6.1 (``policies/pi0``,
+``policies/pi05``, ``configs/policies.py``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sizes of a pi0.5 network from the shapes of its tensors, where they say it beyond doubt.
+"""The sizes of a network on PaliGemma from the shapes of its tensors.
 
 Widths, depths, vocabulary and image size can be read off; heads are those of the published variants
 in openpi's ``gemma.py``.
@@ -15,14 +15,16 @@ from omega_qvla.errors import PolicyError
 from omega_qvla.policies.layers.gemma import GemmaConfig
 from omega_qvla.policies.layers.siglip import VisionConfig
 from omega_qvla.policies.layers.siglip_checkpoints import tower_sizes
+from omega_qvla.policies.paligemma.names import (
+    EMBED_TOKENS,
+    EXPERT,
+    EXPERT_LAYERS,
+    HEAD,
+    LANGUAGE,
+    VISION,
+)
 
-ROOT = "paligemma_with_expert"
-TOWER = f"{ROOT}.paligemma.model.vision_tower"
-VISION = f"{TOWER}.vision_model"
-LANGUAGE = f"{ROOT}.paligemma.model.language_model"
-EXPERT = f"{ROOT}.gemma_expert.model"
-EMBEDDING = f"{LANGUAGE}.embed_tokens.weight"
-TIED_HEAD = f"{ROOT}.paligemma.lm_head.weight"
+EMBEDDING, TIED_HEAD = f"{EMBED_TOKENS}.weight", f"{HEAD}.weight"
 TIE = Tie(EMBEDDING, TIED_HEAD)
 
 GEMMA_VARIANTS: dict[str, GemmaConfig] = {
@@ -44,24 +46,19 @@ class Sizes(NamedTuple):
     action_dim: int
 
 
-def require_pi05(stored: StoredTensors) -> None:
-    """Refuse the neighbours of pi0.5, which differ by a few tensors only.
+def require_tensor(stored: StoredTensors, name: str, title: str) -> None:
+    """Refuse another network, which may differ by a few tensors only.
+
+    Args:
+        stored: as ``official_names`` gives them.
+        name: a tensor that no other network on PaliGemma has.
+        title: what the network is called.
 
     Raises:
-        PolicyError: the tensors are those of pi0, of pi0-FAST, or of something else.
+        PolicyError: the tensor is not there.
     """
-    names = stored.headers
-    if f"{EXPERT}.layers.0.input_layernorm.dense.weight" in names:
-        return
-    if any(name.startswith(("state_proj.", "action_time_mlp_in.")) for name in names):
-        raise PolicyError(
-            f"{stored.where} is a pi0 checkpoint (it has state_proj and action_time_mlp_in); this "
-            "version reads pi0.5"
-        )
-    raise PolicyError(
-        f"{stored.where} is not a pi0.5 checkpoint: it has no "
-        f"{EXPERT}.layers.0.input_layernorm.dense.weight"
-    )
+    if name not in stored.headers:
+        raise PolicyError(f"{stored.where} is not a {title} checkpoint: it has no {name}")
 
 
 def infer_sizes(stored: StoredTensors) -> Sizes:
@@ -71,9 +68,8 @@ def infer_sizes(stored: StoredTensors) -> Sizes:
         stored: as ``official_names`` gives them.
 
     Raises:
-        PolicyError: not pi0.5, a tensor is missing, or sizes are of no published variant.
+        PolicyError: a tensor is missing, or sizes are of no published variant.
     """
-    require_pi05(stored)
     shape = Shapes(stored)
     vocabulary, _ = shape(EMBEDDING, 2)
     action_dim, _ = shape("action_out_proj.weight", 2)
@@ -81,7 +77,7 @@ def infer_sizes(stored: StoredTensors) -> Sizes:
         vision=tower_sizes(shape, VISION),
         backbone=_gemma(shape, LANGUAGE),
         expert=_gemma(shape, EXPERT),
-        depth=shape.depth(f"{EXPERT}.layers"),
+        depth=shape.depth(EXPERT_LAYERS),
         vocabulary=vocabulary,
         action_dim=action_dim,
     )

@@ -1,0 +1,1 @@
+"""pi0, of Physical Intelligence."""

@@ -1,0 +1,1 @@
+"""pi0 as openpi and LeRobot save it."""
