@@ -139,7 +139,8 @@ def drive(
         ask_below: a new chunk is asked for when fewer planned actions than this are left; with
             ``Blending(continued=True)`` also earlier, where the last chunks took longer than that.
         blending: how chunks follow each other and what happens when one is late.
-        clock, sleep: monotonic seconds, and waiting for some.
+        clock: seconds, as ``time.monotonic`` gives them; another one for tests.
+        sleep: waits that many seconds; another one for tests.
 
     Raises:
         ServingError: the first chunk did not come.
