@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from comparison_table import pytest_terminal_summary, table
@@ -17,3 +18,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-openpi", action="store_true", help="replace the checkpoints kept with the tests"
     )
+
+
+class OpenPi(NamedTuple):
+    """A clone of openpi, and the Python of an environment for it."""
+
+    clone: Path
+    python: Path
+
+
+@pytest.fixture(scope="session")
+def openpi(request: pytest.FixtureRequest) -> OpenPi:
+    """Those that were named on the command line."""
+    named = [request.config.getoption(f"--openpi{end}", None) for end in ("", "-python")]
+    if None in named:
+        pytest.skip("no clone of openpi was named: run make test-openpi")
+    return OpenPi(*(path.absolute() for path in named))

@@ -18,13 +18,15 @@ ROUNDING = 2e-6
 
 
 @pytest.fixture(scope="session")
-def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(
+    openpi: tuple[Path, Path],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The folder with every case's checkpoint and record, written anew."""
-    clone, python = (request.config.getoption(f"--openpi{end}", None) for end in ("", "-python"))
-    if clone is None or python is None:
-        pytest.skip("no clone of openpi was named: run make test-openpi")
+    clone, python = openpi
     folder = request.config.getoption("--openpi-out") or tmp_path_factory.mktemp("openpi")
-    command = [str(python.absolute()), str(RECORD), str(clone), str(folder.resolve())]
+    command = [str(python), str(RECORD), str(clone), str(folder.resolve())]
     subprocess.run(command, check=True)
     return folder
 

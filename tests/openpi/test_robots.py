@@ -18,11 +18,10 @@ pytestmark = pytest.mark.openpi
 
 
 def test_the_records_of_robots_are_what_openpi_computes_today(
-    request: pytest.FixtureRequest, tmp_path: Path
+    openpi: tuple[Path, Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    openpi: Path = request.config.getoption("--openpi")
-    python: Path = request.config.getoption("--openpi-python")
-    sources = (openpi / "src", openpi / "packages" / "openpi-client" / "src", TESTS / "helpers")
+    clone, python = openpi
+    sources = (clone / "src", clone / "packages" / "openpi-client" / "src", TESTS / "helpers")
     around = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sources))}
     script, out = TESTS / "openpi" / "record_robots.py", tmp_path / "robots.safetensors"
     job = json.dumps({"out": str(out)})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoint_formats import TRAINING
+from openpi_cases import GOLDEN, STEP, TOKENIZER
 
 from omega_qvla.cli import main
 
@@ -44,3 +45,15 @@ def test_a_dry_run_reads_headers_alone(
     assert run(*command, "--dry-run", "--json", report) == 0
     assert json.loads(report.read_text())["total_bytes"] > 0
     assert not (tmp_path / "a").exists()
+
+
+def test_a_step_of_openpis_jax_trainer_is_quantized_as_it_is_on_disk(tmp_path: Path) -> None:
+    step, training = GOLDEN / "lora" / str(STEP), GOLDEN / "lora" / "training.json"
+    told = ("--training-config", training, "--tokenizer", TOKENIZER, "--calibration", "random:1")
+    report = tmp_path / "report.json"
+    command = ("quantize", step, *told, "--recipe", "rtn", "--out", tmp_path / "a")
+    assert run(*command, "--json", report) == 0
+    assert run("inspect", tmp_path / "a", "--json", report, "--overwrite") == 0
+    assert run("verify", tmp_path / "a") == 0
+    config = json.loads((tmp_path / "a" / "omega_config.json").read_text())
+    assert config["policy"]["decisions"]["layout"] == "openpi, JAX"
