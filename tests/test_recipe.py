@@ -22,6 +22,7 @@ NAMES = [
     "omega-w4a4",
     "omega-w4a4-no-prior",
     "omega-w4a4-static",
+    "omega-w4a8",
     "quantvla",
     "quarot",
     "rtn",
@@ -97,6 +98,13 @@ def test_the_default_differs_from_its_predecessor_in_its_prior_alone() -> None:
     assert {path.rpartition(".")[2] for path in changed} == {"prior"}
 
 
+def test_the_eight_bit_recipe_differs_from_the_default_in_its_activations_alone() -> None:
+    """The same weights bit for bit: nothing that they are made of looks at these fields."""
+    changed = differences(Recipe.load(DEFAULT_RECIPE), Recipe.load("omega-w4a8"))
+    assert {path.rpartition(".")[2] for path in changed} == {"bits", "clip"}
+    assert all("activations" in path for path in changed)
+
+
 def test_fields_added_later_are_written_when_they_are_used() -> None:
     svdquant, quantvla = Recipe.load("svdquant"), Recipe.load("quantvla")
     for recipe, field in ((svdquant, "low_rank"), (quantvla, "layers"), (quantvla, "magnitude")):
@@ -167,6 +175,24 @@ def test_a_recipe_can_be_a_file_a_path_or_itself(tmp_path: Path) -> None:
             "name: a\ndescription: b\nbackbone:\n"
             "  weights: {rounding: nearest, rounding_noise: 0.1}\n",
             "GPTQ",
+        ),
+        (
+            "name: a\ndescription: b\nbackbone:\n"
+            "  activations: {scale: per_step}\n  tokens: equal\n",
+            "scales per token",
+        ),
+        (
+            "name: a\ndescription: b\nbackbone:\n"
+            "  transform: {rotation: hadamard}\n  weights: {rounding: nearest}\n  tokens: equal\n",
+            "needs none",
+        ),
+        (
+            "name: a\ndescription: b\nbackbone:\n  weights: {order: energy, group: 64}\n",
+            "give no group",
+        ),
+        (
+            "name: a\ndescription: b\nbackbone:\n  transform: {shrinkage: 0.5}\n",
+            "second_moment",
         ),
         (
             "name: a\ndescription: b\nbackbone:\n"

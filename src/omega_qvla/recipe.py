@@ -74,6 +74,8 @@ class TransformScheme(_Frozen):
             ``greedy`` flattens the largest channel of calibration again and again (DuQuant);
             ``second_moment`` is the closed form that gives x' and W' one and the same flat second
             moment (WUSH), no rotation in general.
+        shrinkage: for ``second_moment``, how far the two moments are moved to their diagonals; at 1
+            nothing is left of it but a smoothing with exponent ½ and a Hadamard rotation.
         smoothing: exponent α of c_j = size(x_j)^α / size(W_:j)^(1-α), by which x/c and W·c are
             scaled before rotating; None leaves channels as they are.
         permutation: ``snake`` deals channels over blocks by size before rotating.
@@ -92,6 +94,7 @@ class TransformScheme(_Frozen):
     block: int = Field(default=64, ge=2)
     output_rotation: bool = False
     magnitude: Literal["rms", "max"] = "rms"
+    shrinkage: float = Field(default=0.0, ge=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _hadamard_needs_a_power_of_two(self) -> TransformScheme:
@@ -99,6 +102,8 @@ class TransformScheme(_Frozen):
         rotated = flat or self.output_rotation
         if rotated and self.block & (self.block - 1):
             raise ValueError(f"a Hadamard rotation needs a power of two as block, got {self.block}")
+        if self.shrinkage and self.rotation != "second_moment":
+            raise ValueError("shrinkage is of second moments: give rotation: second_moment")
         return self
 
     @property
@@ -129,6 +134,8 @@ class WeightScheme(_Frozen):
             directions of the weight (SVDQuant); None for none.
         rounding_noise: share of the inputs' rounding noise that GPTQ reckons with
             (``quantization/rounded_inputs.py``); 0 is GPTQ as published.
+        order: in which GPTQ rounds the input channels: as they are ``stored``, or those with the
+            largest mean square first (``energy``), while the others can still make up for it.
     """
 
     bits: Literal[4, 8] = 4
@@ -138,6 +145,13 @@ class WeightScheme(_Frozen):
     damping: float = Field(default=0.01, gt=0.0)
     low_rank: int | None = Field(default=None, ge=1)
     rounding_noise: float = Field(default=0.0, ge=0.0, le=1.0)
+    order: Literal["stored", "energy"] = "stored"
+
+    @model_validator(mode="after")
+    def _an_order_is_gptqs_and_keeps_groups_together(self) -> WeightScheme:
+        if self.order != "stored" and (self.rounding != "gptq" or self.group is not None):
+            raise ValueError("order is that of GPTQ, with one scale per output: give no group")
+        return self
 
 
 class ActivationScheme(_Frozen):
@@ -189,6 +203,10 @@ class Scheme(_Frozen):
             any channel may come to contribute as much to the output as the channels of its site do
             on average (``contribution``, ``quantization/prior.py``).  It holds for whatever is
             calibrated: smoothing and the other transforms, GPTQ's Hessian, static scales and clips.
+        tokens: how much each token of calibration counts: by the square of its size, as it was
+            ``seen``, or all the same (``equal``), each divided by its root mean square.  Language
+            models gather massive activations in a token or two of a text; with a scale per token
+            these are rounded by themselves, but they make up most of a second moment.
     """
 
     transform: TransformScheme = TransformScheme()
@@ -196,6 +214,16 @@ class Scheme(_Frozen):
     activations: ActivationScheme = ActivationScheme()
     layers: Literal["all", "mlp"] = "all"
     prior: Literal["none", "contribution"] = "none"
+    tokens: Literal["seen", "equal"] = "seen"
+
+    @model_validator(mode="after")
+    def _equal_tokens_have_scales_of_their_own(self) -> Scheme:
+        static = self.activations.scale != "per_token" or self.activations.subtract_mean
+        if self.tokens == "equal" and static:
+            raise ValueError("tokens: equal is for scales per token, without subtract_mean")
+        if self.tokens == "equal" and not self._calibrated:
+            raise ValueError("tokens is about calibration, and this scheme needs none")
+        return self
 
     @model_validator(mode="after")
     def _noise_and_mean_have_a_place(self) -> Scheme:

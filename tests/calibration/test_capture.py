@@ -37,6 +37,23 @@ def test_the_streamed_second_moment_equals_the_batch_one(sizes: list[int], seed:
     assert torch.equal(seen.maxima, rows.abs().amax(0))
 
 
+def test_equal_tokens_count_the_same_whatever_their_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, 6, generator=generator)
+    sizes = 10.0 ** torch.randint(-3, 4, (20, 1), generator=generator)
+    found = []
+    for stream in (rows, rows * sizes):
+        seen = SiteStatistics(ONCE, 6, torch.Generator().manual_seed(0), equal_tokens=True)
+        seen.update(stream, FlowClock(), 0)
+        found.append(seen)
+    torch.testing.assert_close(found[0].second_moment, found[1].second_moment, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0].rows(0), found[1].rows(0))
+    # Each row adds the width to the trace.
+    assert float(found[1].second_moment.trace()) == pytest.approx(6 * 20, rel=1e-5)
+    seen.update(torch.zeros(2, 6), FlowClock(), 1)
+    assert torch.isfinite(seen.second_moment).all() and seen.count == 22
+
+
 def test_the_row_sample_is_bounded_and_uniform_whatever_the_block_size() -> None:
     """Every tenth of the stream gets its share: a binomial count, five deviations allowed."""
     total = 10 * SAMPLE_ROWS

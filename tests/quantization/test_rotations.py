@@ -12,6 +12,7 @@ from omega_qvla.quantization.rotations import (
     greedy_rotation,
     hadamard,
     second_moment_map,
+    shrunk,
 )
 
 
@@ -85,6 +86,26 @@ def test_the_closed_form_beats_a_hadamard_rotation_in_the_product_of_sizes() -> 
     inverse = torch.linalg.inv(m)
     ours = (m.t() @ c @ m).trace() * (inverse @ g @ inverse.t()).trace()
     assert ours < 0.2 * c.trace() * g.trace()
+
+
+def test_diagonal_moments_give_a_smoothing_with_exponent_a_half_and_a_hadamard() -> None:
+    """M = D P H with D = diag((g/c)^¼), P a permutation: M Mᵀ = D², and M is flat in each row."""
+    weight, x = torch.randn(90, 16, generator=gen(1)), torch.randn(300, 16, generator=gen(2))
+    weight[:, 4] *= 20
+    x[:, [1, 7]] *= 30
+    g, c = (shrunk(moment(rows.double()), 1.0) for rows in (weight, x))
+    m = second_moment_map(g, c, damping=0.0)
+    size = (g.diagonal() / g.diagonal().mean()) / (c.diagonal() / c.diagonal().mean())
+    torch.testing.assert_close(m @ m.t(), size.sqrt().diag(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(m.abs(), (size**0.25 / 4).unsqueeze(1).expand(16, 16))
+
+
+def test_shrinking_scales_what_is_off_the_diagonal() -> None:
+    square = moment(torch.randn(20, 5, generator=gen(3)))
+    assert torch.equal(shrunk(square, 0.0), square)
+    torch.testing.assert_close(shrunk(square, 0.25).diagonal(), square.diagonal())
+    off = ~torch.eye(5, dtype=torch.bool)
+    torch.testing.assert_close(shrunk(square, 0.25)[off], 0.75 * square[off])
 
 
 def test_a_side_without_energy_counts_as_white() -> None:

@@ -141,6 +141,22 @@ def test_gptq_equals_the_naive_algorithm(width: int, group: int | None) -> None:
         assert not got.integers[:, 3].any()
 
 
+def test_channels_are_rounded_by_falling_energy_and_stored_where_they_were() -> None:
+    weight, hessian = correlated_problem(0, 24, 200)
+    spread = torch.rand(200, generator=gen(1), dtype=torch.float64) * 9 + 1
+    hessian = hessian * spread * spread.unsqueeze(1)
+    hessian[3, :] = hessian[:, 3] = 0.0
+    got = gptq(weight, hessian, WeightScheme(order="energy"))
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    expected = naive_gptq(weight[:, order], hessian[order][:, order], GPTQ)
+    assert float((got.dequantize()[:, order].double() - expected).abs().max()) < 1e-4
+    assert not got.integers[:, 3].any()
+    plain = gptq(weight, hessian, GPTQ)
+    assert torch.equal(plain.scale, got.scale)
+    # What comes first is what matters, and the rest makes up for it.
+    assert proxy_loss(weight, got, hessian) < 0.9 * proxy_loss(weight, plain, hessian)
+
+
 def test_gptq_halves_the_proxy_loss_at_least() -> None:
     for seed in range(3):
         weight, hessian = correlated_problem(seed, 128, 256)

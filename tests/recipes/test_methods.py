@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import omega_qvla as oq
 from omega_qvla.calibration.observations import Observations
@@ -47,6 +48,19 @@ def test_what_is_saved_is_what_runs_and_what_was_predicted(
     assert loaded.memory_report() == predict(policy, Recipe.load(name))
     planned = predict_directory(policy, Recipe.load(name))["total_bytes"]
     assert planned == pytest.approx(directory_bytes(artifact), rel=0.01)
+
+
+def test_eight_bit_activations_leave_the_weights_as_they_are(
+    small_policy: Pi05Policy, few: Observations
+) -> None:
+    four, eight = (
+        quantize_policy(small_policy, few, Recipe.load(name)).sites
+        for name in ("omega-w4a4", "omega-w4a8")
+    )
+    for one, other in zip(four, eight, strict=True):
+        assert torch.equal(one.weight.integers, other.weight.integers)
+        assert torch.equal(one.weight.scale, other.weight.scale)
+        assert (one.activations.bits, other.activations.bits) == (4, 8)
 
 
 @pytest.mark.parametrize("name", ablation_names())

@@ -124,12 +124,15 @@ class SiteStatistics:
         numbers: the observations seen, by the caller's numbers.
         deviation: [K] how far channels may move beyond what was seen (``expect``), or None.
         device: where the site computes: moments, maxima and row samples are there.
+        equal_tokens: every row is divided by its root mean square first, so that all count the
+            same; ``centre`` is for others.
     """
 
     site: QuantizationSite
     width: int
     generator: torch.Generator
     device: torch.device | str = "cpu"
+    equal_tokens: bool = False
     count: int = 0
     second_moment: Tensor = field(init=False)
     maxima: Tensor = field(init=False)
@@ -163,6 +166,9 @@ class SiteStatistics:
                 f"activations entering {self.site.name!r} have NaN or Inf "
                 f"(observation {observation}{where}); check the observation and the checkpoint"
             )
+        if self.equal_tokens:
+            size = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / self.width**0.5
+            rows = rows / torch.where(size > 0, size, torch.ones_like(size))
         self.count += rows.shape[0]
         product = rows.to(self.second_moment.dtype)
         self.second_moment.addmm_(product.T, product)
@@ -278,6 +284,7 @@ def capture(
     clock: FlowClock,
     seed: Callable[[QuantizationSite], int],
     numbers: Sequence[int] | None = None,
+    equal_tokens: Callable[[QuantizationSite], bool] = lambda _site: False,
 ) -> tuple[dict[str, SiteStatistics], list[State]]:
     """Run a stage on every state; return what its sites read, and the states after it.
 
@@ -289,6 +296,7 @@ def capture(
         clock: the policy's clock.
         seed: seeds the row sample of each site, independently of which others are watched.
         numbers: the user's number of each observation, for messages; counted from 0 when absent.
+        equal_tokens: at which sites all tokens count the same (``SiteStatistics``).
 
     Raises:
         NonFiniteError: an activation is NaN or Inf; names site, step and observation.
@@ -302,7 +310,9 @@ def capture(
         linears = linears_of(module, site)
         generator = torch.Generator().manual_seed(seed(site))
         device = linears[0].weight.device
-        statistics = SiteStatistics(site, linears[0].in_features, generator, device)
+        statistics = SiteStatistics(
+            site, linears[0].in_features, generator, device, equal_tokens(site)
+        )
         found[site.name] = statistics
         inputs_of_site = _InputsOfSite()
         for number, linear in enumerate(linears):

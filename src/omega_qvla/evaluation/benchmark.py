@@ -35,6 +35,7 @@ METHODS = (
     "omega-w4a4-static",
     "omega-w4a4-no-prior",
     "omega-w4a4",
+    "omega-w4a8",
 )
 """All methods in the order of the tables; a new one is a recipe and a line here."""
 

@@ -416,8 +416,13 @@ class _Work:
             self.policy.clock,
             lambda site: self.recipe.seed + self.index[site.name],
             self.numbers,
+            self._equal_tokens,
         )
         return nothing | found, after
+
+    def _equal_tokens(self, site: QuantizationSite) -> bool:
+        scheme = self.recipe.scheme_of(site)
+        return scheme is not None and scheme.tokens == "equal"
 
     def _install(self, quantized: QuantizedSite) -> None:
         there = moved(quantized, self.device)

@@ -166,6 +166,15 @@ def second_moment_map(
     return (factor @ vectors * spread) @ hadamard(weights.shape[0]).to(weights.device)
 
 
+def shrunk(moment: Tensor, share: float) -> Tensor:
+    """A second moment moved to its diagonal by this share (0: as it is, 1: diagonal).
+
+    What is estimated off the diagonal, from few samples or a few tokens, is trusted less.  Between
+    diagonal moments ``second_moment_map`` is a smoothing with exponent ½ and a Hadamard matrix.
+    """
+    return moment * (1.0 - share) + moment.diagonal().diag() * share
+
+
 def _damped(moment: Tensor, damping: float) -> Tensor:
     """A symmetric moment over its mean diagonal, plus ``damping``; the identity for zeros."""
     mean = float(moment.diagonal().to(torch.float64).mean())

@@ -42,6 +42,7 @@ from omega_qvla.quantization.rotations import (
     greedy_rotation,
     hadamard,
     second_moment_map,
+    shrunk,
     svd_basis,
 )
 from omega_qvla.recipe import TransformScheme
@@ -426,7 +427,10 @@ def _mixing(block: _Block, scheme: TransformScheme) -> Tensor:
     if scheme.rotation == "greedy":
         return greedy_rotation(block.rows())
     if scheme.rotation == "second_moment":
-        return second_moment_map(block.weight.t() @ block.weight, block.moment())
+        weights, inputs = block.weight.t() @ block.weight, block.moment()
+        return second_moment_map(
+            shrunk(weights, scheme.shrinkage), shrunk(inputs, scheme.shrinkage)
+        )
     if scheme.rotation == "svd":
         return svd_basis(block.weight)
     flat = hadamard(size).to(block.weight.device)

@@ -29,7 +29,7 @@ The Hessian is reversed, factored and inverted in one matrix: at K = 16384 each 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -197,6 +197,9 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme) -> QuantizedWeig
     rounded to nearest; either is recorded in ``note``.  A Hessian without any live channel
     says nothing about the inputs and also falls back.
 
+    With ``scheme.order`` channels are rounded from the largest H_jj to the smallest (GPTQ's public
+    code calls it act-order); what is stored is in the order of the weight.
+
     Scales are chosen on the given weight (per output channel), or when a group is reached, on the
     weights as updated so far.
 
@@ -216,6 +219,11 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme) -> QuantizedWeig
         )
     require_finite(weight, "weight")
     require_finite(hessian, "the Hessian")
+    if scheme.order == "energy":
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        stored = scheme.model_copy(update={"order": "stored"})
+        found = gptq(weight[:, order], hessian[order][:, order], stored)
+        return replace(found, integers=found.integers[:, order.argsort()])
     coupling, dead, note = _coupling(hessian, scheme.damping)
     if coupling is None:
         nearest = round_to_nearest(weight, scheme)
