@@ -70,6 +70,17 @@ def test_a_left_over_that_cannot_be_is_a_bad_request(changes: dict[str, Any], na
     assert refused.value.code == "bad_request"
 
 
+def test_gr00ts_protocol_brings_them_in_the_observation() -> None:
+    pytest.importorskip("zmq", reason="the extra serve is not installed")
+    from omega_qvla.serving.server.protocols.gr00t import parse_observation
+
+    data = {f"video.{name}": image for name, image in observation()["images"].items()}
+    data |= {"state.arm": np.zeros((1, 3)), "state.gripper": np.zeros((1, 1))}
+    data |= {"annotation.task": ["press"], "previous": LEFT, "delay": 2}
+    request = parse_observation(data, SPECIFICATION)
+    assert request.left_over is not None and request.left_over.delay == 2
+
+
 def test_robots_in_one_batch_continue_their_own_chunks() -> None:
     scheduler = make_scheduler(FakeEngine())
     scheduler.start()

@@ -57,13 +57,18 @@ def test_actions_through_the_socket_are_those_of_the_policy_and_sigterm_ends_it_
         assert told["action_limits"]["high"] == [pytest.approx(1.5)] * 4
         client.send(encode(request(noise=noise)))
         reply = decode_map(client.recv(30))
+        left = {"previous": reply["actions"][5:], "delay": 2}
+        client.send(encode(request(noise=-noise, **left)))
+        continued = decode_map(client.recv(30))
     assert np.array_equal(reply["actions"], policy.sample_actions(request(), noise))
+    assert np.array_equal(continued["actions"], policy.sample_actions(request(), -noise, **left))
+    assert told["real_time_chunking"]["execution_horizon"] == 10
     assert reply["artifact"] == policy.content_hash
     status, errors = server.end(signal.SIGTERM)
     assert (status, errors) == (0, "")
     assert server.events[-1]["event"] == "drained" and server.events[-1]["finished"]
     document = json.loads(result.read_text())
-    assert document["requests"] == {"answered": 1} and document["drained"] is True
+    assert document["requests"] == {"answered": 2} and document["drained"] is True
 
 
 def test_sigterm_finishes_what_runs_and_exits_within_five_seconds(

@@ -11,9 +11,10 @@ action parts, or ``{"error": text}``.  Three endpoints exist here: ``ping``, ``g
 | ``state.PART`` | numbers [1, width] or [width] |
 | ``annotation.…`` | the instruction, or a list with it |
 | ``request_id``, ``deadline_ms``, ``age_ms``, ``noise`` | as over the websocket |
+| ``previous``, ``delay`` | the same; the parts of actions one after the other |
 | ``meta`` | true: the answer has a map ``meta`` |
 
-The last two lines are ours.  They are in the observation because that is what the published client
+The last three lines are ours.  They are in the observation because that is what the published client
 lets a robot fill: it builds the rest of the request itself.
 
 The answer holds ``action.PART`` [horizon, width] float32, and beside them nothing, because robots
