@@ -1,4 +1,4 @@
-"""The bridge to LeRobot's policies, as far as it goes without LeRobot (the rest: tests/lerobot)."""
+"""The bridge to LeRobot's policies, as far as it goes without LeRobot (see tests/lerobot)."""
 
 from __future__ import annotations
 
@@ -32,13 +32,16 @@ class Robot(nn.Module):
         self.words = nn.Embedding(96, 64)
         self.vision = nn.Linear(64, 64)
         self.both = nn.Linear(64, 64)
-        self.query, self.key = nn.Linear(64, 64), nn.Linear(64, 16)
+        layer = {"q": nn.Linear(64, 64), "k": nn.Linear(64, 16)}
+        self.layers = nn.ModuleList([nn.ModuleDict(layer)])
+        self.out = nn.Linear(64, 64)
         self.state = nn.Linear(8, 64)
         self.head = nn.Linear(64, 96)
         self.register_buffer("table", torch.arange(64.0), persistent=False)
 
     def step(self, x: Tensor) -> Tensor:
-        return self.both(self.query(x)) + self.key(x).repeat(1, 4)
+        query, key = self.layers[0].values()
+        return self.out(self.both(query(x)) + key(x).repeat(1, 4))
 
     def sample(self, tokens: Tensor) -> Tensor:
         x = self.words(tokens).mean(dim=1)
@@ -50,18 +53,20 @@ class Robot(nn.Module):
         return x
 
 
+LAYER = ("layers.0.q", "layers.0.k")
 TOKENS = torch.tensor([[3, 1]])
 
 
 def test_a_pass_sorts_the_linears_and_names_what_is_left() -> None:
     robot = Robot()
-    seen = watch(robot, "step", lambda module: module.sample(TOKENS), [TOKENS])
-    assert (seen.steps, seen.once, seen.per_step) == (4, ("vision",), ("query", "key"))
+    seen = watch(robot, "step", lambda module: module.sample(TOKENS))
+    assert (seen.steps, seen.once, seen.per_step) == (4, ("vision",), LAYER)
     assert {left.reason: left.names for left in seen.kept} == {
         "run inside and outside of the denoising steps": ("both",),
         "narrower than 64 channels": ("state",),
+        "in a denoising step, outside of its layers": ("out",),
     }
-    assert (seen.absent, seen.embedding) == (("head",), "words")
+    assert seen.absent == ("head",)
     rows = coverage(robot, seen)
     counted = sum(row["parameters"] for row in rows)
     assert counted == sum(p.numel() for p in Robot().parameters())
@@ -72,7 +77,7 @@ def test_a_pass_sorts_the_linears_and_names_what_is_left() -> None:
 
 def test_a_linear_that_was_left_out_answers_with_its_shape_and_refuses_to_compute() -> None:
     robot = Robot()
-    watch(robot, "step", lambda module: module.sample(TOKENS), [TOKENS])
+    watch(robot, "step", lambda module: module.sample(TOKENS))
     assert robot.head.weight.shape == (96, 64) and robot.head.weight.dtype is torch.float32
     assert not [name for name in robot.state_dict() if name.startswith("head")]
     with pytest.raises(PolicyError, match="'head' was never called"):
@@ -87,22 +92,17 @@ def test_a_linear_whose_weight_is_read_stays() -> None:
             return super().step(x) + self.head.weight.sum()
 
     robot = Reader()
-    seen = watch(robot, "step", lambda module: module.sample(TOKENS), [TOKENS])
+    seen = watch(robot, "step", lambda module: module.sample(TOKENS))
     assert seen.absent == ()
     assert {left.reason for left in seen.kept} >= {"never called, but their weights are read"}
     assert isinstance(robot.head, nn.Linear)
 
 
-def test_a_table_of_positions_is_no_token_embedding() -> None:
-    seen = watch(Robot(), "step", lambda module: module.sample(TOKENS), [torch.tensor([[1, 3]])])
-    assert seen.embedding is None
-
-
 def test_a_step_that_is_never_called_is_named() -> None:
     with pytest.raises(PolicyError, match="'state', which LeRobot calls once per denoising step"):
-        watch(Robot(), "state", lambda module: module.words(TOKENS), [TOKENS])
+        watch(Robot(), "state", lambda module: module.words(TOKENS))
     with pytest.raises(PolicyError, match="no 'denoise'"):
-        watch(Robot(), "denoise", lambda module: module.sample(TOKENS), [TOKENS])
+        watch(Robot(), "denoise", lambda module: module.sample(TOKENS))
 
 
 def test_a_module_is_built_without_its_weights_and_with_everything_else() -> None:
@@ -113,7 +113,7 @@ def test_a_module_is_built_without_its_weights_and_with_everything_else() -> Non
     require_filled(robot)
     cast(robot, "torch.float32", {"vision.weight": "torch.bfloat16"})
     assert robot.vision.weight.dtype is torch.bfloat16 and robot.vision.weight.is_meta
-    assert robot.query.weight.dtype is torch.float32
+    assert robot.out.weight.dtype is torch.float32
 
 
 def test_a_table_that_nothing_fills_is_named() -> None:

@@ -53,8 +53,6 @@ def coverage(module: nn.Module, watched: Watched) -> list[CoverageRow]:
     steps = f"{watched.steps} step{'s' if watched.steps != 1 else ''}"
     per_step = f"linears that run per denoising step (action head, {steps})"
     add("quantized", per_step, watched.per_step)
-    if watched.embedding is not None:
-        add("quantized", "token embedding, if the recipe says so", [watched.embedding])
     for left in watched.kept:
         add("kept", f"linears: {left.reason}", left.names)
     add("left out", "linears that are never called", watched.absent)

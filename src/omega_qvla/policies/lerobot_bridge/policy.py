@@ -116,18 +116,8 @@ class LeRobotPolicy(TorchPolicy):
             "backbones": dict(self.network.backbones),
             "kept": [[left.reason, list(left.names)] for left in self.watched.kept],
             "absent": list(self.watched.absent),
-            "embedding": self.watched.embedding,
             "coverage": [dict(row) for row in self.coverage],
         }, dict(self.pipelines.files)
-
-    def component_of(self, parameter: str) -> str:
-        """The part of the policy a parameter belongs to, for memory tables."""
-        owner = parameter.rpartition(".")[0]
-        return (
-            "token embedding"
-            if owner == self.watched.embedding
-            else super().component_of(parameter)
-        )
 
     def preprocess(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """LeRobot's preprocessor on a batch, or a single item, of LeRobot's own names."""
@@ -249,10 +239,8 @@ class LeRobotPolicy(TorchPolicy):
         Raises:
             PolicyError: LeRobot's code does not run as the type's list says.
         """
-        batch, sampled = _probe(network, pipelines)
-        tokens = [v for v in batch.values() if isinstance(v, Tensor) and v.dtype == torch.int64]
-        watched = watch(network.module, network.kind.step, sampled, tokens)
-        return _class_of(watched)(network, pipelines, watched, coverage(network.module, watched))
+        watched = watch(network.module, network.kind.step, _probe(network, pipelines))
+        return cls(network, pipelines, watched, coverage(network.module, watched))
 
     @classmethod
     def skeleton(cls, config: Mapping[str, Any], files: Mapping[str, bytes]) -> LeRobotPolicy:
@@ -279,7 +267,6 @@ class LeRobotPolicy(TorchPolicy):
                 per_step=tuple(linears["action_head"]),
                 kept=tuple(Left(reason, tuple(names)) for reason, names in config["kept"]),
                 absent=tuple(config["absent"]),
-                embedding=config["embedding"],
             )
             rows, dtypes = config["coverage"], (config["dtype"], config["other_dtypes"])
         except (KeyError, TypeError, ValueError) as error:
@@ -291,21 +278,7 @@ class LeRobotPolicy(TorchPolicy):
         require_filled(module)
         pipelines = build_pipelines(files, name)
         network = Network(name, module, content, backbones)
-        return _class_of(watched)(network, pipelines, watched, rows)
-
-
-class EmbeddingPolicy(LeRobotPolicy):
-    """One with a token embedding that may be stored as integers."""
-
-    @property
-    def embedding_path(self) -> str:
-        """Where the token embedding sits in the module."""
-        assert self.watched.embedding is not None
-        return self.watched.embedding
-
-
-def _class_of(watched: Watched) -> type[LeRobotPolicy]:
-    return LeRobotPolicy if watched.embedding is None else EmbeddingPolicy
+        return cls(network, pipelines, watched, rows)
 
 
 def _sample(kind: Kind, module: Any, batch: Any, noise: Any, clock: FlowClock) -> Tensor:
@@ -323,10 +296,8 @@ def _sample(kind: Kind, module: Any, batch: Any, noise: Any, clock: FlowClock) -
         torch.set_rng_state(state)
 
 
-def _probe(
-    network: Network, pipelines: Pipelines
-) -> tuple[dict[str, Any], Callable[[nn.Module], Tensor]]:
-    """An observation of random pixels in the shapes of the configuration, and what samples it."""
+def _probe(network: Network, pipelines: Pipelines) -> Callable[[nn.Module], Tensor]:
+    """Samples an observation of random pixels, in the shapes of the configuration."""
     generator = torch.Generator().manual_seed(0)
     batch: dict[str, Any] = {"task": "pick up the object"}
     for name, feature in (network.module.config.input_features or {}).items():
@@ -337,7 +308,7 @@ def _probe(
     noise = torch.zeros(1, dtype=torch.int64)
     if kind.noise is not None:
         noise = torch.randn(kind.noise(config), generator=generator)
-    return ready, lambda module: _sample(kind, module, ready, noise, FlowClock())
+    return lambda module: _sample(kind, module, ready, noise, FlowClock())
 
 
 def _exactly(names: Sequence[str]) -> str | None:

@@ -5,6 +5,8 @@ backbone.  What is left in full precision, or left out, has a reason:
 
 * a linear narrower than a block of the transform (64 channels) reads or gives a handful of numbers
   of the robot, takes next to no memory, and its rounding would be in every action;
+* a linear of the action head outside of the layers that repeat reads or gives flow time and
+  actions: few weights, whose rounding would be in every step;
 * one that runs both inside and outside of the steps has no one schedule;
 * one that does more than multiply and add, or whose weight is read directly;
 * one that is never called (the head of a language model that speaks no words) is left out: the
@@ -13,6 +15,7 @@ backbone.  What is left in full precision, or left out, has a reason:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +32,9 @@ from omega_qvla.policies.slots import AbsentLinear, InputNumbers, replace_everyw
 
 NARROW = 64
 """Channels of a block of the transform."""
+
+_REPEATED = re.compile(r"\.\d+\.")
+"""In the path of what is in one of several layers."""
 
 Run = Callable[[nn.Module], Tensor]
 """Makes one sample of the module, always the same one."""
@@ -52,7 +58,6 @@ class Watched:
         per_step: linears of the action head.
         kept: linears in full precision.
         absent: linears that are left out.
-        embedding: path of the token embedding, if it is a plain one.
     """
 
     steps: int
@@ -60,7 +65,6 @@ class Watched:
     per_step: tuple[str, ...]
     kept: tuple[Left, ...]
     absent: tuple[str, ...]
-    embedding: str | None
 
 
 @dataclass
@@ -68,24 +72,22 @@ class _Seen:
     inside: Counter[str] = field(default_factory=Counter)
     outside: Counter[str] = field(default_factory=Counter)
     inputs: dict[str, list[int]] = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)
     steps: int = 0
 
 
-def watch(module: nn.Module, step: str, run: Run, tokens: Sequence[Tensor]) -> Watched:
+def watch(module: nn.Module, step: str, run: Run) -> Watched:
     """Make one sample and sort the linears of a module; its absent ones are taken out of it.
 
     Args:
         module: changed: linears that are never called lose their weights.
         step: submodule, or method of one, that is called once per denoising step.
         run: makes the sample.
-        tokens: integers that the sample reads; what looks them up is the token embedding.
 
     Raises:
         PolicyError: nothing of the name ``step`` is called.
     """
     linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    seen, actions = _pass(module, step, run, tokens)
+    seen, actions = _pass(module, step, run)
     if not seen.steps:
         raise PolicyError(f"{step!r}, which LeRobot calls once per denoising step, was not called")
     widths = _widths(linears, seen.inputs)
@@ -103,6 +105,8 @@ def watch(module: nn.Module, step: str, run: Run, tokens: Sequence[Tensor]) -> W
             kept.setdefault("run inside and outside of the denoising steps", []).append(name)
         elif reason is None and min(linear.in_features, widths[name]) < NARROW:
             kept.setdefault(f"narrower than {NARROW} channels", []).append(name)
+        elif reason is None and inside and not _REPEATED.search(name):
+            kept.setdefault("in a denoising step, outside of its layers", []).append(name)
         elif reason is not None:
             kept.setdefault(reason, []).append(name)
         else:
@@ -116,7 +120,6 @@ def watch(module: nn.Module, step: str, run: Run, tokens: Sequence[Tensor]) -> W
         per_step=tuple(per_step),
         kept=tuple(Left(reason, tuple(names)) for reason, names in kept.items()),
         absent=tuple(absent),
-        embedding=_token_embedding(module, seen),
     )
 
 
@@ -128,7 +131,7 @@ def leave_out(module: nn.Module, names: Sequence[str]) -> None:
         replace_everywhere(module, linear, AbsentLinear(name, linear))
 
 
-def _pass(module: nn.Module, step: str, run: Run, tokens: Sequence[Tensor]) -> tuple[_Seen, Tensor]:
+def _pass(module: nn.Module, step: str, run: Run) -> tuple[_Seen, Tensor]:
     seen, numbers = _Seen(), InputNumbers()
     found = step_of(module, step)
     if found is None:
@@ -150,18 +153,10 @@ def _pass(module: nn.Module, step: str, run: Run, tokens: Sequence[Tensor]) -> t
         seen.inputs.setdefault(name, []).append(numbers.number_of(x))
         return compute(*args, **kwargs)
 
-    def embedding(name: str, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        ids = args[0] if args else kwargs["input"]
-        if not depth and any(torch.equal(ids.flatten(), known.flatten()) for known in tokens):
-            seen.embeddings.add(name)
-        return compute(*args, **kwargs)
-
     with ExitStack() as stack, torch.no_grad():
         for name, child in module.named_modules():
             if isinstance(child, nn.Linear):
                 stack.enter_context(around_method(child, "forward", _named(linear, name)))
-            if type(child) is nn.Embedding:
-                stack.enter_context(around_method(child, "forward", _named(embedding, name)))
         stack.enter_context(around_method(*found, one_step))
         return seen, run(module)
 
@@ -201,20 +196,3 @@ def _leave_out(module: nn.Module, names: Sequence[str], run: Run, expected: Tens
     for name, linear in there.items():
         replace_everywhere(module, module.get_submodule(name), linear)
     return False
-
-
-def _token_embedding(module: nn.Module, seen: _Seen) -> str | None:
-    """The largest table that is looked up, if it is plain, in float32, and nobody else's too."""
-    tables: dict[str, Tensor] = {
-        name: module.get_parameter(f"{name}.weight") for name in sorted(seen.embeddings)
-    }
-    if not tables:
-        return None
-    name, table = max(tables.items(), key=lambda item: item[1].numel())
-    sharing = [n for n, t in module.state_dict().items() if _same_storage(t, table)]
-    plain = table.dtype == torch.float32 and table.shape[1] >= NARROW and len(sharing) == 1
-    return name if plain else None
-
-
-def _same_storage(tensor: Any, other: Tensor) -> bool:
-    return isinstance(tensor, Tensor) and tensor.data_ptr() == other.data_ptr()
