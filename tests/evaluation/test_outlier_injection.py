@@ -5,21 +5,31 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import omega_qvla as oq
+from omega_qvla.calibration.observations import Observations
 from omega_qvla.errors import PolicyError
 from omega_qvla.evaluation.outlier_injection import (
     choose_channels,
     choose_factors,
     inject_outliers,
 )
-from omega_qvla.evaluation.outlier_paths import OutlierPath, gr00t_paths, outlier_paths, pi05_paths
+from omega_qvla.evaluation.outlier_paths import (
+    OutlierPath,
+    gr00t_paths,
+    outlier_paths,
+    pi0_paths,
+    pi05_paths,
+)
 from omega_qvla.flow_time import FlowClock, euler_times
 from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.layers import adaptive_layer_norm
 from omega_qvla.policies.layers.norms import AdaptiveRMSNorm, RMSNorm, adaptive_rms_norm
+from omega_qvla.policies.pi0.policy import Pi0Policy
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.network import Pi05Module, sample_chunk
 
@@ -75,6 +85,22 @@ def test_pi05_computes_the_same_actions(scope) -> None:
     for path in paths:
         assert f"{path.producer}.weight" in changed
         assert all(f"{name}.weight" in changed for name in path.consumers)
+
+
+def test_pi0_computes_the_same_actions() -> None:
+    policy = oq.load_policy("random:tiny-pi0")
+    assert isinstance(policy, Pi0Policy)
+    randomize(policy.module, 0)
+    config, size = policy.config, policy.config.vision.image_size
+    seen = Observations.random(config.cameras, config.state_dim, count=1, size=size)[0]
+    noise = np.random.default_rng(1).standard_normal(policy.noise_shape).astype(np.float32)
+    before = policy.sample_actions(seen, noise)
+    paths = pi0_paths(config, "all")
+    consumers = [name for path in paths for name in path.consumers]
+    assert len(consumers) == len(set(consumers))
+    assert len(inject_outliers(policy.module, paths, 30.0, 0.03, gen(2))) == len(paths)
+    after = policy.sample_actions(seen, noise)
+    assert np.linalg.norm(after - before) < 1e-5 * np.linalg.norm(before)
 
 
 def test_pi05_inputs_do_get_outliers() -> None:
@@ -215,5 +241,5 @@ def test_bad_paths_are_refused_before_anything_changes(paths, message: str) -> N
 
 def test_a_family_of_which_nothing_is_known_is_refused_by_name() -> None:
     policy = SimpleNamespace(family="another", config=None)
-    with pytest.raises(PolicyError, match=r"'another'.*pi05, gr00t_n15.*--stress"):
+    with pytest.raises(PolicyError, match=r"'another'.*pi05, pi0, gr00t_n15.*--stress"):
         outlier_paths(cast(Any, policy), "all")

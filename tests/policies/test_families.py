@@ -156,7 +156,7 @@ def test_formats_of_checkpoints_import_no_policy() -> None:
 
 def test_nothing_outside_its_folder_switches_on_the_name_of_a_family() -> None:
     """What differs between families is told by the registry; training has its own two learners,
-    and the instrument that injects outliers knows two networks."""
+    and the instrument that injects outliers knows the networks."""
     named = re.compile(rf"""["']({"|".join(families())})["']""")
     own = ("policies/families.py", "evaluation/outlier_paths.py", "training/")
     own = (*own, *(f"policies/{folder}/" for folder in FOLDERS))

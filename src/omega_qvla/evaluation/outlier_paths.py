@@ -2,7 +2,7 @@
 
 pi0.5's backbone: each norm feeds q/k/v and gate/up; ``up_proj`` feeds ``down_proj`` through the
 gate, a multiplication.  The last layer keeps nothing but k and v.  Action expert: the same behind
-adaptive norms, whose gain is produced by a dense layer.
+adaptive norms, whose gain is produced by a dense layer; pi0's are plain norms.
 
 GR00T N1.5's backbone is as pi0.5's.  Action head: the adaptive norm of a block feeds its queries,
 in odd blocks its keys and values too; the norm before the feed-forward layers has no gain to scale.
@@ -23,6 +23,8 @@ from omega_qvla.errors import PolicyError
 from omega_qvla.policies.gr00t_n15.config import Gr00tN15Config
 from omega_qvla.policies.gr00t_n15.stages import BLOCKS, FEATURES, LANGUAGE, PROJECTOR, VISION
 from omega_qvla.policies.native import NativePolicy
+from omega_qvla.policies.paligemma.config import PaligemmaConfig
+from omega_qvla.policies.pi0.config import Pi0Config
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.recipe import Scope
 
@@ -69,6 +71,18 @@ def outlier_paths(policy: NativePolicy, scope: Scope) -> list[OutlierPath]:
 
 def pi05_paths(config: Pi05Config, scope: Scope = "paper") -> list[OutlierPath]:
     """Of pi0.5, see :func:`outlier_paths`."""
+    return _paligemma(config, scope, "adaptive_norm", ".dense")
+
+
+def pi0_paths(config: Pi0Config, scope: Scope = "paper") -> list[OutlierPath]:
+    """Of pi0, see :func:`outlier_paths`."""
+    return _paligemma(config, scope, "rms_norm", "")
+
+
+def _paligemma(
+    config: PaligemmaConfig, scope: Scope, norm: OutlierKind, produced_by: str
+) -> list[OutlierPath]:
+    """A policy on PaliGemma, whose expert has norms of a kind."""
     paligemma = "paligemma_with_expert.paligemma.model"
     paths: list[OutlierPath] = []
     if scope == "all":
@@ -83,7 +97,7 @@ def pi05_paths(config: Pi05Config, scope: Scope = "paper") -> list[OutlierPath]:
         paths += _layer(layer, "rms_norm", "")
     for i in range(config.depth):
         layer = f"paligemma_with_expert.gemma_expert.model.layers.{i}"
-        paths += _layer(layer, "adaptive_norm", ".dense")
+        paths += _layer(layer, norm, produced_by)
     return paths
 
 
@@ -147,5 +161,6 @@ def _under(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 _PATHS: Mapping[str, Callable[[Any, Scope], list[OutlierPath]]] = {
     "pi05": pi05_paths,
+    "pi0": pi0_paths,
     "gr00t_n15": gr00t_paths,
 }
