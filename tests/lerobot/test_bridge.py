@@ -29,8 +29,8 @@ from omega_qvla.runtime.inspection import inspect_artifact
 COVERAGE = {
     "smolvla": (69, 45, 1),
     "pi0": (41, 25, 2),
-    "xvla": (39, 35, 0),
-    "multi_task_dit": (37, 29, 0),
+    "xvla": (37, 33, 0),
+    "multi_task_dit": (35, 27, 0),
     "act": (6, 6, 11),
 }
 
