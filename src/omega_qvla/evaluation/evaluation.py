@@ -92,8 +92,8 @@ def evaluate(
         seed: of the first episode; the next ones follow.  LIBERO's are its recorded states.
         execute: of your own environment: actions carried out of each chunk; None: 5.
         stress: magnitude of injected outliers; 0: none.
-        suite, protocol: of LIBERO: which tasks (None: all), and 10 (``paper``, None) or 50
-            (``full``) trials of each.
+        suite: of LIBERO: which tasks; None: all.
+        protocol: of LIBERO: 10 (``paper``, None) or 50 (``full``) trials of each.
         simulator_python: of LIBERO or your own environment: the interpreter it is installed in.
         out: of LIBERO or your own environment: finished episodes are kept here.
         resume: keep the episodes that are there already.
