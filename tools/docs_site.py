@@ -53,7 +53,7 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
 
 def commands() -> str:
     """The help of every command, as the program prints it."""
-    names = re.findall(r"^  (\w+) {2,}\S", help_of(), flags=re.MULTILINE)
+    names = re.findall(r"^  ([a-z]+) {2,}\S", help_of(), flags=re.MULTILINE)
     if len(names) < 10:
         raise PluginError(f"`omega-qvla --help` lists only the commands {names}")
     return "\n".join(f"## {name}\n\n```text\n{help_of(name)}\n```\n" for name in names)
