@@ -14,8 +14,8 @@ action parts, or ``{"error": text}``.  Three endpoints exist here: ``ping``, ``g
 | ``previous``, ``delay`` | the same; the parts of actions one after the other |
 | ``meta`` | true: the answer has a map ``meta`` |
 
-The last three lines are ours.  They are in the observation because that is what the published client
-lets a robot fill: it builds the rest of the request itself.
+The last three lines are ours.  They are in the observation because that is what the published
+client lets a robot fill: it builds the rest of the request itself.
 
 The answer holds ``action.PART`` [horizon, width] float32, and beside them nothing, because robots
 take every key for an action (``eval/wrappers/multistep_wrapper.py`` slices each value).  Request
