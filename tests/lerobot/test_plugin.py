@@ -102,6 +102,35 @@ def test_actions_are_taken_one_by_one_and_a_new_episode_has_noise_of_its_own(nat
     assert not torch.equal(first, again)
 
 
+def test_a_chunk_continues_the_one_before_as_lerobots_rollout_asks(native: Path) -> None:
+    """In the call shape of its real-time chunking: [T, A], filled up with zeros to the horizon."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+    from lerobot.rollout.inference.rtc import supports_rtc_inference
+
+    policy, before, _ = made(native)
+    assert supports_rtc_inference(policy)
+    policy.config.rtc_config = RTCConfig(execution_horizon=8)
+    loaded = oq.load(native)
+    (observation,) = oq.Observations.load("builtin:tiny-pi05").spread(1)
+    batch = before(batch_of([observation], tuple(loaded.policy.config.cameras)))
+    noise = torch.randn(1, *loaded.noise_shape, generator=torch.Generator().manual_seed(1))
+    left = policy.predict_action_chunk(batch, noise)[0, 4:]
+    filled = torch.cat((left, torch.zeros(8 - len(left), left.shape[1])))
+    found = policy.predict_action_chunk(
+        batch, -noise, inference_delay=2, prev_chunk_left_over=filled
+    )
+    wanted = loaded.sample_actions(
+        observation,
+        -noise[0],
+        previous=left,
+        delay=2,
+        chunking=oq.RealTimeChunking(execution_horizon=8),
+    )
+    assert np.abs(found[0].numpy() - wanted).max() < 1e-5
+    free = policy.predict_action_chunk(batch, -noise)
+    assert (found[0, :2] - left[:2]).abs().max() < (free[0, :2] - left[:2]).abs().max()
+
+
 def test_a_missing_camera_is_named(native: Path) -> None:
     policy, _, _ = made(native)
     with pytest.raises(OmegaError, match=r"observation\.images\.wrist.*--rename_map"):
@@ -139,6 +168,13 @@ def test_a_policy_of_lerobots_acts_as_lerobot_lets_it(bridged: tuple[Path, Path]
         chunk = loaded.sample_actions(observation)
         found = torch.stack(actions)[:, row].numpy()
         assert np.abs(found - chunk[:3]).max() < 1e-4
+
+
+def test_a_policy_of_lerobots_continues_no_chunk(bridged: tuple[Path, Path]) -> None:
+    policy, _, _ = made(bridged[1])
+    assert not policy.supports_rtc()
+    with pytest.raises(PolicyError, match="continues no chunk"):
+        policy.predict_action_chunk({}, inference_delay=1)
 
 
 def test_a_gpu_is_refused_where_lerobots_code_runs(bridged: tuple[Path, Path]) -> None:

@@ -76,18 +76,30 @@ class OmegaQvlaPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(
-        self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any
+        self,
+        batch: dict[str, Tensor],
+        noise: Tensor | None = None,
+        *,
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
     ) -> Tensor:
         """[B, T, A] float32 in the robot's units.
 
         Args:
             batch: observations as the pipeline of the artifact gives them.
             noise: what to start from, [B, T, A'], where the policy takes it; drawn when absent.
-            kwargs: refused; real-time chunking is not one of this policy's abilities.
+            inference_delay, prev_chunk_left_over: of real-time chunking, [T, A] or [B, T, A] as
+                this method returned them (``policies/lerobot_chunking.py``).
+
+        Raises:
+            PolicyError: there is a left-over, and LeRobot's own code runs the policy.
         """
-        if kwargs:
-            raise PolicyError(f"this policy takes no {', '.join(kwargs)}")
-        return self._runner.chunk(batch, noise)
+        left_over = prev_chunk_left_over
+        return self._runner.chunk(batch, noise, inference_delay, left_over)
+
+    def supports_rtc(self) -> bool:
+        """Whether a chunk can continue another one, in LeRobot's real-time chunking."""
+        return self._runner.continues
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], **_: Any) -> Tensor:

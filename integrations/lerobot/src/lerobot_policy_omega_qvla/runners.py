@@ -14,6 +14,7 @@ import omega_qvla as oq
 from lerobot_policy_omega_qvla.configuration_omega_qvla import OmegaQvlaConfig
 from omega_qvla.errors import ObservationError, PolicyError, ResourceError
 from omega_qvla.policies.lerobot_bridge.policy import IMAGE, STATE, LeRobotPolicy
+from omega_qvla.policies.lerobot_chunking import continued_by_lerobot
 from omega_qvla.policies.native import NativePolicy
 
 Batch = Mapping[str, Any]
@@ -22,11 +23,20 @@ Batch = Mapping[str, Any]
 class Runner(Protocol):
     """A policy in batches of LeRobot: observations as environments give them, robot's units."""
 
+    continues: bool
+    """Whether a chunk can continue the one before."""
+
     def reset(self) -> None:
         """An episode begins."""
 
-    def chunk(self, batch: Batch, noise: Tensor | None) -> Tensor:
-        """[B, T, A]."""
+    def chunk(
+        self,
+        batch: Batch,
+        noise: Tensor | None,
+        delay: int | None = None,
+        left_over: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, A]; ``delay`` and ``left_over`` as LeRobot's rollout passes them."""
         ...
 
     def action(self, batch: Batch) -> Tensor:
@@ -49,7 +59,9 @@ def make_runner(quantized: oq.QuantizedPolicy, config: OmegaQvlaConfig) -> Runne
 
 
 class NativeRunner:
-    """A policy with an engine of omega-qvla: pi0.5, GR00T N1.5."""
+    """A policy with an engine of omega-qvla: pi0.5, pi0, GR00T N1.5."""
+
+    continues = True
 
     def __init__(self, policy: NativePolicy, config: OmegaQvlaConfig) -> None:
         self._policy, self._config = policy, config
@@ -63,13 +75,23 @@ class NativeRunner:
         self._started, self._chunks = False, 0
         self._queue.clear()
 
-    def chunk(self, batch: Batch, noise: Tensor | None) -> Tensor:
+    def chunk(
+        self,
+        batch: Batch,
+        noise: Tensor | None,
+        delay: int | None = None,
+        left_over: Tensor | None = None,
+    ) -> Tensor:
         policy = self._policy
         observations = _observations(batch, tuple(policy.config.cameras))
         self._batch, self._started = len(observations), True
         noises = self._noises(len(observations)) if noise is None else [*noise.cpu().numpy()]
         self._chunks += 1
-        encoded = [policy.encode(observation) for observation in observations]
+        left_overs, chunking = continued_by_lerobot(
+            len(observations), self._config.rtc_config, delay, left_over
+        )
+        pairs = zip(observations, left_overs, strict=True)
+        encoded = [policy.encode(observation, left, chunking) for observation, left in pairs]
         return torch.from_numpy(np.stack(policy.sample_batch(encoded, noises)))
 
     def action(self, batch: Batch) -> Tensor:
@@ -92,6 +114,8 @@ class NativeRunner:
 class LeRobotRunner:
     """LeRobot's own module with its linears replaced: its queues and its random numbers too."""
 
+    continues = False  # its left-over would have to be normalized as its network has it
+
     def __init__(self, policy: LeRobotPolicy, config: OmegaQvlaConfig) -> None:
         if config.noise_seed is not None:
             raise PolicyError(
@@ -106,7 +130,18 @@ class LeRobotRunner:
     def reset(self) -> None:
         self._policy.module.reset()
 
-    def chunk(self, batch: Batch, noise: Tensor | None) -> Tensor:
+    def chunk(
+        self,
+        batch: Batch,
+        noise: Tensor | None,
+        delay: int | None = None,
+        left_over: Tensor | None = None,
+    ) -> Tensor:
+        if delay is not None or left_over is not None:
+            raise PolicyError(
+                "LeRobot's own code runs this policy: it continues no chunk here (real-time "
+                "chunking is for pi0.5, pi0 and GR00T N1.5)"
+            )
         inputs = self._policy.preprocess(batch)
         given = {} if noise is None else {"noise": noise}
         with self._policy.stepping():
