@@ -142,7 +142,7 @@ def test_bits_per_weight_count_integers_scales_branches_and_16_bit_weights(
 
 
 def test_every_description_cites_its_paper() -> None:
-    ours = {"rtn", "omega-w4a4-static", "omega-w4a4-no-prior", "omega-w4a4"}
+    ours = {"rtn", "omega-w4a4-static", "omega-w4a4-no-prior", "omega-w4a4", "omega-w4a8"}
     for name in recipe_names():
         assert name in ours or "arXiv" in Recipe.load(name).description, name
 
