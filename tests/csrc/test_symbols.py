@@ -12,7 +12,7 @@ from omega_qvla.runtime.kernels import cpu
 
 @pytest.mark.skipif(sys.platform != "linux", reason="symbols are looked at with GNU nm")
 def test_the_extension_shows_its_entry_and_nothing_else() -> None:
-    """Libraries of a renderer bring their own std::call_once; taken in place of ours, it crashes."""
+    """A renderer's libraries have a std::call_once too; taken in place of ours, it crashes."""
     path = cpu.extension().__file__
     assert path is not None
     listed = subprocess.run(
