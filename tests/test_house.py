@@ -124,9 +124,12 @@ def test_documents_that_code_names_exist() -> None:
 
 
 def test_pages_are_short_but_for_those_to_look_things_up_in() -> None:
-    words = {path.name: len(path.read_text("utf-8").split()) for path in DOCUMENTS}
+    words = {
+        path.name: sum(any(map(str.isalnum, word)) for word in path.read_text("utf-8").split())
+        for path in DOCUMENTS
+    }
     assert {n: count for n, count in words.items() if n not in REFERENCE and count > 1500} == {}
-    assert sum(count for name, count in words.items() if name != "results.md") < 37_000
+    assert sum(count for name, count in words.items() if name != "results.md") < 34_000
 
 
 def test_makefile_has_every_target_the_documents_name() -> None:
@@ -135,7 +138,7 @@ def test_makefile_has_every_target_the_documents_name() -> None:
     named: set[str] = set()
     for path in (*ROOT.glob("*.md"), *DOCUMENTS):
         text = path.read_text("utf-8")
-        named |= set(re.findall(r"(?:^|`)make ([a-z-]+)\b", text, flags=re.MULTILINE))
+        named |= set(re.findall(r"(?:^    |`)make ([a-z-]+)\b", text, flags=re.MULTILINE))
     assert named <= targets
     assert {"setup", "demo", "test", "lint", "train", "clean"} <= targets
 

@@ -72,7 +72,6 @@ def test_it_is_said_what_it_is_and_what_runs_it(
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("pi0", "pi0 is run by LeRobot's own code: `omega-qvla quantize`"),
         ("smolvla", "SmolVLA is run by LeRobot's own code"),
         ("act", "ACT is run by LeRobot's own code"),
         ("pi0_fast", "trust_remote_code"),
