@@ -89,7 +89,7 @@ def test_every_command_shows_examples_that_parse(
         (("quantize", "p", "--reciep=rtn"), "did you mean '--recipe'?"),
         (("eval", "p", "--episode", "3"), "did you mean '--episodes'?"),
         (("eval", "p", "--zzz"), "eval has no option --zzz; omega-qvla eval --help"),
-        (("quantize", "p", "--out", "x", "--recipe", "omega-w4"), "did you mean 'omega-w4a4'?"),
+        (("quantize", "p", "--out", "x", "--recipe", "omga-w4a4"), "did you mean 'omega-w4a4'?"),
         (("eval", "p", "--tasks", "drawer-open"), "did you mean 'drawer-open-v3'?"),
         (("quantize", "builtin:tiny-pi5", "--out", "x"), "did you mean 'tiny-pi05'?"),
         (("quantize", "random:pi5", "--out", "x"), "did you mean 'pi05'?"),

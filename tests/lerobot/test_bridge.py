@@ -28,20 +28,16 @@ from omega_qvla.runtime.inspection import inspect_artifact
 # Linears in all, of which the artifact has integers; sites they make; linears that are left out.
 COVERAGE = {
     "smolvla": (69, 45, 1),
-    "pi0": (41, 25, 2),
     "xvla": (37, 33, 0),
     "multi_task_dit": (35, 27, 0),
     "act": (6, 6, 11),
 }
 
 _LOAD = """
-import sys, contextlib, numpy as np, torch, omega_qvla as oq
-import lerobot_directories, lerobot_policies
+import sys, numpy as np, torch, omega_qvla as oq
+import lerobot_directories
 name, directory, out = sys.argv[1:]
-# pi0's sizes are written in LeRobot's code; everything else is in the artifact.
-sizes = lerobot_policies.shrunken(name) if name == "pi0" else contextlib.nullcontext()
-with sizes:
-    loaded = oq.load(directory)
+loaded = oq.load(directory)
 generator = torch.Generator().manual_seed(3)
 found = [loaded.sample_actions(o, generator=generator) for o in lerobot_directories.observations()]
 np.save(out, np.stack(found))

@@ -145,7 +145,7 @@ def test_without_lerobot_it_is_said_what_to_install(
 
 
 def test_a_type_that_was_not_tried_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match=r"type 'wall_x' was not tried.*smolvla, pi0"):
+    with pytest.raises(PolicyError, match=r"type 'wall_x' was not tried.*smolvla, xvla"):
         oq.load_policy(policy_of("wall_x", tmp_path))
     with pytest.raises(PolicyError, match=r"'pi0_fast' is not quantized.*trust_remote_code"):
         oq.load_policy(policy_of("pi0_fast", tmp_path))

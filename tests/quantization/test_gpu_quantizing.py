@@ -190,8 +190,8 @@ def test_statistics_forgotten_on_the_cpu_are_caught(
 ) -> None:
     original = capture.SiteStatistics
 
-    def forgetful(site: Any, width: int, generator: Any, _device: Any) -> Any:
-        return original(site, width, generator)
+    def forgetful(site: Any, width: int, generator: Any, _device: Any, *others: Any) -> Any:
+        return original(site, width, generator, CPU, *others)
 
     monkeypatch.setattr(capture, "SiteStatistics", forgetful)
     with StandIn(), pytest.raises(MixedDevicesError, match=r"addmm_.*\[64, 64\] on the CPU"):

@@ -71,7 +71,7 @@ def test_a_policy_with_fewer_cameras_refuses_the_others() -> None:
 
 def test_a_layout_is_refused_for_a_policy_with_other_cameras() -> None:
     for cameras in (("front",), ("left_wrist_0_rgb",), (*CAMERAS, "front")):
-        with pytest.raises(PolicyError, match="choose another with --layout"):
+        with pytest.raises(PolicyError, match="choose another `layout`"):
             aloha(cameras)
 
 

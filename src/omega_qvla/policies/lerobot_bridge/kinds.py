@@ -145,7 +145,6 @@ KINDS: Mapping[str, Kind] = {
         backbones=_smolvla_backbones,
         answering=_answer_smolvla,
     ),
-    "pi0": Kind("pi0", "model.denoise_step", _chunk_of_noise, noise=_padded_noise),
     "xvla": Kind("X-VLA", "model.transformer", _chunk),
     "groot": Kind(
         "GR00T N1.7",
