@@ -28,7 +28,7 @@ RECIPES = {
     "fp32": "full precision",
     "rtn": "rtn",
     "quarot": "quarot",
-    "omega-paper": "omega-paper*",
+    "omega-paper": "omega\n-paper*",
     "omega-w4a4-no-prior": "omega-w4a4\n-no-prior",
 }
 FULL_SIZE = {"pi0.5": "cpu-pi05-chunk.json", "GR00T N1.5": "cpu-gr00t-chunk.json"}
