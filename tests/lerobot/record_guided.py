@@ -122,7 +122,7 @@ def chunks(lerobot: LeRobot, case: Case, directory: Path) -> dict[str, Tensor]:
 def main(job: dict[str, str]) -> None:
     torch.set_num_threads(1)
     records = Path(job["records"])
-    lerobot = LeRobot(records / "tokenizer")
+    lerobot = LeRobot(records / "tokenizer", "pi05")
     found = {f"step/{setting.name}": steps(setting) for setting in STEP_SETTINGS}
     for case in GUIDED:
         found |= chunks(lerobot, case, records / case.name)
