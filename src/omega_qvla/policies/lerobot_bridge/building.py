@@ -47,18 +47,27 @@ def build_empty(name: str, content: Mapping[str, Any], backbones: Backbones) -> 
     Raises:
         PolicyError: LeRobot cannot build it.
     """
+    with ExitStack() as stack:
+        if name in KINDS:
+            stack.enter_context(answered(KINDS[name], backbones))
+        stack.enter_context(weights_on_meta())
+        return build_random(name, content)
+
+
+def build_random(name: str, content: Mapping[str, Any]) -> Any:
+    """LeRobot's module of a type, in evaluation mode, with the weights that it draws.
+
+    Raises:
+        PolicyError: LeRobot cannot build it.
+    """
     config = configuration(content, **_NO_WEIGHTS)
     made_by = lerobot("policies.factory").get_policy_class(name)
     try:
-        with ExitStack() as stack:
-            if name in KINDS:
-                stack.enter_context(answered(KINDS[name], backbones))
-            stack.enter_context(weights_on_meta())
-            stack.enter_context(redirect_stdout(StringIO()))
+        with redirect_stdout(StringIO()):
             return made_by(config).eval()
     except OmegaError:
         raise
     except Exception as error:
         raise PolicyError(
-            f"LeRobot cannot build its {name} without weights: {type(error).__name__}: {error}"
+            f"LeRobot cannot build its {name}: {type(error).__name__}: {error}"
         ) from error

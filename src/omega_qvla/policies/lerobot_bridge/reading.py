@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from omega_qvla.checkpoints.files import contained_file, read_json, refuse_unsafe
 from omega_qvla.checkpoints.lora import has_adapter
 from omega_qvla.errors import OmegaError, PolicyError
-from omega_qvla.policies.lerobot_bridge.building import build_empty, configuration
+from omega_qvla.policies.lerobot_bridge.building import build_random, configuration
 from omega_qvla.policies.lerobot_bridge.kinds import UNSUITED, kind_of
 from omega_qvla.policies.lerobot_bridge.library import lerobot
 from omega_qvla.policies.lerobot_bridge.pipelines import read_pipelines
@@ -98,7 +98,7 @@ def _spellings(name: str) -> tuple[str, ...]:
 
 
 def _unsuited(name: str, content: Mapping[str, Any]) -> str:
-    module = build_empty(name, content, {})
+    module = build_random(name, content)  # these try themselves out while they are built
     total = sum(p.numel() for p in module.parameters())
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     share = sum(linear.weight.numel() for linear in linears) / total
