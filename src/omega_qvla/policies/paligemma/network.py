@@ -134,6 +134,16 @@ class PaligemmaModule(nn.Module):
             cache.append(kv)
         return cache, prefix
 
+    def prefill_observation(self, images: Tensor, token_ids: Tensor) -> tuple[list[KeyValue], int]:
+        """Keys and values of image tokens [B, V·patches, D] and a prompt [B, T], and their length.
+
+        Nothing is padded: positions count up.
+        """
+        prefix = torch.cat((images, self.embed_text(token_ids)), dim=1)
+        length = prefix.shape[1]
+        positions = torch.arange(length, device=prefix.device).unsqueeze(0)
+        return self.prefill(prefix, positions)[0], length
+
     def suffix_rotary(self, offset: Tensor | int) -> RotaryTable:
         """Rotary table of the action tokens; ``offset`` [B, 1] or int counts those before them."""
         positions = torch.arange(self.config.horizon, device=self.action_in_proj.weight.device)

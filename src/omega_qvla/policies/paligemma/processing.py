@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from omega_qvla.errors import ObservationError, PolicyError
 from omega_qvla.policies.base import Observation
 from omega_qvla.policies.paligemma.config import PaligemmaConfig
 from omega_qvla.policies.processing.images import FITS
-from omega_qvla.policies.processing.normalization import NormalizationStatistics
+from omega_qvla.policies.processing.normalization import NormalizationStatistics, unit_quantiles
 from omega_qvla.policies.processing.observations import (
     require_images,
     require_prompt,
@@ -20,7 +21,7 @@ from omega_qvla.policies.processing.observations import (
 )
 from omega_qvla.policies.processing.relative_actions import Mask, to_absolute
 from omega_qvla.policies.processing.robots import Robot, from_aloha, to_aloha
-from omega_qvla.policies.processing.tokenizers import Tokenizer
+from omega_qvla.policies.processing.tokenizers import ByteTokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,15 @@ class PaligemmaProcessor:
         robot = chunk[:, : self.config.robot_action_dim].to(torch.float32).cpu().numpy()
         actions = self.statistics.actions.unnormalize(robot)
         return self.robot_units(to_absolute(actions, anchor, self.relative_actions))
+
+
+_Processor = TypeVar("_Processor", bound=PaligemmaProcessor)
+
+
+def reading_bytes(made_by: type[_Processor], config: PaligemmaConfig) -> _Processor:
+    """The processor of a random policy: prompts are bytes, statistics those of unit range."""
+    config = config.model_copy(update={"prompt_length": 256})
+    statistics = NormalizationStatistics(
+        state=unit_quantiles(config.state_dim), actions=unit_quantiles(config.robot_action_dim)
+    )
+    return made_by(config, statistics, ByteTokenizer())

@@ -6,23 +6,19 @@ from omega_qvla.policies.family import CheckpointLayout, Family
 from omega_qvla.policies.paligemma.libero import LIBERO
 from omega_qvla.policies.paligemma.network import dropped_parameters
 from omega_qvla.policies.paligemma.openpi_jax import CHOICES
+from omega_qvla.policies.paligemma.processing import reading_bytes
 from omega_qvla.policies.pi0.checkpoints.lerobot import stream_lerobot_pi0
 from omega_qvla.policies.pi0.checkpoints.openpi import is_openpi, stream_openpi
 from omega_qvla.policies.pi0.checkpoints.openpi_jax import is_openpi_jax, stream_openpi_jax
 from omega_qvla.policies.pi0.config import Pi0Config
 from omega_qvla.policies.pi0.policy import Pi0Policy
 from omega_qvla.policies.pi0.processing import Pi0Processor
-from omega_qvla.policies.processing.normalization import NormalizationStatistics, unit_quantiles
 from omega_qvla.policies.processing.tokenizers import ByteTokenizer
 
 
 def _sized(config: Pi0Config) -> Pi0Policy:
     """A policy that reads bytes, tensors on the meta device."""
-    config = config.model_copy(update={"prompt_length": 256})
-    statistics = NormalizationStatistics(
-        state=unit_quantiles(config.state_dim), actions=unit_quantiles(config.robot_action_dim)
-    )
-    processor = Pi0Processor(config, statistics, ByteTokenizer())
+    processor = reading_bytes(Pi0Processor, config)
     return Pi0Policy.of_processor(processor, dropped_parameters=dropped_parameters(config))
 
 

@@ -49,10 +49,7 @@ class Pi0Policy(NativePolicy):
     def prefill(self, encoded: Inputs) -> tuple[list[KeyValue], int]:
         """Keys and values of prefix and state per layer, and how many tokens these are."""
         images, token_ids, state = encoded
-        prefix = torch.cat((images, self.module.embed_text(token_ids)), dim=1)
-        length = prefix.shape[1]
-        positions = torch.arange(length, device=prefix.device).unsqueeze(0)
-        cache, _ = self.module.prefill(prefix, positions)
+        cache, length = self.module.prefill_observation(images, token_ids)
         with self.clock.step(0, STATE_TIME):
             return self.module.with_state(cache, state, length), length + 1
 

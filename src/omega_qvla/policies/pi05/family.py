@@ -6,23 +6,19 @@ from omega_qvla.policies.family import CheckpointLayout, Family
 from omega_qvla.policies.paligemma.libero import LIBERO
 from omega_qvla.policies.paligemma.network import dropped_parameters
 from omega_qvla.policies.paligemma.openpi_jax import CHOICES
+from omega_qvla.policies.paligemma.processing import reading_bytes
 from omega_qvla.policies.pi05.checkpoints.lerobot import stream_lerobot_pi05
 from omega_qvla.policies.pi05.checkpoints.openpi import is_openpi, stream_openpi
 from omega_qvla.policies.pi05.checkpoints.openpi_jax import is_openpi_jax, stream_openpi_jax
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.pi05.processing import Pi05Processor
-from omega_qvla.policies.processing.normalization import NormalizationStatistics, unit_quantiles
 from omega_qvla.policies.processing.tokenizers import ByteTokenizer
 
 
 def _sized(config: Pi05Config) -> Pi05Policy:
     """A policy that reads bytes, tensors on the meta device."""
-    config = config.model_copy(update={"prompt_length": 256})
-    statistics = NormalizationStatistics(
-        state=unit_quantiles(config.state_dim), actions=unit_quantiles(config.robot_action_dim)
-    )
-    processor = Pi05Processor(config, statistics, ByteTokenizer())
+    processor = reading_bytes(Pi05Processor, config)
     return Pi05Policy.of_processor(processor, dropped_parameters=dropped_parameters(config))
 
 

@@ -60,10 +60,7 @@ class Pi05Policy(AdaptiveNorms):
 
     def prefill(self, encoded: tuple[Tensor, Tensor]) -> tuple[list[KeyValue], int]:
         """Keys and values of the prefix per layer, and its length."""
-        images, token_ids = encoded
-        prefix = torch.cat((images, self.module.embed_text(token_ids)), dim=1)
-        positions = torch.arange(prefix.shape[1], device=prefix.device).unsqueeze(0)
-        return self.module.prefill(prefix, positions)[0], prefix.shape[1]
+        return self.module.prefill_observation(*encoded)
 
     def denoise(
         self,
